@@ -1,0 +1,478 @@
+"""Phase 2: every configuration of a (model, task) on every sample, on all devices; nothing that was answered is ever
+lost.
+
+    outcome = run_benchmarks(units, settings, config_run="run_20240315_143022", notes=[])
+    print(closing_table(outcome.summary))
+
+Workers answer blocks of samples and journal each sample at once; this process plans, watches, scores and writes. A
+worker that dies is replaced and its block goes on; a block that kills its worker three times without getting on is
+recorded as failed. Started again after whatever end, a run goes on from its journals.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from benchmark.blocks import Block, Options, Request, failure
+from benchmark.guard import Interrupts, results_lock
+from benchmark.jobs import BenchmarkUnit, UnitRun, make_blocks
+from benchmark.pools import (
+    InProcessPool,
+    Pool,
+    ProcessPools,
+    RayPool,
+    Slot,
+    WorkerDied,
+    add_log_file,
+    has_pebble,
+    plan_slots,
+)
+from benchmark.progress import Progress
+from benchmark.report_table import closing_table
+from benchmark.result_files import make_summary, write_unit
+from benchmark.results import write_json
+from benchmark.settings import Settings
+from benchmark.tasks.base import UserError
+
+__all__ = ["BenchmarkOutcome", "BenchmarkUnit", "closing_table", "run_benchmarks"]
+
+logger = logging.getLogger("benchmark.phase2")
+
+#: Deaths of workers after which a sample that they never got past is recorded as failed.
+MAX_DEATHS = 3
+#: Deaths in a row while starting or loading, after which a model counts as impossible to load.
+MAX_START_DEATHS = 6
+_TICK = 0.2
+
+
+@dataclass
+class BenchmarkOutcome:
+    """summary: what benchmark_summary.json holds. failures: its failure records. interrupted: stopped by a signal
+    before all was answered; starting the same command again goes on."""
+
+    summary: dict[str, Any]
+    failures: list[dict[str, Any]]
+    interrupted: bool
+
+
+def run_benchmarks(
+    units: list[BenchmarkUnit],
+    settings: Settings,
+    *,
+    config_run: str | None = None,
+    notes: Sequence[str] = (),
+    in_process: bool | None = None,
+) -> BenchmarkOutcome:
+    """Run what is not yet answered, then write every result file and the summary.
+
+    in_process: answer in this process, without workers; None = only where pebble is not installed. Raises UserError,
+    before anything is written, for a model without a tokenizer, an unknown task, or another run in the same results
+    folder.
+    """
+    if not units:
+        raise UserError("nothing to benchmark: no (model, task) has a configuration to run; run Phase 1 first")
+    twice = [unit for i, unit in enumerate(units) if any((o.model, o.task) == (unit.model, unit.task) for o in units[:i])]
+    if twice:
+        raise UserError(f"{twice[0].task} on {twice[0].model} is listed twice")
+    tokenizers = _load_tokenizers(units, settings)
+    run = _Run(units, settings, tokenizers, config_run, list(notes), in_process)
+    with results_lock(settings.benchmark_results_dir):
+        return run.go()
+
+
+def _load_tokenizers(units: list[BenchmarkUnit], settings: Settings) -> dict[str, Any]:
+    from sparse_attention_hub.models import load_tokenizer
+
+    return {
+        model: load_tokenizer(model, trust_remote_code=settings.trust_remote_code)
+        for model in dict.fromkeys(unit.model for unit in units)
+    }
+
+
+@dataclass
+class _Work:
+    """A block waiting or in work. deaths: workers lost on its first sample without getting past it."""
+
+    run: UnitRun
+    requests: tuple[Request, ...]
+    deaths: int = 0
+
+
+@dataclass
+class _InWork:
+    work: _Work
+    future: Future[int]
+    status: Path
+    started: float = field(default_factory=time.monotonic)
+    overdue: float | None = None  # when the worker should have been killed at the latest
+
+
+class _Run:
+    def __init__(
+        self,
+        units: list[BenchmarkUnit],
+        settings: Settings,
+        tokenizers: dict[str, Any],
+        config_run: str | None,
+        notes: list[str],
+        in_process: bool | None,
+    ) -> None:
+        self.settings, self.tokenizers, self.config_run, self.notes = settings, tokenizers, config_run, notes
+        self.in_process = in_process if in_process is not None else not has_pebble() and settings.ray_address is None
+        self.base = settings.benchmark_results_dir
+        self.scratch = self.base / ".run"
+        self.slots = [] if settings.ray_address else plan_slots(settings.device, settings.max_concurrent_benchmarks)
+        on_gpu = any(slot.device.startswith(("cuda", "sharded")) for slot in self.slots)
+        self.place = "cuda" if on_gpu or settings.device.startswith(("cuda", "sharded")) else "cpu"
+        if settings.device == "mps":
+            self.place = "mps"
+        by_model = sorted(units, key=lambda unit: list(tokenizers).index(unit.model))
+        self.runs: list[UnitRun] = []
+        self.units = by_model
+        self.to_prepare: deque[UnitRun] = deque()
+        self.queue: deque[_Work] = deque()
+        self.in_work: dict[int, _InWork] = {}
+        self.start_deaths: dict[str, int] = {}
+        self.lost_models: dict[str, str] = {}
+        self.results: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+        self.done_before = 0
+        self.todo: dict[str, int] = {}
+        self.interrupts = Interrupts(lambda: (self.scratch / "stop").touch(), self._worker_pids)
+        self.pool: Pool | None = None
+        self.progress: Progress | None = None
+        self.log: Path | None = None
+
+    # -- the whole of it ---------------------------------------------------------------------------------------------
+
+    def go(self) -> BenchmarkOutcome:
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True)
+        self.log = self.base / ".logs" / f"phase2_{datetime.now():%Y%m%d_%H%M%S}.log"
+        self.log.parent.mkdir(exist_ok=True)
+        handler = add_log_file(self.log)
+        try:
+            with self.interrupts:
+                self._start()
+                workers = len(self.pool.slots) if self.pool is not None else 1
+                with Progress("Phase 2", workers) as self.progress:
+                    for note in self.notes:
+                        logger.info("%s", note)
+                    try:
+                        self._loop()
+                    finally:
+                        self._stop_workers()
+                    for run in self.runs:
+                        self._finish(run)
+                    self._show()
+            return self._outcome()
+        finally:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            if handler is not None:
+                logging.getLogger("benchmark").removeHandler(handler)
+                handler.close()
+
+    def _start(self) -> None:
+        """Make the pool: the runs depend on what kind of device it has."""
+        if self.settings.rescore:
+            pass
+        elif self.settings.ray_address:
+            ray_pool = RayPool(self.settings.ray_address, self.settings.device, self.settings.max_concurrent_benchmarks)
+            self.place = "cuda" if any(s.device.startswith(("cuda", "sharded")) for s in ray_pool.slots) else self.place
+            self.pool = ray_pool
+        elif self.in_process:
+            slot = self.slots[0] if self.slots else Slot("worker-0", self.settings.device, 1)
+            self.pool = InProcessPool(slot, self._watch)
+        else:
+            self.pool = ProcessPools(self.slots, self.log)
+        self.runs = [UnitRun(unit, self.settings, self.place) for unit in self.units]
+        self.to_prepare = deque(self.runs)
+
+    def _loop(self) -> None:
+        while True:
+            self._feed()
+            self._submit()
+            if not self.in_work and not self.queue and not self.to_prepare:
+                return
+            if self.interrupted and not self.in_work:
+                return
+            wait([entry.future for entry in self.in_work.values()], timeout=_TICK, return_when=FIRST_COMPLETED)
+            for slot, entry in list(self.in_work.items()):
+                if entry.future.done():
+                    del self.in_work[slot]
+                    self._settle(slot, entry)
+                elif entry.overdue is not None and time.monotonic() > entry.overdue:
+                    del self.in_work[slot]
+                    self._renew(slot)
+                    self._time_out(entry.work)
+            self._watch()
+            self._finish_done()
+
+    def _feed(self) -> None:
+        """Make samples of the next units while few blocks wait; only a few units' samples are in memory at a time."""
+        workers = len(self.pool.slots) if self.pool is not None else 1
+        while self.to_prepare and not self.interrupted and (self.pool is None or len(self.queue) < 2 * workers):
+            run = self.to_prepare.popleft()
+            try:
+                notes = run.prepare(self.tokenizers[run.unit.model])
+            except Exception as error:
+                run.error = failure(error)["error_message"]
+                logger.warning("%s cannot be run: %s", run.name, run.error)
+                self._say(f"{run.name} cannot be run: {run.error}")
+                continue
+            self._note(notes)
+            if self.settings.rescore:
+                continue
+            requests = run.missing()
+            self.todo[run.name] = len(requests)
+            self.done_before += len(run.samples) - len(requests)
+            logger.info("%s: %d samples, %d to answer", run.name, len(run.samples), len(requests))
+            self.queue.extend(_Work(run, block) for block in make_blocks(requests, workers))
+            self._finish_done()
+
+    def _submit(self) -> None:
+        if self.pool is None:
+            return
+        for slot in range(len(self.pool.slots)):
+            while slot not in self.in_work and self.queue and not self.interrupted:
+                work = self.queue.popleft()
+                run = work.run
+                if run.unit.model in self.lost_models:
+                    run.record_failure(work.requests, self.lost_models[run.unit.model], "failed")
+                    continue
+                if run.deadline is None:
+                    run.deadline = time.monotonic() + self.settings.benchmark_timeout
+                left = run.deadline - time.monotonic()
+                if left <= 0:
+                    self._time_out(work)
+                    continue
+                self._begin(slot, work, left)
+
+    def _begin(self, slot: int, work: _Work, left: float) -> None:
+        assert self.pool is not None
+        run, place = work.run, self.pool.slots[slot]
+        status = self.scratch / f"{place.name}.json"
+        status.unlink(missing_ok=True)
+        block = Block(
+            model=run.unit.model,
+            task=run.unit.task,
+            use_chat_template=run.task.use_chat_template,
+            configs=run.configs,
+            requests=work.requests,
+            options=self._options(place),
+            journal=run.folder / f"{place.name}.jsonl",
+            status=status,
+            stop=self.scratch / "stop",
+        )
+        self.in_work[slot] = _InWork(work, Future(), status, overdue=time.monotonic() + left + 15.0)
+        try:
+            future = self.pool.submit(slot, block, left)
+        except RuntimeError as error:  # the pool broke while idle
+            logger.warning("%s: %s", place.name, error)
+            self._renew(slot)
+            future = self.pool.submit(slot, block, left)
+        if slot in self.in_work:
+            self.in_work[slot].future = future
+
+    def _options(self, slot: Slot) -> Options:
+        settings = self.settings
+        return Options(
+            device=slot.device,
+            dtype=settings.dtype,
+            dense_backend=settings.dense_backend,
+            attention_backend=settings.attention_backend,
+            trust_remote_code=settings.trust_remote_code,
+            max_context_length=settings.max_context_length,
+            sparse_from=settings.sparse_from,
+            micro_metrics=settings.micro_metrics,
+            workers=len(self.pool.slots) if self.pool is not None else 1,
+        )
+
+    # -- what comes back ---------------------------------------------------------------------------------------------
+
+    def _settle(self, slot: int, entry: _InWork) -> None:
+        work, run = entry.work, entry.work.run
+        error = entry.future.exception()
+        run.store.poll()
+        left = run.remaining(work.requests)
+        if error is None:
+            self.start_deaths.pop(run.unit.model, None)
+            if left and not self.interrupted:
+                self._again(_Work(run, left, work.deaths))
+        elif isinstance(error, TimeoutError):
+            self._renew(slot)
+            self._time_out(_Work(run, left))
+        elif isinstance(error, WorkerDied):
+            self._renew(slot)
+            self._died(_Work(run, left, 0 if len(left) < len(work.requests) else work.deaths), error, entry)
+        else:
+            message = failure(error)["error_message"]
+            logger.error("%s: %s", run.name, message)
+            self._say(f"{run.name}: {message}")
+            if isinstance(error, UserError):  # the model cannot be loaded: no other block of it can be run either
+                self.lost_models[run.unit.model] = message
+            run.record_failure(left, message, "failed")
+
+    def _died(self, work: _Work, error: WorkerDied, entry: _InWork) -> None:
+        """Go on with a dead worker's block, unless it is the block that kills workers."""
+        run = work.run
+        state = _read_status(entry.status)
+        logger.warning("%s: its worker ended %s while %s", run.name, error, state.get("state", "starting"))
+        if self.interrupted or not work.requests:
+            return
+        if state.get("state") != "answering":
+            # The block had not begun: its samples are not to blame.
+            deaths = self.start_deaths[run.unit.model] = self.start_deaths.get(run.unit.model, 0) + 1
+            if deaths >= MAX_START_DEATHS:
+                message = f"the worker ended {deaths} times in a row while loading the model, at last {error}"
+                self.lost_models[run.unit.model] = message
+                run.record_failure(work.requests, message, "failed")
+                return
+            self._again(work)
+            return
+        self.start_deaths.pop(run.unit.model, None)
+        if state.get("sample") != work.requests[0].sample.sample_id:
+            self._again(_Work(run, work.requests))  # it had got on: nothing is held against the sample now in work
+            return
+        deaths = work.deaths + 1
+        first, rest = work.requests[:1], work.requests[1:]
+        if deaths >= MAX_DEATHS:
+            message = f"the worker ended {deaths} times on this sample, at last {error}"
+            self._say(f"{run.name}: {first[0].sample.sample_id}: {message}")
+            run.record_failure(first, message, "failed")
+        else:
+            self._again(_Work(run, first, deaths))
+        if rest:  # its neighbours go on without it
+            self.queue.append(_Work(run, rest))
+
+    def _again(self, work: _Work) -> None:
+        self.queue.appendleft(work)
+
+    def _time_out(self, work: _Work) -> None:
+        """Record what a unit did not get done in its time, with everything of it that still waits."""
+        run = work.run
+        waiting = [other for other in self.queue if other.run is run]
+        self.queue = deque(other for other in self.queue if other.run is not run)
+        run.store.poll()
+        requests = run.remaining(itertools.chain(work.requests, *(other.requests for other in waiting)))
+        if requests:
+            message = f"timed out: --benchmark-timeout {self.settings.benchmark_timeout:g} s passed for {run.unit.task}"
+            run.record_failure(requests, message, "timeout")
+            self._say(f"{run.name}: {message}, {len(requests)} samples are not answered")
+            logger.warning("%s: %s", run.name, message)
+
+    def _renew(self, slot: int) -> None:
+        renew = getattr(self.pool, "renew", None)
+        if renew is not None:
+            renew(slot)
+
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Read what the workers journalled since the last look, and show it."""
+        for run in {id(entry.work.run): entry.work.run for entry in self.in_work.values()}.values():
+            run.store.poll()
+        self._show()
+
+    def _show(self) -> None:
+        if self.progress is None:
+            return
+        total = sum(self.todo.get(run.name, 0 if run.error or self.settings.rescore else run.expected()) for run in self.runs)
+        left = sum(len(run.remaining(work.requests)) for run, work in self._open_work())
+        open_todo = total - left - sum(run.expected() for run in self.to_prepare if not self.settings.rescore)
+        lines = [self._worker_line(slot) for slot in range(len(self.pool.slots))] if self.pool is not None else []
+        self.progress.update(max(0, open_todo), total, lines)
+
+    def _open_work(self) -> Iterator[tuple[UnitRun, _Work]]:
+        for work in self.queue:
+            yield work.run, work
+        for entry in self.in_work.values():
+            yield entry.work.run, entry.work
+
+    def _worker_line(self, slot: int) -> str:
+        assert self.pool is not None
+        entry = self.in_work.get(slot)
+        if entry is None:
+            return ""
+        state = _read_status(entry.status)
+        name = self.pool.slots[slot].name
+        what = state.get("sample") or f"{entry.work.run.unit.task} ({state.get('state', 'starting')})"
+        return f"{name}: {what}"
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.say(text)
+
+    def _note(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self.notes.append(note)
+            self._say(note)
+            logger.info("%s", note)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def _finish_done(self) -> None:
+        busy = {id(run) for run, _ in self._open_work()}
+        for run in self.runs:
+            if run.prepared and not run.finished and id(run) not in busy:
+                self._finish(run)
+
+    def _finish(self, run: UnitRun) -> None:
+        """Score a unit, write its files, and let its samples go."""
+        if run.finished or not run.prepared:
+            return
+        run.store.poll()
+        results, failures, notes = write_unit(run, self.config_run)
+        for result in results:
+            found = run.unit.provenance.get(result["configuration"], {})
+            result["meets_budget"] = found.get("meets_budget")
+            result["provenance"] = found
+            result.pop("failures")
+        self.results[run.name] = (results, failures)
+        self._note(notes)
+        run.finished = True
+        run.release()
+        write_json(self.base / "benchmark_summary.json", self._summary())
+
+    def _summary(self) -> dict[str, Any]:
+        return make_summary(self.runs, self.results, self.settings, self.config_run, self.notes, self.interrupted)
+
+    def _outcome(self) -> BenchmarkOutcome:
+        summary = self._summary()
+        write_json(self.base / "benchmark_summary.json", summary)
+        if self.interrupted:
+            print(
+                f"\nStopped. What is answered is kept in {self.base}; the same command goes on from there.",
+                file=sys.stderr,
+            )
+        return BenchmarkOutcome(summary, summary["failures"], self.interrupted)
+
+    @property
+    def interrupted(self) -> bool:
+        return self.interrupts.seen
+
+    def _worker_pids(self) -> list[int]:
+        return self.pool.pids() if isinstance(self.pool, ProcessPools) else []
+
+    def _stop_workers(self) -> None:
+        if self.pool is not None:
+            self.pool.kill()
+
+
+def _read_status(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,308 @@
+"""What Phase 2 has to do: the samples of a (model, task), what of them is journalled already, and blocks of the rest.
+
+A journal folder belongs to one (model, task) and one set of everything that determines an answer apart from the
+sample and the configuration; its records name both by their hashes. So a sample is answered again only if its text,
+its configuration or a setting changed, a configuration added later runs alone, and the same settings under another
+name are not run twice. A record holds all answers of one lockstep batch, so that a restart never splits a batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmark.blocks import Request, failure, sample_seed
+from benchmark.results import Journal, fingerprint, safe_name, write_json
+from benchmark.settings import Settings, SparseConfig
+from benchmark.tasks import get_task
+from benchmark.tasks.base import Sample, SampleRequest, Task, UserError
+
+if TYPE_CHECKING:
+    from sparse_attention_hub import ResearchAttentionConfig
+
+#: Raised when the meaning of a journalled answer changes, so that older ones are not reused.
+RECORD_VERSION = 1
+#: Samples a block: small enough that all workers finish together.
+MAX_BLOCK = 4
+
+
+@dataclass(frozen=True)
+class BenchmarkUnit:
+    """One (model, leaf task) and what is run on it.
+
+    configs: dense first, then the configurations tuned for this (model, task). provenance: configuration name -> where
+    Phase 1 found it ({"config_run", "error", "density", "meets_budget", ...}).
+    """
+
+    model: str
+    task: str
+    configs: tuple[SparseConfig, ...]
+    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def config_key(config: ResearchAttentionConfig | None) -> str:
+    """What tells one configuration's answers from another's: its maskers with all their parameters."""
+    return "dense" if config is None else fingerprint(config.to_dict())
+
+
+def sample_hash(sample: Sample, limit: int) -> str:
+    """Everything of a sample that determines an answer and its reference_nll."""
+    parts = [sample.context, sample.question, sample.answer_prefix, sample.references[:1], limit]
+    return fingerprint([sample.sample_id, *parts])
+
+
+class AnswerStore:
+    """The journalled answers of a unit: records of every worker that ever wrote into the folder.
+
+    `poll` reads what was appended since the last call. Micro metrics stay on disk until they are asked for.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.details: dict[tuple[str, str], dict[str, Any]] = {}  # (sample id, sample hash) -> the record without answers
+        self._answers: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        self._offsets: dict[Path, int] = {}
+
+    def poll(self) -> None:
+        """Read all whole records that are new."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            start = self._offsets.get(path, 0)
+            if path.stat().st_size <= start:
+                continue
+            with path.open("rb") as stream:
+                stream.seek(start)
+                content = stream.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            for line in whole.splitlines(keepends=True):
+                self._take(line, path, start)
+                start += len(line)
+            self._offsets[path] = start
+
+    def answer(self, sample_id: str, digest: str, key: str) -> dict[str, Any] | None:
+        return self._answers.get((sample_id, digest), {}).get(key)
+
+    def micro(self, sample_id: str, digest: str, key: str) -> list[list[Any]]:
+        """The micro metrics of an answer, read from its journal."""
+        answer = self.answer(sample_id, digest, key)
+        if answer is None or not answer.get("has_micro"):
+            return []
+        path, start = answer["at"]
+        with open(path, "rb") as stream:
+            stream.seek(start)
+            record = json.loads(stream.readline())
+        return list(record["answers"][key].get("micro", []))
+
+    def failures(self) -> set[tuple[str, int]]:
+        """Where the records of all failures that nothing replaced stand."""
+        return {answer["at"] for known in self._answers.values() for answer in known.values() if answer["status"] != "ok"}
+
+    def _take(self, line: bytes, path: Path, start: int) -> None:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return  # torn by a kill, written past later
+        if not isinstance(record, dict) or record.get("kind") != "sample" or not isinstance(record.get("answers"), dict):
+            return
+        place = (record["sample_id"], record["sample_hash"])
+        known = self._answers.setdefault(place, {})
+        for key, answer in record.pop("answers").items():
+            answer["has_micro"] = bool(answer.pop("micro", None))
+            answer["at"] = (str(path), start)
+            old = known.get(key)
+            # An answer is kept; a failure is replaced by whatever a later try gave.
+            if old is None or old["status"] != "ok":
+                known[key] = answer
+        if "prefill_seconds" in record or place not in self.details:
+            self.details[place] = record
+
+
+@dataclass
+class UnitRun:
+    """A unit in work. `prepare` makes its samples; until then only their number is guessed."""
+
+    unit: BenchmarkUnit
+    settings: Settings
+    place: str  # "cuda" or "cpu": what kind of device answers
+    task: Task = field(init=False)
+    keys: dict[str, str] = field(init=False)  # configuration name -> key
+    shared: dict[str, Any] = field(init=False)
+    samples: list[Sample] = field(default_factory=list)
+    limits: list[int] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+    error: str | None = None  # why it could not run at all
+    deadline: float | None = None
+    prepared: bool = False
+    finished: bool = False
+    old_failures: set[tuple[str, int]] = field(default_factory=set)  # where failures of earlier runs stand: to be tried again
+
+    def __post_init__(self) -> None:
+        self.task = get_task(self.unit.task)
+        self.keys = {config.name: config_key(config.config) for config in self.unit.configs}
+        self.shared = shared_settings(self.unit, self.settings, self.place)
+        folder = self.settings.benchmark_results_dir / safe_name(self.unit.model) / ".journals"
+        self.folder = folder / f"{safe_name(self.unit.task)}-{fingerprint(self.shared)}"
+        self.store = AnswerStore(self.folder)
+
+    @property
+    def name(self) -> str:
+        return f"{self.unit.model} {self.unit.task}"
+
+    @property
+    def configs(self) -> dict[str, ResearchAttentionConfig | None]:
+        """Key -> configuration, each once, dense first."""
+        return {self.keys[config.name]: config.config for config in self.unit.configs}
+
+    def expected(self) -> int:
+        """How many samples there are, or how many there may be before they are made."""
+        if self.prepared:
+            return len(self.samples)
+        counts = [n for n in (self.settings.max_requests, self.task.description.num_samples) if n is not None]
+        return min(counts) if counts else 1
+
+    def prepare(self, tokenizer: Any) -> list[str]:
+        """Make the samples and read the journals. Returns what is worth telling. Raises UserError if data are
+        missing."""
+        request = SampleRequest(
+            tokenizer=tokenizer,
+            split="test",
+            seed=self.settings.seed,
+            max_samples=self.settings.max_requests,
+            max_context_length=self.settings.max_context_length,
+            data_dir=self.settings.data_dir,
+            trust_remote_code=self.settings.trust_remote_code,
+        )
+        samples = self.task.samples(request)
+        if not samples:
+            raise UserError(f"{self.unit.task}: there are no samples to benchmark")
+        ids = [sample.sample_id for sample in samples]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"{self.unit.task}: sample ids are not unique")
+        self.samples = samples
+        self.limits = [max(1, min(sample.max_new_tokens, self.settings.max_new_tokens)) for sample in samples]
+        self.hashes = [sample_hash(sample, limit) for sample, limit in zip(samples, self.limits, strict=True)]
+        notes = self._open_journal()
+        self.store.poll()
+        self.old_failures = self.store.failures()
+        self.prepared = True
+        return notes
+
+    def _open_journal(self) -> list[str]:
+        notes = []
+        if self.settings.force_benchmark and not self.settings.rescore and self.folder.exists():
+            aside = self.folder.with_name(f"{self.folder.name}.replaced-{datetime.now():%Y%m%d_%H%M%S_%f}")
+            self.folder.rename(aside)
+        told = self.folder / "settings.json"
+        if not told.exists() and not self.settings.rescore:
+            for other in sorted(self.folder.parent.glob(f"{self.folder.name.rpartition('-')[0]}-*/settings.json")):
+                if ".replaced-" not in other.parent.name:
+                    changed = ", ".join(_changes(other, self.shared))
+                    notes.append(
+                        f"{self.name}: settings changed ({changed}), so it starts anew; earlier answers stay in {other.parent}"
+                    )
+            write_json(told, self.shared)
+        return notes
+
+    def missing(self) -> list[Request]:
+        """What is still to be answered, in the samples' order; a failure of an earlier run is tried again."""
+        todo = []
+        for sample, limit, digest in zip(self.samples, self.limits, self.hashes, strict=True):
+            keys = tuple(key for key in self.configs if not self._answered(sample, digest, key))
+            if keys:
+                bare = replace(sample, columns={}, label=None, all_classes=None)  # what a worker does not need
+                todo.append(Request(bare, digest, sample_seed(self.settings.seed, sample.sample_id), limit, keys))
+        return todo
+
+    def remaining(self, requests: Iterable[Request]) -> tuple[Request, ...]:
+        """Those of `requests` that this run has neither an answer nor a failure of, under some configuration."""
+        return tuple(request for request in requests if not all(self._is_settled(request, key) for key in request.configs))
+
+    def _is_settled(self, request: Request, key: str) -> bool:
+        answer = self.store.answer(request.sample.sample_id, request.sample_hash, key)
+        return answer is not None and (answer["status"] == "ok" or answer["at"] not in self.old_failures)
+
+    def record_failure(self, requests: Iterable[Request], message: str, status: str) -> None:
+        """Journal that these samples were not answered, and why."""
+        journal = Journal(self.folder / "parent.jsonl")
+        for request in requests:
+            known = {key: self.store.answer(request.sample.sample_id, request.sample_hash, key) for key in request.configs}
+            open_keys = [key for key, answer in known.items() if answer is None or answer["status"] != "ok"]
+            journal.append(
+                {
+                    "kind": "sample",
+                    "sample_id": request.sample.sample_id,
+                    "sample_hash": request.sample_hash,
+                    "limit": request.limit,
+                    "answers": {key: failure(message, status) for key in open_keys},
+                }
+            )
+        self.store.poll()
+
+    def release(self) -> None:
+        """Let samples and answers go: all is written."""
+        self.samples = [replace(sample, context="", columns={}) for sample in self.samples]
+        self.store = AnswerStore(self.folder)
+
+    def _answered(self, sample: Sample, digest: str, key: str) -> bool:
+        answer = self.store.answer(sample.sample_id, digest, key)
+        return answer is not None and answer["status"] == "ok"
+
+
+def shared_settings(unit: BenchmarkUnit, settings: Settings, place: str) -> dict[str, Any]:
+    """Everything but sample and configuration that determines an answer and what is measured beside it."""
+    dtype = "float32" if settings.dtype == "auto" and place == "cpu" else settings.dtype
+    return {
+        "record_version": RECORD_VERSION,
+        "model": unit.model,
+        "weights": _weights_stamp(unit.model),
+        "task": unit.task,
+        "seed": settings.seed,
+        "sparse_from": settings.sparse_from,
+        "device": place,
+        "dtype": dtype,
+        "dense_backend": settings.dense_backend,
+        "attention_backend": settings.attention_backend,
+        "max_context_length": settings.max_context_length,
+        "micro_metrics": settings.micro_metrics,
+    }
+
+
+def _weights_stamp(model: str) -> list[list[Any]] | None:
+    """Names, sizes and times of a local model's files, so that new weights in the old folder are noticed."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return None
+    files = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in (".safetensors", ".bin", ".json", ".gguf")
+    ]
+    return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files]
+
+
+def _changes(other: Path, shared: dict[str, Any]) -> Iterator[str]:
+    try:
+        before = json.loads(other.read_text())
+    except (OSError, ValueError):
+        yield "the earlier ones cannot be read"
+        return
+    for name, value in shared.items():
+        if before.get(name) != value:
+            yield name if name == "weights" else f"{name}: {before.get(name)} -> {value}"
+
+
+def make_blocks(requests: list[Request], workers: int) -> list[tuple[Request, ...]]:
+    """Blocks of consecutive samples; samples on one context stay together where that leaves every worker busy."""
+    size = max(1, min(MAX_BLOCK, -(-len(requests) // (3 * workers))))
+    together = max(size, -(-len(requests) // (2 * workers)))  # the most that may follow from a shared context
+    blocks: list[list[Request]] = []
+    for request in requests:
+        last = blocks[-1] if blocks else None
+        if last is not None and len(last) < (together if last[-1].sample.context == request.sample.context else size):
+            last.append(request)
+        else:
+            blocks.append([request])
+    return [tuple(block) for block in blocks]

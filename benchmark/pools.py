@@ -1,0 +1,377 @@
+"""Where blocks run: in this process, in one spawned process a device, or in the actors of a Ray cluster.
+
+A pool has numbered slots, one worker each; a slot takes one block at a time. A worker that dies raises WorkerDied
+from its future, one that outlives its time raises TimeoutError and is killed; the next block of the slot finds a
+fresh worker. pebble and ray are imported by the pool that needs them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmark.blocks import Block
+from benchmark.lockstep import BrokenDeviceError
+from benchmark.results import Journal
+from benchmark.tasks.base import UserError
+from benchmark.worker import answer_block, forget_model, run_block
+
+logger = logging.getLogger("benchmark.phase2")
+
+#: Exit code of a worker whose device is beyond use: a fresh process takes over.
+BROKEN_DEVICE = 70
+
+
+class WorkerDied(Exception):
+    """The worker's process ended in the middle of a block."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One worker's share of the machine. device goes to load_model; env is set before torch is imported."""
+
+    name: str
+    device: str
+    threads: int
+    env: dict[str, str] = field(default_factory=dict)
+
+
+class Pool(Protocol):
+    slots: list[Slot]
+
+    def submit(self, slot: int, block: Block, timeout: float | None) -> Future[int]: ...
+
+    def kill(self) -> None:
+        """Stop every worker now and leave no process behind."""
+
+
+# -- which devices there are -----------------------------------------------------------------------------------------
+
+
+def plan_slots(device: str, limit: int | None) -> list[Slot]:
+    """One slot a GPU; on CPU one for every two cores, or `limit` if given. `limit` bounds them in any case.
+
+    device: "auto", "cpu", "cuda" (all GPUs), "cuda:N", "mps", or "sharded": one worker over all GPUs, for a model
+    that does not fit one. No CUDA context is made in this process.
+    """
+    cores = usable_cores()
+    gpus = visible_gpus() if device == "auto" or device.startswith(("cuda", "sharded")) else []
+    if device == "sharded" or device.startswith("cuda:"):
+        return [Slot("worker-0", device, cores)]
+    if gpus:
+        chosen = gpus[:limit]
+        threads = max(1, cores // len(chosen))
+        return [Slot(f"worker-{i}", "cuda", threads, {"CUDA_VISIBLE_DEVICES": gpu}) for i, gpu in enumerate(chosen)]
+    if device in ("auto", "cpu"):
+        count = limit if limit is not None else max(1, cores // 2)
+        return [Slot(f"worker-{i}", device, max(1, cores // count)) for i in range(count)]
+    return [Slot("worker-0", device, cores)]
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to for one worker each."""
+    import torch
+
+    count = torch.cuda.device_count()
+    listed = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    return listed[:count] if listed else [str(i) for i in range(count)]
+
+
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def has_pebble() -> bool:
+    return importlib.util.find_spec("pebble") is not None
+
+
+# -- in this process -------------------------------------------------------------------------------------------------
+
+
+class InProcessPool:
+    """One worker: this process. A time limit is looked at between samples; nothing can be killed."""
+
+    def __init__(self, slot: Slot, on_record: Callable[[], None]) -> None:
+        self.slots = [slot]
+        self._on_record = on_record
+
+    def submit(self, slot: int, block: Block, timeout: float | None) -> Future[int]:
+        from dataclasses import replace
+
+        future: Future[int] = Future()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            done = run_block(replace(block, deadline=deadline), self._on_record)
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            late = deadline is not None and time.monotonic() > deadline and done < len(block.requests)
+            future.set_exception(TimeoutError()) if late else future.set_result(done)
+        return future
+
+    def kill(self) -> None:
+        forget_model()
+
+
+# -- one spawned process a device ------------------------------------------------------------------------------------
+
+
+def start_worker(slot: Slot, parent: int, log: Path | None) -> None:
+    """The first thing a worker process does, before torch is imported."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    os.environ.update(slot.env)
+    wanted = slot.threads
+    with contextlib.suppress(KeyError, ValueError):
+        wanted = max(1, min(wanted, int(os.environ["OMP_NUM_THREADS"])))
+    os.environ["OMP_NUM_THREADS"] = str(wanted)
+    # Threads that wait do not spin: on a machine shared with others, spinning costs a worker ten times its work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    die_with_parent(parent)
+    add_log_file(log)
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process as soon as its parent has, however that ended."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    if os.getppid() != parent:
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def add_log_file(log: Path | None) -> logging.Handler | None:
+    if log is None:
+        return None
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    logging.getLogger("benchmark").addHandler(handler)
+    logging.getLogger("benchmark").setLevel(logging.INFO)
+    logging.getLogger("benchmark").propagate = False
+    return handler
+
+
+def work(block: Block, threads: int) -> int:
+    """A block in a worker process."""
+    import torch
+
+    torch.set_num_threads(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))
+    try:
+        return run_block(block)
+    except BrokenDeviceError as error:
+        logger.error("%s; this worker ends and a fresh one goes on", error)
+        os._exit(BROKEN_DEVICE)
+
+
+class ProcessPools:
+    """One single-worker pebble pool a slot, so that a death or a time limit touches nobody else."""
+
+    def __init__(self, slots: list[Slot], log: Path | None) -> None:
+        self.slots = slots
+        self._log = log
+        self._pools: dict[int, Any] = {}
+
+    def submit(self, slot: int, block: Block, timeout: float | None) -> Future[int]:
+        from pebble import ProcessExpired, ProcessPool
+
+        if slot not in self._pools:
+            context = multiprocessing.get_context("spawn")
+            initargs = (self.slots[slot], os.getpid(), self._log)
+            self._pools[slot] = ProcessPool(max_workers=1, initializer=start_worker, initargs=initargs, context=context)
+        outer: Future[int] = Future()
+        inner = self._pools[slot].schedule(work, args=(block, self.slots[slot].threads), timeout=timeout)
+
+        def settle(done: Any) -> None:
+            try:
+                outer.set_result(done.result())
+            except (TimeoutError, UserError) as error:
+                outer.set_exception(error)
+            except ProcessExpired as error:
+                outer.set_exception(WorkerDied(_how(error.exitcode)))
+            except (CancelledError, Exception) as error:
+                # A pool that broke lost its process too; whatever the block itself raised comes with its own type.
+                broken = type(error).__name__ in ("BrokenProcessPool", "CancelledError")
+                outer.set_exception(WorkerDied("while starting") if broken else error)
+
+        inner.add_done_callback(settle)
+        return outer
+
+    def renew(self, slot: int) -> None:
+        """Drop a slot's pool with whatever is left of its process; the next block gets a new one."""
+        pool = self._pools.pop(slot, None)
+        if pool is not None:
+            pool.stop()
+            pool.join()
+
+    def kill(self) -> None:
+        for slot in list(self._pools):
+            self._pools[slot].stop()
+        for slot in list(self._pools):
+            self.renew(slot)
+
+    def pids(self) -> list[int]:
+        """Process ids of the live workers."""
+        return [pid for pool in self._pools.values() for pid in list(pool._pool_manager.worker_manager.workers)]
+
+
+def _how(code: int | None) -> str:
+    if code == BROKEN_DEVICE:
+        return "with a fault of its device"
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"by signal {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    return f"with exit code {code}"
+
+
+# -- a Ray cluster ---------------------------------------------------------------------------------------------------
+
+
+class RayActor:
+    """A worker on a Ray cluster: yields its records, which the parent journals."""
+
+    def __init__(self, threads: int) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import torch
+
+        torch.set_num_threads(threads)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def answer(self, block: Block) -> Any:
+        yield from answer_block(block)
+
+
+class RayPool:
+    """One actor a GPU of the cluster, or for every two of its CPUs; `limit` bounds them.
+
+    address: as for ray.init; "local" starts a cluster on this machine. Journals are written here, so no file system
+    needs to be shared.
+    """
+
+    def __init__(self, address: str, device: str, limit: int | None) -> None:
+        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # else workers start through uv in an uploaded copy
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        self._ray = ray
+        self._owns = not ray.is_initialized()
+        if self._owns:
+            options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+            if address == "local":
+                options["include_dashboard"] = False
+                options["num_cpus"] = max(usable_cores(), limit or 1)
+            try:
+                ray.init(address=address, **options)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise UserError(
+                    f"--ray-address {address}: no Ray cluster answers there ({error}); start one or leave it out"
+                ) from None
+        have = ray.cluster_resources()
+        gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
+        on_gpu = gpus > 0 and device not in ("cpu", "mps")
+        if device == "sharded":
+            self._share, count, cores = {"num_gpus": gpus}, 1, 1
+        elif on_gpu:
+            self._share, count, cores = {"num_gpus": 1}, gpus, max(1, cpus // gpus)
+        else:
+            count = min(cpus, limit) if limit is not None else max(1, cpus // 2)
+            self._share, cores = {"num_cpus": max(1, cpus // count)}, max(1, cpus // count)
+        count = min(count, limit) if limit is not None else count
+        place = device if device == "sharded" else ("cuda" if on_gpu else device)
+        self.slots = [Slot(f"actor-{i}", place, cores) for i in range(count)]
+        self._actors: dict[int, Any] = {}
+        self._stopping = threading.Event()
+
+    def submit(self, slot: int, block: Block, timeout: float | None) -> Future[int]:
+        future: Future[int] = Future()
+        threading.Thread(target=self._drive, args=(slot, block, timeout, future), daemon=True).start()
+        return future
+
+    def _drive(self, slot: int, block: Block, timeout: float | None, future: Future[int]) -> None:
+        from dataclasses import replace
+
+        ray = self._ray
+        assert block.journal is not None
+        journal, deadline, done = Journal(block.journal), None, 0
+        try:
+            actor = self._actors.get(slot)
+            if actor is None:
+                actor = ray.remote(RayActor).options(max_restarts=0, **self._share).remote(self.slots[slot].threads)
+                self._actors[slot] = actor
+                ray.get(actor.pid.remote())
+            deadline = None if timeout is None else time.monotonic() + timeout
+            remote = replace(block, journal=None, status=None, stop=None)
+            stream = actor.answer.options(num_returns="streaming").remote(remote)
+            while True:
+                ready = self._next(stream, deadline, block)
+                if ready is None:
+                    break
+                journal.append(ray.get(ready))
+                done += 1
+        except TimeoutError as error:
+            self._drop(slot)
+            future.set_exception(error)
+        except ray.exceptions.RayTaskError as error:
+            future.set_exception(error.cause if isinstance(error.cause, Exception) else error)
+        except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as error:
+            self._drop(slot)
+            future.set_exception(WorkerDied(" ".join(str(error).split())[:160]))
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(done)
+
+    def _next(self, stream: Any, deadline: float | None, block: Block) -> Any:
+        """The next record's reference; None at the end or when told to stop."""
+        while True:
+            if self._stopping.is_set() or (block.stop is not None and block.stop.exists()):
+                return None
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError
+            ready, _ = self._ray.wait([stream], timeout=0.5)
+            if ready:
+                try:
+                    return next(stream)
+                except StopIteration:
+                    return None
+
+    def _drop(self, slot: int) -> None:
+        actor = self._actors.pop(slot, None)
+        if actor is not None:
+            with contextlib.suppress(Exception):
+                self._ray.kill(actor)
+
+    def pids(self) -> list[int]:
+        return [self._ray.get(actor.pid.remote()) for actor in self._actors.values()]
+
+    def kill(self) -> None:
+        self._stopping.set()
+        for slot in list(self._actors):
+            self._drop(slot)
+        if self._owns:
+            self._ray.shutdown()

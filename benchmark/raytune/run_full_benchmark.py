@@ -1,0 +1,217 @@
+#!/usr/bin/env python3
+"""Which sparse attention keeps your model's answers, at which budget? Search settings (Phase 1), then benchmark (Phase 2).
+
+    python benchmark/raytune/run_full_benchmark.py --debug                          # a real small run: no GPU, no network
+    python benchmark/raytune/run_full_benchmark.py                                  # what get_run_configuration() says
+    python benchmark/raytune/run_full_benchmark.py --phase 1 --tasks ruler/4096     # search only
+    python benchmark/raytune/run_full_benchmark.py --phase 2 --config-run run_20240315_143022
+    python benchmark/raytune/run_full_benchmark.py --dry-run                        # the plan, without running it
+
+What to run is edited in get_run_configuration() and get_all_sparse_configs() below, or chosen with --models, --tasks and
+--configs. Exit code: 0 all done; 1 something failed (the summary says what); 2 bad input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script, from any folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+DEBUG_MODEL = "embedded/SmolLM2-135M-Instruct"
+LEVELS = (5, 10, 25, 50)
+DEBUG_CONFIGS = [
+    "dense",
+    "sink_local_10pct",
+    "sink_local_random_sampling_25pct",
+    "sink_local_oracle_top_k_10pct",
+    "sink_local_oracle_top_k_adaptive_sampling_10pct",
+]
+
+
+def get_run_configuration(debug: bool) -> dict[str, Any]:
+    """What runs when the command line does not say otherwise. Edit here."""
+    if debug:
+        return {
+            "models": [DEBUG_MODEL],
+            "tasks": ["infinite_bench/passkey", "ruler/1024/niah_single_1", "ruler/1024/fwe"],
+            "configs": DEBUG_CONFIGS,
+            "num_samples": 12,
+            "search_max_requests": 3,
+            "search_max_context_length": 1024,
+            "search_max_new_tokens": 16,
+            "max_requests": 4,
+            "max_context_length": 1024,
+            "max_new_tokens": 32,
+        }
+    return {
+        "models": ["meta-llama/Llama-3.1-8B-Instruct"],
+        "tasks": [
+            "infinite_bench/passkey",
+            "ruler/4096",
+            "loogle/longdep_qa",
+            "loogle/shortdep_qa",
+            "loogle/shortdep_cloze",
+            "loogle/longdep_summarization",
+            "zero_scrolls/default",
+        ],
+    }
+
+
+def get_all_sparse_configs() -> list[tuple[str, Any, Any]]:
+    """(name, template, masker classes) of every configuration. A `_Npct` in the name is its density budget.
+
+    Templates are what a search tries first; what a masker's search space does not vary stays as the template has it.
+    """
+    from sparse_attention_hub import (
+        AdaptiveSamplingMaskerConfig,
+        DoubleSparsityTopKMaskerConfig,
+        HashAttentionTopKMaskerConfig,
+        LocalMaskerConfig,
+        MagicPigConfig,
+        OracleTopKConfig,
+        OracleTopPMaskerConfig,
+        PQCacheConfig,
+        QuestTopKMaskerConfig,
+        RandomSamplingMaskerConfig,
+        ResearchAttentionConfig,
+        SinkMaskerConfig,
+    )
+
+    def hash_attention(heavy: float) -> HashAttentionTopKMaskerConfig:
+        # Without a hat_weight_file the model's own weights are used, and these sizes become theirs.
+        return HashAttentionTopKMaskerConfig(heavy, 32, 3, 128, "silu")
+
+    def pq_cache(heavy: float) -> PQCacheConfig:
+        return PQCacheConfig(heavy, pq_group_factor=4, pq_bits=6, kmeans_iter=10, init_offset=4, metric="euclidean")
+
+    configs: list[tuple[str, Any, Any]] = [("dense", None, None)]
+    for level in LEVELS:
+        budget = level / 100
+        rest = budget - 0.02  # what sink and local leave of the budget
+        third = rest / 3
+        sink, local = SinkMaskerConfig(sink_size=0.01), LocalMaskerConfig(window_size=0.01)
+        adaptive = AdaptiveSamplingMaskerConfig(base_rate_sampling=third, epsilon=0.2, delta=0.2, init_offset=0, local_offset=0)
+        top_p = OracleTopPMaskerConfig(top_p={5: 0.4, 10: 0.55, 25: 0.75, 50: 0.9}[level])
+        magic_pig = MagicPigConfig(lsh_l={5: 16, 10: 32, 25: 32, 50: 64}[level], lsh_k={5: 8, 10: 8, 25: 6, 50: 6}[level])
+        combinations: dict[str, list[Any]] = {
+            "sink_local": [sink, LocalMaskerConfig(window_size=budget - 0.01)],
+            "sink_local_random_sampling": [sink, local, RandomSamplingMaskerConfig(sampling_rate=rest)],
+            "sink_local_oracle_top_k": [sink, local, OracleTopKConfig(heavy_size=rest)],
+            "sink_local_oracle_top_p": [sink, local, top_p],
+            "sink_local_quest_top_k": [sink, local, QuestTopKMaskerConfig(heavy_size=rest, page_size=16)],
+            "sink_local_double_sparsity_top_k": [sink, local, DoubleSparsityTopKMaskerConfig(rest, sorted_channel_file=None)],
+            "sink_local_hash_attention_top_k": [sink, local, hash_attention(rest)],
+            "sink_local_pq_cache": [sink, local, pq_cache(rest)],
+            "sink_local_magic_pig": [sink, local, magic_pig],
+            "sink_local_oracle_top_k_adaptive_sampling": [sink, local, OracleTopKConfig(heavy_size=third), adaptive],
+            "sink_local_hash_attention_top_k_adaptive_sampling": [sink, local, hash_attention(third), adaptive],
+            "sink_local_pq_cache_adaptive_sampling": [sink, local, pq_cache(third), adaptive],
+        }
+        for name, maskers in combinations.items():
+            config = ResearchAttentionConfig(masker_configs=maskers)
+            configs.append((f"{name}_{level}pct", config, [type(masker) for masker in maskers]))
+    return configs
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Plan, Phase 1, Phase 2; the exit code."""
+    options = parse_arguments(argv)
+    from sparse_attention_hub.errors import UserError
+
+    try:
+        return run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """The whole story: settings, the plan, the search, the benchmark."""
+    from benchmark.raytune import plan, story
+
+    settings = plan.make_settings(options, get_run_configuration(options.debug))
+    configs = plan.choose_configs(
+        get_all_sparse_configs(), options.configs or get_run_configuration(options.debug).get("configs")
+    )
+    tasks, notes = plan.expand_tasks(settings)
+    if options.dry_run:
+        print(plan.describe(settings, configs, tasks, notes))
+        return 0
+    plan.check_models(settings)
+    if settings.phases == (2,):
+        story.check_found(settings, configs, tasks)
+    tasks, missing = plan.check_samples(settings, tasks)
+    for name, why in missing.items():
+        print(f"left out {name}: {why}", file=sys.stderr)
+        notes.append(f"FAILED {name}: {why}")
+    config_run: str | None = None
+    failed = bool(missing)
+    if 1 in settings.phases:
+        search = story.search(settings, configs, tasks, notes)
+        if search.interrupted:
+            return 130
+        config_run, failed = search.run_dir.name, failed or bool(search.failures)
+    if 2 in settings.phases:
+        outcome = story.benchmark(settings, configs, tasks, notes, config_run)
+        if outcome.interrupted:
+            return 130
+        failed = failed or bool(outcome.failures)
+    return 1 if failed else 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line. None = not given: the run configuration, then the default in the help, decides."""
+    parser = argparse.ArgumentParser(
+        prog="run_full_benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_argument_group("what to run")
+    what.add_argument("--phase", type=int, choices=(1, 2), help="1 = search, 2 = benchmark (both)")
+    what.add_argument("--debug", action="store_true", help="a small real run: embedded model, no GPU, no network")
+    what.add_argument("--models", nargs="+", metavar="ID", help="hub ids, local folders or embedded/...")
+    what.add_argument("--tasks", nargs="+", metavar="TASK", help="see `python -m benchmark.tasks list`; ruler/4096 is a group")
+    what.add_argument("--configs", nargs="+", metavar="NAME", help="names or patterns (sink_local_*_10pct) of configurations")
+    what.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    what.add_argument("--seed", type=int, help="of samples, searches and sampling maskers (0)")
+    what.add_argument("--sparse-from", choices=("question", "decode"), help="from where attention is sparse (question)")
+
+    search = parser.add_argument_group("Phase 1, search")
+    search.add_argument("--force-search", action="store_true", help="search again what an earlier run found")
+    search.add_argument("--num-samples", type=int, help="trials a budget level (50)")
+    search.add_argument("--search-timeout", type=float, help="seconds a trial may take (900)")
+    search.add_argument("--search-max-new-tokens", type=int, help="answer tokens of a tuning sample (20)")
+    search.add_argument("--search-max-context-length", type=int, help="context tokens of a tuning sample (8192)")
+    search.add_argument("--search-max-requests", type=int, help="tuning samples of a task (10)")
+    search.add_argument("--objective", help="what configurations without a _Npct minimise: default, sparsity_5 ... sparsity_50")
+    search.add_argument("--trace-budget-gb", type=float, help="disk for a (model, task)'s traces; layers are thinned to fit")
+
+    bench = parser.add_argument_group("Phase 2, benchmark")
+    bench.add_argument("--config-run", metavar="RUN", help="which search's results to use (the newest), as run_20240315_143022")
+    bench.add_argument("--max-concurrent-benchmarks", type=int, help="worker processes at a time (4 at most; one a device)")
+    bench.add_argument("--benchmark-timeout", type=float, help="seconds a block of samples may take (7200)")
+    bench.add_argument("--max-new-tokens", type=int, help="answer tokens at most (200)")
+    bench.add_argument("--max-context-length", type=int, help="prompt tokens at most; longer ones lose their middle (64000)")
+    bench.add_argument("--max-requests", type=int, help="samples a task (all)")
+    bench.add_argument("--micro-metrics", choices=("off", "sample", "full"), help="attention records a layer (sample)")
+    bench.add_argument("--rescore", action="store_true", help="score recorded answers again without running a model")
+    bench.add_argument("--force-benchmark", action="store_true", help="run again what is finished")
+
+    places = parser.add_argument_group("where")
+    places.add_argument("--optimal-configs-dir", type=Path, metavar="DIR", help="Phase 1 results (./optimal_configs)")
+    places.add_argument("--benchmark-results-dir", type=Path, metavar="DIR", help="Phase 2 results (./benchmark_results)")
+    places.add_argument("--ray-results-dir", type=Path, metavar="DIR", help="Ray's artefacts, journals, traces (./ray_results)")
+    places.add_argument("--data-dir", type=Path, metavar="DIR", help="data sets as DIR/<benchmark>/<subset>.jsonl")
+    places.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster to run on (a local one is started)")
+    places.add_argument("--device", help="auto, cpu, cuda, cuda:N or sharded (auto)")
+    places.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (auto: bfloat16 on a GPU, float32 on a CPU)")
+    places.add_argument("--attention-backend", help="sparse kernels: auto, gather, triton or reference (auto)")
+    places.add_argument("--dense-backend", help="dense prefill: auto, flash or sdpa (auto)")
+    places.add_argument("--trust-remote-code", action="store_true", help="let models and data sets run code of their own")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

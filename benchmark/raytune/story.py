@@ -1,0 +1,170 @@
+"""The two phases as a person sees them: what is run, how far it is, what came of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from benchmark.settings import Settings, SparseConfig
+
+from .config_search import SearchOutcome, new_run_name, run_search
+from .study_spec import StudySpec, plan_studies
+
+if TYPE_CHECKING:
+    from benchmark.execution import BenchmarkOutcome
+
+
+class SearchReport:
+    """Progress of Phase 1: one bar over all trials with the study in work; plain lines where there is no terminal."""
+
+    def __init__(self, studies: list[StudySpec], settings: Settings) -> None:
+        from tqdm import tqdm
+
+        self._total = {self._name(s): len(s.levels) * settings.num_samples if s.space().domains else 1 for s in studies}
+        self._done: dict[str, int] = {}
+        self._ended = 0
+        self._studies = len(studies)
+        self._tty = sys.stderr.isatty()
+        self._last_line = 0.0
+        self._bar = tqdm(
+            total=sum(self._total.values()), unit="trial", desc="Phase 1", disable=not self._tty, dynamic_ncols=True
+        )
+
+    def __call__(self, event: str, study: StudySpec | None, progress: dict[str, Any]) -> None:
+        if event == "note":
+            self._say(f"Phase 1: {progress['text']}", always=True)
+            return
+        assert study is not None
+        name = self._name(study)
+        if event == "reused":
+            self._ended += 1
+            self._advance(name, self._total[name])
+            self._say(f"{name}: found before, copied from {progress['from']}", always=True)
+        elif event == "failed":
+            self._ended += 1
+            self._say(f"{name}: FAILED, {progress['error']}", always=True)
+        elif event == "finished":
+            self._ended += 1
+            # A study that stops early leaves no trials to wait for.
+            self._advance(name, self._total[name])
+            self._say(f"[{self._ended}/{self._studies} studies] {name}: {self._figures(progress)}", always=True)
+        else:
+            self._advance(name, progress.get("trials", 0))
+            self._say(f"[{self._ended}/{self._studies} studies] {name}: {self._figures(progress)}")
+
+    def close(self) -> None:
+        self._bar.close()
+
+    @staticmethod
+    def _name(study: StudySpec) -> str:
+        return f"{study.task} {study.name}"
+
+    def _advance(self, name: str, trials: int) -> None:
+        step = min(trials, self._total[name]) - self._done.get(name, 0)
+        if step > 0:
+            self._done[name] = self._done.get(name, 0) + step
+            self._bar.update(step)
+
+    def _say(self, text: str, always: bool = False) -> None:
+        if self._tty:
+            if always:
+                self._bar.write(text, file=sys.stderr)
+            else:
+                self._bar.set_postfix_str(text[:70], refresh=True)
+        elif always or time.monotonic() - self._last_line > 5:
+            self._last_line = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    @staticmethod
+    def _figures(progress: dict[str, Any]) -> str:
+        if "trials" not in progress:
+            return str(progress.get("stage", "waiting"))
+        rungs = "/".join(str(count) for count in progress["rungs"])
+        best = ", ".join(
+            f"{name.rsplit('_', 1)[-1]} {error:.3f}" if error is not None else f"{name.rsplit('_', 1)[-1]} none"
+            for name, error in progress["best"].items()
+        )
+        failed = f", {progress['failed']} failed" if progress["failed"] else ""
+        return f"{progress['trials']} trials, rungs {rungs}{failed}; best error {best}"
+
+
+def search(settings: Settings, configs: list[SparseConfig], tasks: list[str], notes: list[str]) -> SearchOutcome:
+    """Phase 1, with its progress and its closing table."""
+    studies, left_out = plan_studies(list(settings.models), tasks, configs)
+    run_name = new_run_name(settings.optimal_configs_dir)
+    where = settings.optimal_configs_dir / run_name
+    print(f"Phase 1: {len(studies)} studies of {len(tasks)} tasks on {', '.join(settings.models)}, into {where}")
+    for note in [*notes, *left_out]:
+        print(f"note: {note}")
+    if not studies:
+        settings.optimal_configs_dir.mkdir(parents=True, exist_ok=True)
+        (settings.optimal_configs_dir / run_name).mkdir()
+        return SearchOutcome(settings.optimal_configs_dir / run_name)
+    report = SearchReport(studies, settings)
+    try:
+        outcome = run_search(studies, settings, run_name=run_name, report=report)
+    finally:
+        report.close()
+    print(search_table(outcome))
+    if outcome.interrupted:
+        print("interrupted: what was evaluated is kept; run the same command again to go on", file=sys.stderr)
+    return outcome
+
+
+def search_table(outcome: SearchOutcome) -> str:
+    """The best configuration of every level, one line each, at most 100 columns."""
+    lines: list[str] = []
+    heading = None
+    levels = sorted(outcome.levels, key=lambda r: (r["model"], r["task"], r["masker_name"].rsplit("_", 1)[0], r["budget"] or 0))
+    for level in levels:
+        here = f"{level['task']} on {level['model']}"
+        if here != heading:
+            heading = here
+            lines += ["", f"{_fit(heading, 58)} {'error':>6} {'density':>7} {'score':>6}"]
+        score = "-" if level["score"] is None else f"{level['score']:.2f}"
+        mark = "" if level["meets_budget"] else "  over budget"
+        name = _fit(level["masker_name"], 56)
+        lines.append(f"  {name} {level['error']:6.3f} {level['density']:7.3f} {score:>6}{mark}")
+    if any(not level["meets_budget"] for level in levels):
+        lines.append("over budget: no configuration of these met its budget; the closest is given")
+    lines += ["", *(f"FAILED {name}: {why}" for name, why in outcome.failures.items())]
+    lines.append("error and density: forced forward over question and dense answer; score: real answers to the tuning samples")
+    lines.append(f"files: {outcome.run_dir}")
+    return "\n".join(lines)
+
+
+def benchmark(
+    settings: Settings, configs: list[SparseConfig], tasks: list[str], notes: list[str], config_run: str | None
+) -> BenchmarkOutcome:
+    """Phase 2 with a search's results; config_run None = --config-run, or the newest run with finished configurations."""
+    from benchmark.execution import run_benchmarks
+    from benchmark.report import write_report
+    from benchmark.report_table import closing_table
+
+    from .found import find_run, load_units
+
+    sparse_wanted = any(config.config is not None for config in configs)
+    run = find_run(settings, config_run) if sparse_wanted else None
+    units = load_units(run, settings, configs, tasks)
+    name = None if run is None else run.name
+    pairs = sum(len(unit.configs) for unit in units)
+    print(f"\nPhase 2: {pairs} (task, configuration) pairs, settings from {name or 'no search (dense only)'}")
+    outcome = run_benchmarks(units, settings, config_run=name, notes=notes)
+    print("\n" + closing_table(outcome.summary))
+    print(f"files: {settings.benchmark_results_dir}, summary: {settings.benchmark_results_dir / 'benchmark_summary.json'}")
+    if outcome.summary.get("results"):
+        print(f"report: {write_report(settings.benchmark_results_dir)}")
+    return outcome
+
+
+def check_found(settings: Settings, configs: list[SparseConfig], tasks: list[str]) -> None:
+    """UserError if Phase 2 alone would find nothing to run; nothing is written."""
+    from .found import find_run, load_units
+
+    sparse_wanted = any(config.config is not None for config in configs)
+    load_units(find_run(settings, None) if sparse_wanted else None, settings, configs, tasks)
+
+
+def _fit(text: str, width: int) -> str:
+    return text.ljust(width) if len(text) <= width else text[: width - 1] + "~"

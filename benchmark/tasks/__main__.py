@@ -1,0 +1,95 @@
+"""Look at the benchmarks.
+
+python -m benchmark.tasks list                                            every task: samples, length, source, metric
+python -m benchmark.tasks show ruler/4096/vt --model embedded/SmolLM2-135M-Instruct
+                                                                          one sample exactly as the model sees it
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmark.tasks import available_tasks, expand_task, get_task
+from benchmark.tasks.base import SampleRequest, UserError, build_prompt
+
+
+def list_tasks() -> None:
+    header = ("task", "samples", "length", "answer tokens", "source", "metric")
+    rows = [header]
+    for name in available_tasks():
+        about = get_task(name).description
+        samples = "all" if about.num_samples is None else str(about.num_samples)
+        rows.append((name, samples, about.length, str(about.max_new_tokens), about.source, about.metric))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show(options: argparse.Namespace) -> None:
+    task = get_task(expand_task(options.task, options.data_dir).names[0])
+    if options.index < 0:
+        raise UserError(f"--index counts from 0, got {options.index}")
+    from sparse_attention_hub.models import load_tokenizer
+
+    tokenizer = load_tokenizer(options.model)
+    request = SampleRequest(
+        tokenizer=tokenizer,
+        split=options.split,
+        seed=options.seed,
+        max_samples=options.index + 1,
+        max_context_length=options.max_context_length,
+        data_dir=options.data_dir,
+    )
+    samples = task.samples(request)
+    if options.index >= len(samples):
+        raise UserError(f"--index {options.index}: {task.name} has {len(samples)} samples here")
+    sample = samples[options.index]
+    room = sample.max_new_tokens
+    prompt = build_prompt(
+        sample,
+        tokenizer,
+        max_context_length=max(options.max_context_length, task.fixed_length or 0),
+        max_new_tokens=room,
+        use_chat_template=task.use_chat_template,
+    )
+    print(tokenizer.decode(prompt.context_ids + prompt.question_ids, skip_special_tokens=False))
+    total = len(prompt.context_ids) + len(prompt.question_ids)
+    print(
+        f"\n--- {sample.sample_id}: {len(prompt.context_ids)} context + {len(prompt.question_ids)} question tokens "
+        f"= {total}, cut {prompt.truncated_tokens}, answer up to {room} tokens; references: {sample.references}",
+        file=sys.stderr,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="every task with its samples, length, source and metric")
+    shown = commands.add_parser("show", help="one sample exactly as the model sees it")
+    shown.add_argument("task")
+    shown.add_argument("--model", required=True, help="hub id, local folder or embedded/SmolLM2-135M-Instruct")
+    shown.add_argument("--index", type=int, default=0)
+    shown.add_argument("--seed", type=int, default=0)
+    shown.add_argument("--split", choices=("test", "tuning"), default="test")
+    shown.add_argument("--max-context-length", type=int, default=64000)
+    shown.add_argument("--data-dir", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "list":
+            list_tasks()
+        else:
+            show(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head`
+        return 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""Text metrics as the original benchmarks compute them. Every function returns a float in 0..1.
+
+The odd corners (what counts as punctuation, which exceptions mean 0, which library's notion of similarity) are the
+originals': they decide whether a score can be compared with published ones. Packages that take time to import are
+imported inside the functions that need them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import re
+import string
+import sys
+import threading
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+ASCII_PUNCTUATION = frozenset(string.punctuation)
+# LongBench's and InfiniteBench's list. The opening book-title mark is missing there (the closing one is not), and has
+# to be missing here.
+CHINESE_PUNCTUATION = ASCII_PUNCTUATION | frozenset(
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
+
+
+def normalise(text: str) -> str:
+    """SQuAD normalisation: lower case, no ASCII punctuation, articles a/an/the blanked, white space collapsed.
+
+    "U.S.A." -> "usa"; non-ASCII punctuation stays.
+    """
+    text = "".join(character for character in text.lower() if character not in ASCII_PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def normalise_zh(text: str) -> str:
+    """Lower case without ASCII and Chinese punctuation and without white space."""
+    return "".join("".join(character for character in text.lower() if character not in CHINESE_PUNCTUATION).split())
+
+
+def multiset_f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
+    """F1 of two bags of tokens; 0 when they share nothing, also when both are empty."""
+    common = sum((Counter(prediction) & Counter(reference)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(prediction), common / len(reference)
+    return 2 * precision * recall / (precision + recall)
+
+
+def word_f1(prediction: str, reference: str) -> float:
+    """Word F1 after SQuAD normalisation (LongBench's qa_f1, InfiniteBench's longbook_qa)."""
+    return multiset_f1(normalise(prediction).split(), normalise(reference).split())
+
+
+qa_f1 = word_f1
+
+
+def word_f1_ascii(prediction: str, reference: str) -> float:
+    """Word F1 after transliteration to ASCII and SQuAD normalisation (ZeroSCROLLS, arXiv 2305.14196)."""
+    return word_f1(to_ascii(prediction), to_ascii(reference))
+
+
+# Letters and marks that do not decompose into an ASCII letter and an accent.
+_TRANSLITERATION = str.maketrans({
+    "ß": "ss", "ẞ": "SS", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "đ": "d", "Đ": "D", "ð": "d",
+    "Ð": "D", "þ": "th", "Þ": "Th", "ł": "l", "Ł": "L", "ı": "i", "‘": "'", "’": "'", "‚": ",", "“": '"', "”": '"',
+    "„": '"', "‐": "-", "‑": "-", "–": "-", "—": "--", "…": "...",
+    "×": "x", "€": "EUR", "£": "PS", "©": "(c)", "®": "(r)",
+})  # fmt: skip
+
+
+def to_ascii(text: str) -> str:
+    """Transliterate Latin text to ASCII; characters without a Latin equivalent are dropped."""
+    decomposed = unicodedata.normalize("NFKD", text.translate(_TRANSLITERATION))
+    return decomposed.encode("ascii", "ignore").decode("ascii")
+
+
+def character_f1_zh(prediction: str, reference: str) -> float:
+    """F1 over characters after Chinese normalisation (InfiniteBench's longbook_qa_chn)."""
+    return multiset_f1(normalise_zh(prediction), normalise_zh(reference))
+
+
+def chinese_words(text: str) -> list[str]:
+    """jieba's precise-mode segmentation. The first call takes about a second to build its dictionary."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jieba's own source has escapes that newer Pythons warn about
+        import jieba
+    jieba.setLogLevel(logging.WARNING)  # it reports the dictionary's loading on stderr
+    return list(jieba.cut(text, cut_all=False))
+
+
+def qa_f1_zh(prediction: str, reference: str) -> float:
+    """F1 over jieba words, each normalised, empty ones dropped (LongBench's multifieldqa_zh)."""
+    tokens = [[word for word in map(normalise_zh, chinese_words(text)) if word] for text in (prediction, reference)]
+    return multiset_f1(tokens[0], tokens[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------- ROUGE
+
+# The `rouge` package rebuilds the longest common subsequence by recursion, one level a word. LongBench ran it under
+# Python's default limit and counts the resulting RecursionError as 0; LooGLE does not expect it, so there the recursion
+# has room.
+PUBLISHED_RECURSION_LIMIT = 1000
+AMPLE_RECURSION_LIMIT = 100_000
+_recursion_lock = threading.Lock()
+
+
+def _with_recursion_limit(limit: int, call: Callable[[], Any]) -> Any:
+    """Run `call` at the bottom of a fresh stack under `limit`, so that whether it overflows does not depend on who
+    called.
+    """
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        before = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit)
+        try:
+            outcome.append(call())
+        except Exception as error:  # handed to the caller's thread
+            failure.append(error)
+        finally:
+            sys.setrecursionlimit(before)
+
+    with _recursion_lock:
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+def rouge(prediction: str, reference: str) -> float:
+    """ROUGE-L F of the PyPI package `rouge` 1.0.1, as LongBench uses it.
+
+    Texts are split at full stops, case counts, words are sets. 0 where the package raises: nothing but full stops in a
+    text, or a piece without a full stop of about a thousand words (RecursionError).
+    """
+    from rouge import Rouge
+
+    scorer = Rouge(metrics=["rouge-l"])
+    try:
+        scores = _with_recursion_limit(
+            PUBLISHED_RECURSION_LIMIT, lambda: scorer.get_scores([prediction], [reference], avg=True)
+        )
+    except (ValueError, RecursionError):
+        return 0.0
+    return float(scores["rouge-l"]["f"])
+
+
+def rouge_zh(prediction: str, reference: str) -> float:
+    """`rouge` over jieba words joined by blanks (LongBench's dureader and vcsum)."""
+    return rouge(" ".join(chinese_words(prediction)), " ".join(chinese_words(reference)))
+
+
+def rouge_recall(prediction: str, reference: str) -> dict[str, float]:
+    """ROUGE-1, -2 and -L recall of the package `rouge` (LooGLE). All 0 where a text has nothing but full stops."""
+    from rouge import Rouge
+
+    try:
+        scores = _with_recursion_limit(AMPLE_RECURSION_LIMIT, lambda: Rouge().get_scores([prediction], [reference])[0])
+    except ValueError:
+        return {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-l": 0.0}
+    return {name: float(scores[name]["r"]) for name in ("rouge-1", "rouge-2", "rouge-l")}
+
+
+@lru_cache(maxsize=4)
+def _rouge_scorer(types: tuple[str, ...]) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(list(types), use_stemmer=False)
+
+
+def rouge_lsum(prediction: str, reference: str) -> float:
+    """rougeLsum F of `rouge_score` without stemming; sentences are lines (InfiniteBench's longbook_sum_eng)."""
+    return float(_rouge_scorer(("rougeLsum",)).score(reference, prediction)["rougeLsum"].fmeasure)
+
+
+def rouge_triple(prediction: str, references: Iterable[str]) -> dict[str, float]:
+    """rouge1, rouge2 and rougeL F of `rouge_score` without stemming, each the best over the references (SCROLLS)."""
+    names = ("rouge1", "rouge2", "rougeL")
+    scores = [_rouge_scorer(names).score(reference, prediction) for reference in references]
+    return {name: max((float(score[name].fmeasure) for score in scores), default=0.0) for name in names}
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """n-th root of the product."""
+    return math.prod(values) ** (1 / len(values)) if values else 0.0
+
+
+# ------------------------------------------------------------------------------------ labels, numbers, code (LongBench)
+
+
+def classification(prediction: str, reference: str, all_classes: Sequence[str]) -> float:
+    """1 / (number of classes named in the prediction) if the right one is among them, else 0.
+
+    Classes that are part of the right label's own name do not count. The original removes them from the list that it
+    walks through, so that the neighbour of a removed one is not looked at; published scores have that in them, so it is
+    kept.
+    """
+    named = [name for name in all_classes if name in prediction]
+    position = 0
+    while position < len(named):
+        name = named[position]
+        if name in reference and name != reference:
+            named.remove(name)
+        position += 1
+    return 1 / len(named) if reference in named else 0.0
+
+
+def _share_of_numbers(prediction: str, number: str) -> float:
+    numbers = re.findall(r"\d+", prediction)
+    return numbers.count(number) / len(numbers) if numbers else 0.0
+
+
+def count(prediction: str, reference: str) -> float:
+    """Share of the numbers in the prediction that equal the reference, compared as strings."""
+    return _share_of_numbers(prediction, reference)
+
+
+def retrieval(prediction: str, reference: str, pattern: str = r"Paragraph (\d+)") -> float:
+    """Share of the numbers in the prediction that are the reference's paragraph number; 0 if the reference names no
+    paragraph.
+    """
+    wanted = re.search(pattern, reference)
+    return _share_of_numbers(prediction, wanted[1]) if wanted else 0.0
+
+
+def retrieval_zh(prediction: str, reference: str) -> float:
+    """`retrieval` with references like 段落3."""
+    return retrieval(prediction, reference, r"段落(\d+)")
+
+
+def similarity_percent(first: str, second: str) -> int:
+    """fuzzywuzzy's `ratio` with its pure-Python backend, difflib: a whole percent, 0 if a text is empty."""
+    if not first or not second:
+        return 0
+    return int(round(100 * difflib.SequenceMatcher(None, first, second).ratio()))
+
+
+def code_sim(prediction: str, reference: str) -> float:
+    """Similarity of the first line that has neither a backtick nor a comment mark to the reference (a blank line is a
+    line).
+    """
+    lines = prediction.lstrip("\n").split("\n")
+    line = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), "")
+    return similarity_percent(line, reference) / 100
+
+
+# ------------------------------------------------------------------------------------- BLEU, METEOR, BERTScore (LooGLE)
+
+
+def bleu(prediction: str, reference: str) -> dict[str, float]:
+    """bleu1 (1-grams alone) and bleu4 (4-grams alone, not the usual mean), words by white space, case-sensitive, no
+    smoothing.
+    """
+    from nltk.translate.bleu_score import sentence_bleu
+
+    words, reference_words = prediction.split(), reference.split()
+    scores = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nltk warns at every zero count
+        for name, weights in (("bleu1", (1, 0, 0, 0)), ("bleu4", (0, 0, 0, 1))):
+            value = float(sentence_bleu([reference_words], words, weights=weights))
+            scores[name] = 0.0 if value < 1e-50 else min(value, 1.0)  # nltk writes a zero count as the smallest float there is
+    return scores
+
+
+@lru_cache(maxsize=1)
+def wordnet() -> Any | None:
+    """nltk's WordNet if its data is installed, else None (with one log line). Nothing is downloaded."""
+    from nltk.corpus import wordnet as corpus
+
+    try:
+        corpus.ensure_loaded()
+    except LookupError:
+        logger.warning("METEOR is not reported: nltk has no WordNet data here (python -m nltk.downloader wordnet)")
+        return None
+    return corpus
+
+
+def meteor(prediction: str, reference: str, synonyms: Any | None = None) -> float | None:
+    """nltk's METEOR over the distinct words of each text, in order of first occurrence.
+
+    None without WordNet, which `synonyms` defaults to. LooGLE passes sets, whose order, and with it the score, changes
+    from run to run; the order of first occurrence makes it one of those values, always the same.
+    """
+    from nltk.translate.meteor_score import single_meteor_score
+
+    synonyms = synonyms if synonyms is not None else wordnet()
+    if synonyms is None:
+        return None
+    words, reference_words = list(dict.fromkeys(prediction.split())), list(dict.fromkeys(reference.split()))
+    return float(single_meteor_score(reference_words, words, wordnet=synonyms))
+
+
+@lru_cache(maxsize=1)
+def _bert_scorer() -> Any | None:
+    try:
+        from bert_score import BERTScorer
+    except ImportError:
+        logger.warning("BERTScore is not reported: install the extra `bertscore`")
+        return None
+    try:
+        return BERTScorer(lang="en")
+    except Exception as error:  # no weights, no network: whatever the hub client raises
+        logger.warning("BERTScore is not reported: its model could not be loaded (%s)", error)
+        return None
+
+
+def bert(prediction: str, reference: str) -> float | None:
+    """BERTScore as LooGLE reports it: recall of (reference as candidate, prediction as reference), that is, precision
+    of the prediction. None if not installed.
+    """
+    scorer = _bert_scorer()
+    if scorer is None:
+        return None
+    value = float(scorer.score([reference], [prediction])[1][0])
+    return min(max(value, 0.0), 1.0)

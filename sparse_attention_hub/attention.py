@@ -1,0 +1,244 @@
+"""ResearchAttention: maskers in order, then one attention over the mask they made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels import BACKENDS, attend, choose_backend
+from .mask import Mask, expand_heads
+from .maskers.base import Masker, MaskerConfig, config_from_dict, config_to_dict, create_masker
+from .maskers.inputs import AttentionInputs
+from .maskers.state import AttentionState
+from .shared import attend_shared
+
+
+@dataclass
+class ResearchAttentionConfig:
+    """masker_configs: applied in order; an empty list is dense attention. backend: see kernels.attend."""
+
+    masker_configs: list[MaskerConfig] = field(default_factory=list)
+    backend: str = "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, maskers with their types; `from_dict` reads them back."""
+        return {
+            "type": "ResearchAttentionConfig",
+            "masker_configs": [config_to_dict(config) for config in self.masker_configs],
+        }
+
+    @staticmethod
+    def from_dict(record: dict[str, Any]) -> ResearchAttentionConfig:
+        """Raises ValueError for an unknown masker type or parameters that do not fit."""
+        return ResearchAttentionConfig([config_from_dict(entry) for entry in record["masker_configs"]])
+
+
+class AttentionResult:
+    """What one attention call gave. The figures beside the output are computed when asked for.
+
+    output: (B, Q, H, D) in the queries' dtype. mask: the final Mask. log_sum_exp: (B, H, Q).
+    """
+
+    def __init__(self, output: Tensor, mask: Mask, log_sum_exp: Tensor, inputs: AttentionInputs, selector: float) -> None:
+        self.output = output
+        self.mask = mask
+        self.log_sum_exp = log_sum_exp
+        self._inputs = inputs
+        self._selector = selector
+
+    @cached_property
+    def density_rows(self) -> Tensor:
+        """Attended allowed keys / allowed keys of each query row, mean over heads: float32 (B, Q), NaN without allowed keys."""
+        counts = self.mask.counts().float().mean(1)
+        allowed = self._allowed_counts()
+        return counts / allowed.masked_fill(allowed == 0, float("nan"))
+
+    @property
+    def density(self) -> float:
+        """Attended allowed keys / allowed keys, mean over heads and rows that may attend to anything."""
+        return float(self.density_rows.nanmean())
+
+    @cached_property
+    def kv_fraction(self) -> float:
+        """Share of the dense KV bytes that the method reads, its selectors included; a key wanted by several query heads
+        of a group is read once."""
+        allowed = self._allowed_counts()
+        share = self.mask.group_counts().float().mean(1) / allowed.masked_fill(allowed == 0, float("nan"))
+        return float(share.nanmean()) + self._selector
+
+    @cached_property
+    def dead_rows(self) -> int:
+        """Rows without any allowed key: their output is 0 and they stay out of all averages."""
+        return int((self._allowed_counts() == 0).sum())
+
+    #: Rows (over batch, heads and queries) that attended to nothing and were given their last allowed key.
+    empty_rows: int = 0
+
+    def error_rows(self, dense: Tensor | None = None) -> Tensor:
+        """||O_sparse - O_dense|| / ||O_dense|| per (batch, head, row): float32 (B, H, Q), NaN without allowed keys.
+
+        dense: (B, Q, H, D) dense output of the same inputs, computed if not given.
+        """
+        if dense is None:
+            dense = dense_of(self._inputs)
+        difference: Tensor = torch.linalg.vector_norm(self.output.to(dense.dtype) - dense, dim=-1)
+        error: Tensor = (difference / torch.linalg.vector_norm(dense, dim=-1).clamp(min=1e-30)).transpose(1, 2)
+        return error.masked_fill((self._allowed_counts() == 0).unsqueeze(1), float("nan"))
+
+    def _allowed_counts(self) -> Tensor:
+        return self._inputs.row_lengths.float()
+
+
+class ResearchAttention:
+    """A pipeline of maskers and the attention over what they choose.
+
+    Each masker sees the mask of those before it and returns one with its own choice added; at most one may sample, as the
+    last. An instance keeps nothing of its calls: memory across decode steps is in the `state` the caller passes.
+    """
+
+    def __init__(self, config: ResearchAttentionConfig) -> None:
+        """Raises TypeError for an entry that is no MaskerConfig, ValueError for an unregistered one, a sampling masker that
+        is not the last (or a second one), or an unknown backend."""
+        if config.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {config.backend!r}")
+        self.config = config
+        self.maskers: list[Masker[Any]] = [create_masker(entry) for entry in config.masker_configs]
+        sampling = [i for i, masker in enumerate(self.maskers) if masker.is_sampling]
+        if len(sampling) > 1:
+            names = ", ".join(type(self.maskers[i].config).__name__ for i in sampling)
+            raise ValueError(f"at most one sampling masker is allowed, got {len(sampling)}: {names}")
+        if sampling and sampling[0] != len(self.maskers) - 1:
+            name = type(self.maskers[sampling[0]].config).__name__
+            raise ValueError(f"a sampling masker must come last, got {name} at place {sampling[0] + 1}")
+
+    def new_state(self) -> AttentionState:
+        """Fresh memory for one sequence (or batch): what maskers keep across decode steps, per layer and masker."""
+        return AttentionState()
+
+    def prepare(self, keys: Tensor, layer_idx: int, state: AttentionState, allowed: Tensor | None = None) -> None:
+        """Fit the maskers on the context's keys (B, Hkv, N, D) and freeze the fit; decode steps then only extend it.
+
+        allowed: bool (B, N), False on padding; None = no padding.
+        """
+        for position, masker in enumerate(self.maskers):
+            masker.prepare(keys, layer_idx, state.entry(layer_idx, position), allowed)
+
+    def __call__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        layer_idx: int = 0,
+        state: AttentionState | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        seeds: int | list[int] | None = None,
+    ) -> AttentionResult:
+        """queries (B, H, Q, D); keys, values (B, Hkv, N, D); attention_mask additive (or bool, True = allowed),
+        broadcastable to (B, 1, Q, N); None = the queries are the last Q positions and attention is causal.
+
+        generator: one torch.Generator, or one an item; each call draws a 64-bit seed an item from it. `seeds` gives the
+        seeds themselves instead; with neither, the seed is 0. scaling: default D ** -0.5.
+        """
+        if generator is not None and seeds is not None:
+            raise ValueError("pass generator or seeds, not both")
+        drawn = _draw_seeds(generator, seeds, queries.shape[0])
+        return self.attend_inputs(AttentionInputs(queries, keys, values, attention_mask, scaling, layer_idx, drawn), state)
+
+    def make_mask(self, inputs: AttentionInputs, state: AttentionState | None = None) -> Mask:
+        """The mask of all maskers in order. No masker can make it hold a key that is not allowed."""
+        if not self.maskers:
+            return Mask.from_dense(inputs.allowed, inputs.shape[1], inputs.kv_heads)
+        mask = Mask.empty(inputs.shape, inputs.device, inputs.kv_heads)
+        for position, masker in enumerate(self.maskers):
+            entry = None if state is None else state.entry(inputs.layer_idx, position)
+            mask = masker.select(inputs.for_masker(entry), mask)
+        trusted = inputs.all_allowed or all(masker.keeps_to_allowed for masker in self.maskers)
+        return mask if trusted else mask.restrict(inputs.allowed)
+
+    def final_mask(self, inputs: AttentionInputs, state: AttentionState | None = None) -> tuple[Mask, int]:
+        """(the mask that is attended to, how many rows chose nothing and were given their last allowed key)."""
+        return _fill_empty_rows(self.make_mask(inputs, state), inputs)
+
+    def selector_fraction(self, inputs: AttentionInputs) -> float:
+        """What the maskers' selectors read, as a share of the dense KV bytes."""
+        return sum(masker.selector_fraction(inputs) for masker in self.maskers)
+
+    def attend_inputs(self, inputs: AttentionInputs, state: AttentionState | None = None) -> AttentionResult:
+        """The same for prepared inputs, which several configurations may share."""
+        mask, empty_rows = self.final_mask(inputs, state)
+        if self._from_scores(inputs):
+            output, lse = attend_shared(mask, inputs)
+            output = output.to(inputs.queries.dtype)
+        else:
+            output, lse = attend(inputs.queries, inputs.keys, inputs.values, mask, inputs.scaling, self.config.backend)
+        result = AttentionResult(output, mask, lse, inputs, self.selector_fraction(inputs))
+        result.empty_rows = empty_rows
+        return result
+
+    def _from_scores(self, inputs: AttentionInputs) -> bool:
+        """Whether a masker computed the scores of several rows anyway: then the output is taken from them, on a CPU."""
+        gathers = choose_backend(self.config.backend, inputs.queries) == "gather" and inputs.device.type == "cpu"
+        return gathers and inputs.has_scores and inputs.shape[2] > 1 and int(inputs.row_lengths.min()) > 0
+
+
+def dense_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None = None, scaling: float | None = None
+) -> Tensor:
+    """Dense attention in float32 (float64 stays): the reference for errors. Shapes as in ResearchAttention; (B, Q, H, D)."""
+    return dense_of(AttentionInputs(queries, keys, values, attention_mask, scaling))
+
+
+def dense_of(inputs: AttentionInputs) -> Tensor:
+    """Dense output of a call, (B, Q, H, D) in float32 or wider; computed once per call however many ask."""
+
+    def make() -> Tensor:
+        weights = inputs.exponentials()
+        batch, heads, rows, keys = weights.shape
+        total = weights.sum(-1, keepdim=True)
+        grouped = weights.view(batch, inputs.kv_heads, -1, keys) @ inputs.values.to(weights.dtype)
+        output = grouped.view(batch, heads, rows, -1) / total.masked_fill(total == 0, 1.0)
+        return output.transpose(1, 2)
+
+    return inputs.memo("dense_output", make)
+
+
+def _fill_empty_rows(mask: Mask, inputs: AttentionInputs) -> tuple[Mask, int]:
+    """Rows that attend to nothing attend to their last allowed key. Returns the mask and how many rows that were."""
+    counts = mask.counts()
+    if int(counts.min()) > 0:
+        return mask, 0
+    lengths = inputs.row_lengths.unsqueeze(1)
+    empty = (counts == 0) & (lengths > 0)
+    rows = int(expand_heads(empty, inputs.shape[1]).sum())
+    if rows == 0:
+        return mask, 0
+    reversed_allowed = inputs.allowed.flip(-1).to(torch.uint8)
+    last = inputs.shape[3] - 1 - reversed_allowed.argmax(-1)
+    indices = last.expand_as(empty).masked_fill(~empty, -1).unsqueeze(-1)
+    return mask.union(Mask.from_indices(indices, inputs.shape, kv_heads=inputs.kv_heads)), rows
+
+
+def _draw_seeds(
+    generator: torch.Generator | list[torch.Generator] | None, seeds: int | list[int] | None, batch: int
+) -> list[int]:
+    if isinstance(generator, list):
+        if len(generator) != batch:
+            raise ValueError(f"generator must hold one torch.Generator an item ({batch}), got {len(generator)}")
+        return [_draw_seed(entry) for entry in generator]
+    if generator is not None:
+        return [_draw_seed(generator) for _ in range(batch)]
+    if isinstance(seeds, list):
+        if len(seeds) != batch:
+            raise ValueError(f"seeds must hold one seed an item ({batch}), got {len(seeds)}")
+        return seeds
+    return [seeds or 0] * batch
+
+
+def _draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=generator.device))

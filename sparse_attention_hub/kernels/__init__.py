@@ -1,0 +1,50 @@
+"""Kernels: attention over the keys that a mask names, behind one function."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from torch import Tensor
+
+from ..mask import Mask
+from .gather import attend_gather
+from .reference import attend_reference
+
+BACKENDS = ("auto", "reference", "gather", "triton")
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the mask's keys, each term weighted by 1/p in numerator and denominator.
+
+    queries (B, H, Q, D), keys and values (B, Hkv, N, D). Returns (output (B, Q, H, D) in the queries' dtype, log-sum-exp
+    (B, H, Q) in float32 or wider); a row without keys gives 0 and -inf.
+    backend: "auto" = triton on a GPU, gather elsewhere; the environment variable SPARSE_ATTENTION_HUB_BACKEND overrides auto.
+    Raises ValueError for an unknown backend, or triton without a GPU.
+    """
+    name = choose_backend(backend, queries)
+    if name == "triton":
+        from .triton import attend_triton
+
+        output, lse = attend_triton(queries, keys, values, mask, scaling)
+    else:
+        kernel = attend_reference if name == "reference" else attend_gather
+        output, lse = kernel(queries, keys, values, mask, scaling)
+    return output.to(queries.dtype), lse
+
+
+def choose_backend(backend: str, queries: Tensor) -> str:
+    """The kernel that `backend` means for these tensors."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        backend = os.environ.get("SPARSE_ATTENTION_HUB_BACKEND", "auto")
+        if backend == "auto":
+            has_triton = queries.is_cuda and importlib.util.find_spec("triton") is not None
+            return "triton" if has_triton and queries.element_size() <= 4 else "gather"
+        return choose_backend(backend, queries)
+    if backend == "triton" and not queries.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("attention backend triton needs tensors on a GPU (or TRITON_INTERPRET=1), got a CPU tensor")
+    return backend

@@ -1,0 +1,124 @@
+"""Gathered attention in plain torch: reads only the keys and values that the mask names. The path for CPUs.
+
+Decoding (one row) gathers each head's own list; several rows gather the union over a kv head's rows once and tell the rows
+apart by log weights, since their lists together soon cover more than the union does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..mask import Mask, expand_heads
+
+NEVER = float("-inf")
+
+
+def attend_gather(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float) -> tuple[Tensor, Tensor]:
+    """(output (B, Q, H, D), log-sum-exp (B, H, Q)), float32 or wider. A row without keys gives 0 and -inf."""
+    kernel = _attend_rows if queries.shape[2] == 1 else _attend_union
+    return kernel(queries, keys, values, mask, scaling)
+
+
+def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float) -> tuple[Tensor, Tensor]:
+    batch, heads, _, dim = queries.shape
+    kv_heads = keys.shape[1]
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    indices, probability = mask.rows()
+    # Lists shared by the heads of a group are gathered once a kv head, otherwise once a query head.
+    lists = kv_heads if indices.shape[1] in (1, kv_heads) else heads
+    indices = expand_heads(indices, lists)[:, :, 0]
+    safe = indices.clamp(min=0)
+    grouped = (queries.to(wide) * scaling).view(batch, lists, heads // lists, dim)
+    picked = gather_rows(keys, safe).to(wide)
+    logits = grouped @ picked.transpose(-1, -2)
+    if probability is not None:
+        logits = logits - expand_heads(probability, lists)[:, :, 0].clamp(min=1e-30).log().unsqueeze(2)
+    logits = logits.masked_fill((indices < 0).unsqueeze(2), NEVER)
+    if lists == heads and logits.shape[-1] and values.dtype == wide == torch.float32 and not values.is_cuda:
+        # One row a list: summing the values as a weighted bag reads them in place, without the gathered copy.
+        rows, places = _addressed(values, safe)
+        bags = (places.view(batch * heads, -1), rows)
+        output, lse = _softmax_times(logits, lambda w: F.embedding_bag(*bags, mode="sum", per_sample_weights=w.flatten(0, 2)))
+    else:
+        picked_values = gather_rows(values, safe).to(wide)
+        output, lse = _softmax_times(logits, lambda w: w @ picked_values)
+    return output.view(batch, 1, heads, -1), lse.view(batch, heads, 1)
+
+
+def _attend_union(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, dim = queries.shape
+    kv_heads, total = keys.shape[1], keys.shape[2]
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    chosen = mask.chosen()
+    union = chosen.flatten(1, 2).any(1)
+    width = int(union.sum(-1).max())
+    if 2 * width >= total:
+        lists, picked = None, (keys, values)
+    else:
+        # One list for all kv heads of an item: over many rows their unions hardly differ, and one gather serves all.
+        lists = (~union).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+        per_head = lists[:, None].expand(-1, kv_heads, -1)
+        picked = (gather_rows(keys, per_head), gather_rows(values, per_head))
+    grouped = (queries.to(wide) * scaling).reshape(batch, kv_heads, -1, dim)
+    logits = grouped @ picked[0].to(wide).transpose(-1, -2)
+    logits = logits.view(batch, kv_heads, heads // kv_heads, rows, logits.shape[-1])
+
+    def by_group(held: Tensor) -> Tensor:
+        """(B, h, Q, K), h as the mask is held, broadcastable to the logits (B, kv_heads, H/kv_heads, Q, K)."""
+        shared = held.shape[1] in (1, kv_heads)
+        return held.unsqueeze(2) if shared else held.reshape(batch, kv_heads, heads // kv_heads, *held.shape[2:])
+
+    if not mask.is_certain:
+        logits = logits - by_group(_take(mask.held_probability(), lists)).to(wide).clamp(min=1e-30).log()
+    logits = logits.masked_fill(~by_group(_take(chosen, lists)), NEVER)
+    wide_values = picked[1].to(wide)
+    output, lse = _softmax_times(logits.flatten(2, 3), lambda w: w @ wide_values)
+    return output.view(batch, heads, rows, -1).transpose(1, 2), lse.view(batch, heads, rows)
+
+
+def _softmax_times(logits: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dim of (..., R, K), its weights taken through `weigh` (weights to their sum of values), and the
+    log-sum-exp; rows of -inf alone give 0 and -inf."""
+    if logits.shape[-1] == 0:
+        return weigh(logits), logits.new_full(logits.shape[:-1], NEVER)
+    top = logits.amax(-1, keepdim=True)
+    top = top.masked_fill(top == NEVER, 0.0)
+    weights = (logits - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    lse = (total.log() + top).squeeze(-1)
+    return weigh(weights.div_(total.masked_fill(total == 0, 1.0))), lse
+
+
+def gather_rows(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Rows of (B, h, N, D) by indices (B, H, K), H a multiple of h: (B, H, K, D). See `_addressed`."""
+    rows, places = _addressed(tensor, indices)
+    return rows.index_select(0, places.flatten()).view(*indices.shape, tensor.shape[-1])
+
+
+def _addressed(tensor: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, h, N, D) as one table of rows (M, D), and the places (B, H, K) in it that indices (B, H, K) mean.
+
+    One flat index_select is several times faster on a CPU than advanced indexing. A cache hands over the front part of a
+    longer buffer, so rows are addressed in the buffer itself instead of copying it to be contiguous.
+    """
+    batch, held, total, dim = tensor.shape
+    strides = tensor.stride()
+    if strides[3] != 1 or strides[2] != dim or strides[0] % dim or strides[1] % dim:
+        tensor = tensor.contiguous()
+        strides = tensor.stride()
+    heads = indices.shape[1]
+    head_of = torch.arange(heads, device=tensor.device) // (heads // held)
+    offsets = head_of * (strides[1] // dim) + torch.arange(batch, device=tensor.device).unsqueeze(1) * (strides[0] // dim)
+    last = (batch - 1) * (strides[0] // dim) + (held - 1) * (strides[1] // dim) + total
+    return tensor.as_strided((last, dim), (dim, 1)), indices + offsets.unsqueeze(-1)
+
+
+def _take(tensor: Tensor, lists: Tensor | None) -> Tensor:
+    """Columns of (B, h, Q, N) by lists (B, K), or all of them."""
+    if lists is None:
+        return tensor
+    return tensor.gather(-1, lists[:, None, None].expand(-1, tensor.shape[1], tensor.shape[2], -1))

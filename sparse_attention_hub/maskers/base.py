@@ -1,0 +1,194 @@
+"""The base of every masker: a dataclass config, and one class that overrides `select`."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from ..mask import Mask
+from .inputs import AttentionInputs
+from .state import MaskerState
+
+
+@dataclass
+class MaskerConfig:
+    """Base of all masker configs. Subclasses are dataclasses; bad values raise ValueError in `__post_init__`."""
+
+    @classmethod
+    def get_search_space(cls, task_name: str) -> dict[str, Any]:
+        """{field: domain} of what may be tuned on this task; empty = nothing."""
+        return {}
+
+
+ConfigT = TypeVar("ConfigT", bound=MaskerConfig)
+
+
+class Masker(ABC, Generic[ConfigT]):
+    """One way of choosing keys. An instance holds only its config: what it learns of keys lives in a state.
+
+    Override `select`. A masker that summarises keys also overrides `encode` (per-key codes) and, if the summary needs
+    the context as a whole, `fit`; `codes(inputs)` then returns both, cached across decode steps.
+    """
+
+    #: True for maskers that sample: at most one in a pipeline, and it comes last.
+    is_sampling = False
+    #: True if `select` never returns a key outside inputs.allowed (the contract tests check it); else the pipeline sees to it.
+    keeps_to_allowed = False
+    #: Config fields that decide what `fit` and `encode` make of keys; None = all. Configurations that agree in them share
+    #: codes when they are replayed together.
+    code_fields: tuple[str, ...] | None = None
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+
+    @abstractmethod
+    def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
+        """The mask with this masker's choice added. Never changes `mask`; never chooses a key outside inputs.allowed."""
+
+    def fit(self, keys: Tensor, allowed: Tensor | None, layer_idx: int) -> Any:
+        """Learn from the context's keys (B, Hkv, N, D), once. allowed: bool (B, N), False on padding; None = all."""
+        return True
+
+    def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
+        """Codes of keys (B, Hkv, n, D): (B, Hkv, n, ...), for each key by itself given `fitted`."""
+        raise TypeError(f"{type(self).__name__} asks for codes of keys but does not override encode()")
+
+    def codes_key(self) -> tuple[str, ...]:
+        """Equal for maskers whose codes of the same keys are equal."""
+        names = [f.name for f in dataclasses.fields(self.config)] if self.code_fields is None else self.code_fields
+        return (type(self).__name__, *(f"{name}={getattr(self.config, name)!r}" for name in names))
+
+    def prepare(self, keys: Tensor, layer_idx: int, state: MaskerState, allowed: Tensor | None = None) -> None:
+        """Fit on the context's keys and code them, so that decode steps only add their own."""
+        if type(self).encode is not Masker.encode:
+            self._extend(keys, layer_idx, state, allowed)
+
+    def codes(self, inputs: AttentionInputs) -> tuple[Any, Tensor]:
+        """(fitted, codes of all keys (B, Hkv, N, ...)), from inputs.state if there is one, else fitted on these keys."""
+        state = inputs.state if inputs.state is not None else MaskerState()
+        allowed = None if inputs.all_allowed else inputs.allowed[:, 0, -1]
+        self._extend(inputs.keys, inputs.layer_idx, state, allowed)
+        return state.fitted, state.codes()
+
+    def selector_fraction(self, inputs: AttentionInputs) -> float:
+        """Bytes the selector itself reads per allowed key, as a share of the key's and value's own bytes.
+
+        See "Physical limits": reading all true keys is 0.5; page bounds are 1/page_size.
+        """
+        return 0.0
+
+    def _extend(self, keys: Tensor, layer_idx: int, state: MaskerState, allowed: Tensor | None) -> None:
+        total = keys.shape[2]
+        state.check(total)
+        if not state.is_fitted:
+            state.fitted, state.fit_length = self.fit(keys, allowed, layer_idx), total
+        if total > state.length:
+            state.append(self.encode(keys[:, :, state.length :], state.fitted, layer_idx))
+
+
+_REGISTRY: dict[type[MaskerConfig], type[Masker[Any]]] = {}
+MaskerT = TypeVar("MaskerT", bound=type[Masker[Any]])
+
+
+def register_masker(config_class: type[MaskerConfig]) -> Callable[[MaskerT], MaskerT]:
+    """Class decorator: `@register_masker(MyConfig)` makes ResearchAttention build this masker for a MyConfig."""
+    if not (isinstance(config_class, type) and issubclass(config_class, MaskerConfig)):
+        raise TypeError(f"register_masker needs a MaskerConfig class, got {config_class!r}")
+
+    def register(masker_class: MaskerT) -> MaskerT:
+        _REGISTRY[config_class] = masker_class
+        return masker_class
+
+    return register
+
+
+def create_masker(config: MaskerConfig) -> Masker[Any]:
+    """The masker of a config. TypeError for anything but a MaskerConfig, ValueError for a config without a masker."""
+    if not isinstance(config, MaskerConfig):
+        raise TypeError(f"masker_configs must hold MaskerConfig objects, got {type(config).__name__}")
+    masker_class = _REGISTRY.get(type(config))
+    if masker_class is None:
+        known = ", ".join(sorted(c.__name__ for c in _REGISTRY))
+        raise ValueError(f"no masker is registered for {type(config).__name__}; registered: {known}")
+    return masker_class(config)
+
+
+def registered_configs() -> dict[str, type[MaskerConfig]]:
+    """Config classes by name. Where two share a name the later counts, but not the copy that `python -m` makes of a module."""
+    copies = [c for c in _REGISTRY if c.__module__ == "__main__"]
+    rest = [c for c in _REGISTRY if c.__module__ != "__main__"]
+    return {c.__name__: c for c in [*copies, *rest]}
+
+
+def config_to_dict(config: MaskerConfig) -> dict[str, Any]:
+    """{"type": class name, "params": {field: value}}, which `config_from_dict` reads back. Tensors, and what holds some, are
+    left out: a config that is to be written down names a file instead."""
+    params = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    return {"type": type(config).__name__, "params": {k: v for k, v in params.items() if not _holds_tensor(v)}}
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_tensor(v) for v in value.values())
+    return any(_holds_tensor(v) for v in value) if isinstance(value, list | tuple) else isinstance(value, Tensor)
+
+
+def config_from_dict(record: dict[str, Any]) -> MaskerConfig:
+    """ValueError for an unknown type or parameters that do not fit."""
+    known = registered_configs()
+    if not isinstance(record, dict) or record.get("type") not in known:
+        name = record.get("type") if isinstance(record, dict) else record
+        raise ValueError(f"unknown masker type {name!r}; registered: {', '.join(sorted(known))}")
+    try:
+        return known[record["type"]](**record["params"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"parameters of {record['type']} do not fit: {error}") from None
+
+
+# -- checks that configs share -------------------------------------------------------------------------------------------
+
+
+def check_size(name: str, value: Any, *, zero: bool = False) -> int | float:
+    """A size as the program means it: int = tokens, float = fraction of N; NumPy scalars count as what they are.
+
+    Raises ValueError unless tokens are > 0, or a fraction is in (0, 1]; `zero` permits 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be an int (tokens) or a float (fraction), got {value!r}")
+    if isinstance(value, numbers.Integral):
+        tokens = int(value)
+        if tokens < 0 or (tokens == 0 and not zero):
+            raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'}, got {value}")
+        return tokens
+    fraction = float(value)
+    if not (0 <= fraction <= 1 if zero else 0 < fraction <= 1):
+        interval = "[0, 1]" if zero else "(0, 1]"
+        raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'}; as a fraction in {interval}, got {value}")
+    return fraction
+
+
+def check_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> float:
+    """A float in the interval, ValueError otherwise."""
+    fits = not isinstance(value, bool) and isinstance(value, numbers.Real)
+    if fits:
+        number = float(value)
+        fits = (low < number if open_low else low <= number) and (number < high if open_high else number <= high)
+    if not fits:
+        interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
+    return float(value)
+
+
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """An int in [low, high], ValueError otherwise."""
+    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    if number is None or number < low or (high is not None and number > high):
+        bound = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be an integer {bound}, got {value!r}")
+    return number

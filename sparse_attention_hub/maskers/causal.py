@@ -1,0 +1,30 @@
+"""Causal: every key that the causal and padding masks allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..mask import Mask
+from .base import Masker, MaskerConfig, register_masker
+from .inputs import AttentionInputs
+
+
+@dataclass
+class CausalMaskerConfig(MaskerConfig):
+    """No fields: causality itself is always kept, this only says that nothing more is left out."""
+
+
+@register_masker(CausalMaskerConfig)
+class CausalMasker(Masker[CausalMaskerConfig]):
+    """Alone it is dense attention; behind other maskers it changes nothing."""
+
+    keeps_to_allowed = True
+
+    def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
+        return Mask.from_dense(inputs.allowed, inputs.shape[1], inputs.kv_heads) if mask.is_empty else mask
+
+
+if __name__ == "__main__":
+    from sparse_attention_hub.maskers.drawing import main
+
+    main("causal")

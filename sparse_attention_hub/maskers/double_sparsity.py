@@ -1,0 +1,133 @@
+"""Double Sparsity: the keys with the highest scores over a few important channels (https://arxiv.org/abs/2408.07092).
+
+`python -m sparse_attention_hub.maskers.double_sparsity --model M --out F` finds a model's important channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..mask import Mask
+from ..search_space import Choice, LogUniform
+from .base import Masker, MaskerConfig, check_int, check_size, register_masker
+from .channel_file import layer_channels, read_channels
+from .inputs import AttentionInputs, choose_top, group_scores
+from .quantise import pseudo_quantise
+
+CHANNEL_SELECTIONS = ("q_proj", "k_proj", "qk_proj")
+
+
+@dataclass
+class DoubleSparsityTopKMaskerConfig(MaskerConfig):
+    """heavy_size: keys chosen beside those already chosen, int (tokens) or float (fraction of N).
+
+    sorted_channel_file: JSON {"model.layers.{L}.self_attn.{selection}": [[channels, most important first], ... one list a
+    query head]}; None in a template for the search, which then calibrates the model.
+    group_factor: head_dim / channels kept. label_bits: bits of each kept channel, 1 to 16; 16 = as queries and keys are.
+    channel_selection: q_proj, k_proj or qk_proj, the list of the file to use.
+    """
+
+    heavy_size: int | float
+    sorted_channel_file: str | None
+    group_factor: int = 16
+    label_bits: int = 4
+    channel_selection: str = "qk_proj"
+
+    def __post_init__(self) -> None:
+        self.heavy_size = check_size("heavy_size", self.heavy_size)
+        self.group_factor = check_int("group_factor", self.group_factor, 1)
+        self.label_bits = check_int("label_bits", self.label_bits, 1, 16)
+        self.sorted_channel_file = str(self.sorted_channel_file) if self.sorted_channel_file else None
+        if self.sorted_channel_file and not Path(self.sorted_channel_file).is_file():
+            raise ValueError(f"sorted_channel_file must be an existing file, got {self.sorted_channel_file!r}")
+        if self.channel_selection not in CHANNEL_SELECTIONS:
+            raise ValueError(
+                f"channel_selection must be one of {', '.join(CHANNEL_SELECTIONS)}, got {self.channel_selection!r}"
+            )
+
+    @classmethod
+    def get_search_space(cls, task_name: str) -> dict[str, Any]:
+        return {
+            "heavy_size": LogUniform(0.005, 0.5),
+            "group_factor": Choice([4, 8, 16]),
+            "label_bits": Choice([2, 4, 8, 16]),
+        }
+
+
+@register_masker(DoubleSparsityTopKMaskerConfig)
+class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
+    """Per query head and row, the `heavy_size` residual keys with the highest q.k over the head's channels of this layer.
+
+    The kept channels of a key (its label), rounded to few bits, are cached; each query head has its own channels.
+    """
+
+    keeps_to_allowed = True
+    code_fields = ("sorted_channel_file", "group_factor", "label_bits", "channel_selection")
+
+    def __init__(self, config: DoubleSparsityTopKMaskerConfig) -> None:
+        super().__init__(config)
+        if config.sorted_channel_file is None:
+            raise ValueError(
+                "sorted_channel_file must name a file of channels, got None; "
+                "make one with: python -m sparse_attention_hub.maskers.double_sparsity --model MODEL --out FILE"
+            )
+        read_channels(config.sorted_channel_file)
+        self._channels: dict[int, Tensor] = {}
+
+    def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
+        scores = inputs.memo(str(self.codes_key()), lambda: self._scores(inputs))
+        residual = mask.residual(inputs.allowed)
+        return mask.union(choose_top(scores, residual, inputs.resolve(self.config.heavy_size), inputs))
+
+    def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
+        """Labels of keys (B, Hkv, n, D): (B, Hkv, n, g * c), c channels for each of the g query heads of a kv head."""
+        batch, kv_heads, length, dim = keys.shape
+        channels = self.channels(layer_idx, dim).to(keys.device)
+        if channels.shape[0] % kv_heads:
+            raise ValueError(f"the channel file has {channels.shape[0]} heads, which {kv_heads} kv heads do not divide")
+        index = channels.view(1, kv_heads, 1, -1).expand(batch, -1, length, -1)
+        labels = keys.gather(-1, index).view(batch, kv_heads, length, -1, channels.shape[1])
+        return pseudo_quantise(labels, self.config.label_bits).flatten(3)
+
+    def selector_fraction(self, inputs: AttentionInputs) -> float:
+        width = 8 * inputs.keys.element_size()
+        bits = self.config.label_bits if self.config.label_bits < 16 else width
+        kept = inputs.group_size * (inputs.keys.shape[3] // self.config.group_factor)
+        return kept * min(bits, width) / (2 * width * inputs.keys.shape[3])
+
+    def channels(self, layer_idx: int, dim: int) -> Tensor:
+        """The kept channels of a layer's query heads, int64 (H, c), c = dim // group_factor."""
+        if layer_idx not in self._channels:
+            kept = dim // self.config.group_factor
+            if kept == 0:
+                raise ValueError(f"group_factor must be at most the head dimension {dim}, got {self.config.group_factor}")
+            path = str(self.config.sorted_channel_file)
+            self._channels[layer_idx] = layer_channels(path, layer_idx, self.config.channel_selection, kept, dim)
+        return self._channels[layer_idx]
+
+    def _scores(self, inputs: AttentionInputs) -> Tensor:
+        """Approximate logits, float32 (B, H, Q, N)."""
+        batch, heads, rows, _ = inputs.shape
+        _, labels = self.codes(inputs)
+        channels = self.channels(inputs.layer_idx, inputs.queries.shape[-1]).to(inputs.device)
+        if channels.shape[0] != heads:
+            raise ValueError(f"{self.config.sorted_channel_file} is for {channels.shape[0]} query heads, the model has {heads}")
+        kept, group = channels.shape[1], inputs.group_size
+        own = pseudo_quantise(
+            inputs.queries.gather(-1, channels.view(1, heads, 1, kept).expand(batch, -1, rows, -1)),
+            self.config.label_bits,
+        )
+        # Each head's channels stand in a block of their own, zeros in its neighbours': one matrix product scores the group.
+        spread = own.new_zeros((batch, heads // group, group, rows, group, kept))
+        spread.diagonal(dim1=2, dim2=4).copy_(own.view(batch, heads // group, group, rows, kept).permute(0, 1, 3, 4, 2))
+        return inputs.biased(group_scores(spread.view(batch, heads, rows, group * kept), labels, kept**-0.5))
+
+
+if __name__ == "__main__":
+    from sparse_attention_hub.models.channel_calibration import main
+
+    raise SystemExit(main())

@@ -1,0 +1,144 @@
+"""HashAttention: the keys whose learned bit signature is nearest to the query's (https://arxiv.org/abs/2412.14468).
+
+`python -m sparse_attention_hub.maskers.hash_attention train --model M --out F` learns the signatures of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..mask import Mask
+from ..search_space import LogUniform
+from .base import Masker, MaskerConfig, check_int, check_size, register_masker
+from .bits import pack_bits, popcount
+from .hat_weights import Layer, check_weights, read_hat_weights, ready_layer
+from .inputs import NEVER, AttentionInputs, choose_top
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
+CHUNK = 4096
+
+
+@dataclass
+class HashAttentionTopKMaskerConfig(MaskerConfig):
+    """heavy_size: keys chosen beside those already chosen, int (tokens) or float (fraction of N).
+
+    hat_bits: bits of a signature. hat_mlp_layers, hat_mlp_hidden_size, hat_mlp_activation (relu, silu, gelu, tanh): the
+    networks that make them. Weights: `hat_weights`, {layer: {"query_matrix": [...], "query_bias": [...], "key_matrix":
+    [...], "key_bias": [...]}} with one (heads, in, out) and (heads, out) a network layer, or `hat_weight_file`, the same as
+    safetensors (see hat_weights.py); a search template may leave both out.
+    """
+
+    heavy_size: int | float
+    hat_bits: int
+    hat_mlp_layers: int
+    hat_mlp_hidden_size: int
+    hat_mlp_activation: str
+    hat_weights: dict[int, Layer] | None = None
+    hat_weight_file: str | None = None
+
+    def __post_init__(self) -> None:
+        self.heavy_size = check_size("heavy_size", self.heavy_size)
+        self.hat_bits = check_int("hat_bits", self.hat_bits, 1)
+        self.hat_mlp_layers = check_int("hat_mlp_layers", self.hat_mlp_layers, 1)
+        self.hat_mlp_hidden_size = check_int(
+            "hat_mlp_hidden_size", self.hat_mlp_hidden_size, 0 if self.hat_mlp_layers == 1 else 1
+        )
+        self.hat_weight_file = str(self.hat_weight_file) if self.hat_weight_file else None
+        if self.hat_mlp_activation not in ACTIVATIONS:
+            raise ValueError(f"hat_mlp_activation must be one of {', '.join(ACTIVATIONS)}, got {self.hat_mlp_activation!r}")
+
+    @classmethod
+    def get_search_space(cls, task_name: str) -> dict[str, Any]:
+        return {"heavy_size": LogUniform(0.005, 0.5)}
+
+
+@register_masker(HashAttentionTopKMaskerConfig)
+class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
+    """Per query head and row, the `heavy_size` residual keys whose signature shares the most bits with the query's; among
+    equals the most recent. A signature is the signs of a small network's outputs, packed into 32-bit words and cached, once
+    for a kv head where the query heads of its group share one key network.
+    """
+
+    keeps_to_allowed = True
+
+    def __init__(self, config: HashAttentionTopKMaskerConfig) -> None:
+        super().__init__(config)
+        if (config.hat_weights is None) == (config.hat_weight_file is None):
+            got = "neither" if config.hat_weights is None else "both"
+            raise ValueError(f"exactly one of hat_weights and hat_weight_file must be given, got {got}")
+        weights = config.hat_weights if config.hat_weights is not None else read_hat_weights(str(config.hat_weight_file))
+        check_weights(weights, config.hat_bits, config.hat_mlp_layers, config.hat_mlp_hidden_size)
+        self._weights = weights
+        self._ready: dict[tuple[int, str], Layer] = {}
+
+    def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
+        scores = inputs.memo(str(self.codes_key()), lambda: self._scores(inputs))
+        residual = mask.residual(inputs.allowed)
+        return mask.union(choose_top(scores, residual, inputs.resolve(self.config.heavy_size), inputs))
+
+    def codes_key(self) -> tuple[str, ...]:
+        source = self.config.hat_weight_file or str(id(self.config.hat_weights))
+        return type(self).__name__, source, self.config.hat_mlp_activation
+
+    def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
+        """Signatures of keys (B, Hkv, n, D): int32 (B, Hkv, n, networks, words), one or g networks a kv head."""
+        layer = self._layer(layer_idx, keys)
+        chunks = (keys[:, :, i : i + CHUNK] for i in range(0, keys.shape[2], CHUNK))
+        parts = [self._signatures(part, layer, "key") for part in chunks]
+        return torch.cat(parts, 3).permute(0, 1, 3, 2, 4)
+
+    def selector_fraction(self, inputs: AttentionInputs) -> float:
+        networks = self._layer(inputs.layer_idx, inputs.keys)["key_matrix"][0].shape[1]
+        return networks * self.config.hat_bits / (16 * inputs.keys.element_size() * inputs.keys.shape[3])
+
+    def _layer(self, layer_idx: int, keys: Tensor) -> Layer:
+        place = (layer_idx, str(keys.device))
+        if place not in self._ready:
+            if layer_idx not in self._weights:
+                raise ValueError(f"the hash weights have no layer {layer_idx}, only {sorted(self._weights)}")
+            self._ready[place] = ready_layer(self._weights[layer_idx], keys)
+        return self._ready[place]
+
+    def _signatures(self, x: Tensor, layer: Layer, side: str) -> Tensor:
+        """x (B, Hkv, n, D), or (B, Hkv, networks, n, D), to packed signs int32 (B, Hkv, networks, n, words)."""
+        x = (x.unsqueeze(2) if x.dim() == 4 else x).float()
+        pairs = list(zip(layer[f"{side}_matrix"], layer[f"{side}_bias"], strict=True))
+        for depth, (matrix, bias) in enumerate(pairs):
+            x = x @ matrix + bias.unsqueeze(-2)
+            if depth < len(pairs) - 1:
+                x = ACTIVATIONS[self.config.hat_mlp_activation](x)
+        return pack_bits(x > 0)
+
+    def _scores(self, inputs: AttentionInputs) -> Tensor:
+        """Shared bits less a little for age, (B, H, Q, N); float32 while that holds both exactly, else float64."""
+        batch, heads, rows, keys = inputs.shape
+        _, codes = self.codes(inputs)
+        layer = self._layer(inputs.layer_idx, inputs.keys)
+        networks = layer["query_matrix"][0].shape[:2].numel()
+        if networks != heads:
+            raise ValueError(f"the hash weights are for {networks} query heads, the model has {heads}")
+        grouped = inputs.queries.reshape(batch, inputs.kv_heads, -1, rows, inputs.queries.shape[-1])
+        signatures = self._signatures(grouped, layer, "query")
+        differ = torch.zeros((), dtype=torch.int32, device=inputs.device)
+        for word in range(codes.shape[-1]):
+            differ = differ + popcount(signatures[..., word].unsqueeze(-1) ^ codes[..., word].transpose(2, 3).unsqueeze(3))
+        exact = torch.float32 if (self.config.hat_bits + 1) * keys < 2**24 else torch.float64
+        scores = inputs.key_positions.to(exact)[:, None, None] - differ.to(exact).mul_(keys).reshape(batch, heads, rows, keys)
+        return scores if inputs.all_allowed else scores.masked_fill(~inputs.allowed, NEVER)
+
+
+if __name__ == "__main__":
+    from sparse_attention_hub.models.hat_training import main
+
+    raise SystemExit(main())

@@ -1,0 +1,127 @@
+"""HashAttention's weights: their safetensors format, and which models come with some.
+
+Tensors "layers.{L}.{query|key}_{matrix|bias}.{i}", i = layer of the network: matrices (heads, in, out), biases (heads, out),
+any float type. Query tensors have one network a query head; key tensors one a query head, or one a kv head.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Layer = dict[str, list[Tensor]]
+PARTS = ("query_matrix", "query_bias", "key_matrix", "key_bias")
+SHIPPED = Path(__file__).resolve().parent.parent / "weights"
+_NAME = re.compile(r"layers\.(\d+)\.(query_matrix|query_bias|key_matrix|key_bias)\.(\d+)")
+
+
+def hat_weights_for(model_id: str) -> str | None:
+    """Path of the weights that come with the library for a model; None if there are none."""
+    path = SHIPPED / f"hat_{model_id.replace('/', '_')}.safetensors"
+    return str(path) if path.is_file() else None
+
+
+def hat_config_fields(path: str) -> dict[str, int | str]:
+    """The config fields hat_bits, hat_mlp_layers, hat_mlp_hidden_size and hat_mlp_activation that weights were made for."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        made = file.metadata() or {}
+    weights = next(iter(read_hat_weights(path).values()))
+    last = weights["query_matrix"][-1]
+    return {
+        "hat_bits": last.shape[2],
+        "hat_mlp_layers": len(weights["query_matrix"]),
+        "hat_mlp_hidden_size": last.shape[1] if len(weights["query_matrix"]) > 1 else 0,
+        "hat_mlp_activation": made.get("activation", "silu"),
+    }
+
+
+def read_hat_weights(path: str) -> dict[int, Layer]:
+    """{layer: {part: [tensor of each network layer]}}. Raises ValueError for a file that holds something else."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"hat_weight_file must be an existing file, got {path!r}")
+    return _read(path, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _read(path: str, modified: int) -> dict[int, Layer]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file ({error}); convert a pickle of hash weights with: "
+            "python -m sparse_attention_hub.maskers.hash_attention convert IN.pkl OUT.safetensors"
+        ) from None
+    found: dict[int, dict[str, dict[int, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{path} holds {name!r}, which is no tensor of hash weights")
+        found.setdefault(int(match[1]), {}).setdefault(match[2], {})[int(match[3])] = tensor
+    return {
+        layer: {part: [entries[i] for i in sorted(entries)] for part, entries in parts.items()}
+        for layer, parts in found.items()
+    }
+
+
+def write_hat_weights(weights: dict[int, Layer], path: str, activation: str) -> None:
+    """Save weights in the format above."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"layers.{layer}.{part}.{i}": tensor.contiguous()
+        for layer, parts in weights.items()
+        for part, entries in parts.items()
+        for i, tensor in enumerate(entries)
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"activation": activation})
+    Path(path).chmod(0o644)  # as other files are: weights are no secret
+
+
+def check_weights(weights: dict[int, Layer], bits: int, layers: int, hidden: int) -> None:
+    """Raises ValueError if weights do not have the shape that the config says."""
+    if not weights:
+        raise ValueError("the hash weights must hold at least one layer, got none")
+    for index, layer in weights.items():
+        missing = [part for part in PARTS if part not in layer]
+        if missing:
+            raise ValueError(f"hash weights of layer {index} lack {', '.join(missing)}")
+        for side in ("query", "key"):
+            matrices, biases = layer[f"{side}_matrix"], layer[f"{side}_bias"]
+            if len(matrices) != layers or len(biases) != layers:
+                raise ValueError(f"hat_mlp_layers is {layers}, the {side} weights of layer {index} have {len(matrices)}")
+            for depth, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
+                width = bits if depth == layers - 1 else hidden
+                field = "hat_bits" if depth == layers - 1 else "hat_mlp_hidden_size"
+                if matrix.dim() != 3 or bias.shape != (matrix.shape[0], matrix.shape[2]):
+                    raise ValueError(
+                        f"{side} weights of layer {index} must be matrices (heads, in, out) and biases (heads, out), "
+                        f"got {tuple(matrix.shape)} and {tuple(bias.shape)}"
+                    )
+                if matrix.shape[2] != width or (depth and matrix.shape[1] != matrices[depth - 1].shape[2]):
+                    raise ValueError(f"{field} is {width}, the {side} weights of layer {index} have {tuple(matrix.shape)}")
+
+
+def ready_layer(layer: Layer, keys: Tensor) -> Layer:
+    """A layer's networks for keys (B, Hkv, N, D): on their device, float32, matrices (Hkv, networks, in, out) and biases
+    (Hkv, networks, out); key networks that are the same for a whole group become one. ValueError if they do not fit."""
+    kv_heads, dim = keys.shape[1], keys.shape[3]
+    ready: Layer = {}
+    for name, tensors in layer.items():
+        if any(t.shape[0] % kv_heads for t in tensors) or (name.endswith("matrix") and tensors[0].shape[1] != dim):
+            raise ValueError(f"hash weights {name} {tuple(tensors[0].shape)} do not fit {kv_heads} kv heads of {dim} channels")
+        ready[name] = [t.to(keys.device, torch.float32).reshape(kv_heads, -1, *t.shape[1:]) for t in tensors]
+    if all(bool((t == t[:, :1]).all()) for part in ("key_matrix", "key_bias") for t in ready[part]):
+        for part in ("key_matrix", "key_bias"):
+            ready[part] = [t[:, :1] for t in ready[part]]
+    return ready

@@ -1,0 +1,60 @@
+"""Oracle top-p: the fewest keys that hold a share of the attention mass (as in Twilight, https://arxiv.org/abs/2502.02770)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..mask import Mask, expand_heads
+from ..search_space import Uniform
+from .base import Masker, MaskerConfig, check_number, register_masker
+from .inputs import NEVER, AttentionInputs
+
+
+@dataclass
+class OracleTopPMaskerConfig(MaskerConfig):
+    """top_p: share in [0, 1] of the attention mass that earlier maskers left over."""
+
+    top_p: float
+
+    def __post_init__(self) -> None:
+        self.top_p = check_number("top_p", self.top_p, 0.0, 1.0)
+
+    @classmethod
+    def get_search_space(cls, task_name: str) -> dict[str, Any]:
+        return {"top_p": Uniform(0.05, 0.99)}
+
+
+@register_masker(OracleTopPMaskerConfig)
+class OracleTopP(Masker[OracleTopPMaskerConfig]):
+    """Per query head and row: the shortest prefix of the residual keys, by falling score, whose mass exceeds `top_p`.
+
+    Keys that tie with the last one are chosen too; top_p = 0 chooses the highest key, top_p = 1 all. Reads every key.
+    """
+
+    keeps_to_allowed = True
+
+    def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
+        residual = expand_heads(mask.residual(inputs.allowed), inputs.shape[1])
+        if self.config.top_p >= 1.0:
+            return mask.union(Mask.from_dense(residual, inputs.shape[1], inputs.kv_heads))
+        scores = inputs.scores()
+        eligible = scores if residual is inputs.allowed else scores.masked_fill(~residual, NEVER)
+        ranked = inputs.ranked(eligible).flip(-1)
+        top = ranked[..., :1]
+        mass = (ranked - top.masked_fill(top == NEVER, 0.0)).exp_()
+        reached = mass.cumsum_(-1)
+        # The place at which the running mass first exceeds the share; none does if rounding eats the last step: take all.
+        place = (reached <= self.config.top_p * reached[..., -1:]).sum(-1, keepdim=True).clamp(max=reached.shape[-1] - 1)
+        threshold = ranked.gather(-1, place)
+        chosen = (scores >= threshold) & residual & (scores > NEVER)
+        return mask.union(Mask.from_dense(chosen, inputs.shape[1], inputs.kv_heads), disjoint=True)
+
+    def selector_fraction(self, inputs: AttentionInputs) -> float:
+        return 0.5
+
+
+if __name__ == "__main__":
+    from sparse_attention_hub.maskers.drawing import main
+
+    main("oracle_top_p")

@@ -1,0 +1,55 @@
+"""Sink: the first allowed keys (StreamingLLM, https://arxiv.org/abs/2309.17453)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..mask import Mask
+from ..search_space import Choice
+from .base import Masker, MaskerConfig, check_size, register_masker
+from .inputs import AttentionInputs
+
+
+@dataclass
+class SinkMaskerConfig(MaskerConfig):
+    """sink_size: the first allowed keys, int (tokens) or float (fraction of N)."""
+
+    sink_size: int | float
+
+    def __post_init__(self) -> None:
+        self.sink_size = check_size("sink_size", self.sink_size)
+
+    @classmethod
+    def get_search_space(cls, task_name: str) -> dict[str, Any]:
+        return {"sink_size": Choice([0.001, 0.005, 0.01, 0.02, 0.05])}
+
+
+@register_masker(SinkMaskerConfig)
+class SinkMasker(Masker[SinkMaskerConfig]):
+    """Attends to the first `sink_size` allowed keys of every item, as far as causality lets a row see them."""
+
+    keeps_to_allowed = True
+
+    def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
+        sizes = inputs.resolve(self.config.sink_size)
+        positions = inputs.key_positions
+        if inputs.shape[2] == 1:
+            # One row: the sink is a short list, the same for all heads.
+            start = positions.clamp(max=0).argmax(-1, keepdim=True) if not inputs.all_allowed else 0
+            slot = torch.arange(max(sizes, default=0), device=inputs.device).expand(len(sizes), -1)
+            limit = torch.tensor(sizes, device=inputs.device).unsqueeze(-1)
+            indices = (slot + start).masked_fill(slot >= limit, -1)[:, None, None, :]
+            sink = Mask.from_indices(indices, inputs.shape, kv_heads=inputs.kv_heads)
+            return mask.union(sink if inputs.all_allowed else sink.restrict(inputs.allowed))
+        limit = torch.tensor(sizes, device=inputs.device).view(-1, 1, 1, 1)
+        first = (positions[:, None, None, :] < limit) & inputs.allowed
+        return mask.union(Mask.from_dense(first, inputs.shape[1], inputs.kv_heads))
+
+
+if __name__ == "__main__":
+    from sparse_attention_hub.maskers.drawing import main
+
+    main("sink")

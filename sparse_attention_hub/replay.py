@@ -1,0 +1,129 @@
+"""Replay: what a sparse attention would have done on a recorded dense run. Arithmetic on a trace, no model forward.
+
+All configurations of a call share each layer's scores, exponentials, sorted scores and the codes that maskers make of keys.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .attention import ResearchAttention, dense_of
+from .mask import expand_heads
+from .maskers.inputs import AttentionInputs
+from .maskers.state import AttentionState, MaskerState
+from .shared import attend_shared
+
+if TYPE_CHECKING:
+    from .models.trace import Trace, TraceLayer
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """Means over rows, heads and layers, as everywhere; errors and densities are (layers, H) float32, in the trace's order."""
+
+    error: float
+    density: float
+    errors: Tensor
+    densities: Tensor
+
+
+def spread_rows(rows: int, keep: int) -> list[int]:
+    """`keep` of a trace's rows, evenly spread, first and last included."""
+    if keep >= rows:
+        return list(range(rows))
+    return sorted({round(i * (rows - 1) / max(keep - 1, 1)) for i in range(keep)})
+
+
+class SharedStates:
+    """Masker states of traces, shared by all configurations whose codes are equal and kept up to `limit_bytes`.
+
+    Fitting (k-means, say) then happens once for each (trace, layer, code-making settings), not once a configuration.
+    """
+
+    def __init__(self, limit_bytes: int = 256 * 2**20) -> None:
+        self._limit = limit_bytes
+        self._held: OrderedDict[tuple[Any, ...], MaskerState] = OrderedDict()
+
+    def of(self, attention: ResearchAttention, trace: Trace, keys: Tensor, layer_idx: int) -> AttentionState:
+        """The states of one attention on one layer, fitted on the context's keys (1, Hkv, context, D)."""
+        state = AttentionState()
+        for position, masker in enumerate(attention.maskers):
+            name = (trace.key, layer_idx, masker.codes_key())
+            if name not in self._held:
+                self._held[name] = MaskerState()
+                masker.prepare(keys, layer_idx, self._held[name])
+            self._held.move_to_end(name)
+            state.adopt(layer_idx, position, self._held[name])
+        return state
+
+    def trim(self) -> None:
+        """Forget what was used longest ago until the limit holds."""
+        total = sum(state.bytes() for state in self._held.values())
+        while total > self._limit and self._held:
+            _, state = self._held.popitem(last=False)
+            total -= state.bytes()
+
+
+@torch.inference_mode()
+def replay(
+    trace: Trace,
+    attentions: Sequence[ResearchAttention],
+    *,
+    rows: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    states: SharedStates | None = None,
+) -> list[ReplayResult]:
+    """(error, density) of each attention on a trace, in the order given.
+
+    rows: which of the trace's query rows to look at (default all; the last row should be among them, since fractions of N
+    are fractions of what the last row sees). layers: model layer numbers (default all recorded). seed: of this sample.
+    states: masker states to share with earlier and later calls.
+    """
+    layers = trace.layers if layers is None else layers
+    kept = list(range(trace.rows)) if rows is None else list(rows)
+    states = SharedStates() if states is None else states
+    errors: list[list[Tensor]] = [[] for _ in attentions]
+    densities: list[list[Tensor]] = [[] for _ in attentions]
+    for layer_idx in layers:
+        inputs = _layer_inputs(trace.layer(layer_idx, device), trace.rows, kept, seed)
+        for place, attention in enumerate(attentions):
+            state = states.of(attention, trace, inputs.keys[:, :, : trace.context_length], layer_idx)
+            error, density = _replay_layer(attention, inputs, state)
+            errors[place].append(error)
+            densities[place].append(density)
+        states.trim()
+    return [
+        ReplayResult(float(e.mean()), float(d.mean()), e, d)
+        for e, d in zip(map(torch.stack, errors), map(torch.stack, densities), strict=True)
+    ]
+
+
+def _layer_inputs(stored: TraceLayer, rows: int, kept: list[int], seed: int) -> AttentionInputs:
+    """One layer's call for some of the recorded rows, its dense output already known."""
+    mask, queries, dense = None, stored.queries, stored.dense
+    if len(kept) < rows:
+        queries, dense = queries[:, :, kept], dense[:, kept]
+        keys = stored.keys.shape[2]
+        last = torch.tensor(kept, device=stored.keys.device) + (keys - rows)
+        mask = (torch.arange(keys, device=stored.keys.device) <= last[:, None])[None, None]
+    inputs = AttentionInputs(queries, stored.keys, stored.values, mask, stored.scaling, stored.layer_idx, [seed])
+    inputs.memo("dense_output", lambda: dense)
+    return inputs
+
+
+def _replay_layer(attention: ResearchAttention, inputs: AttentionInputs, state: AttentionState) -> tuple[Tensor, Tensor]:
+    """(error (H,), density (H,)) of one attention on one layer, means over rows."""
+    mask, _ = attention.final_mask(inputs, state)
+    output, _ = attend_shared(mask, inputs)
+    dense = dense_of(inputs)
+    error = (output - dense).norm(dim=-1) / dense.norm(dim=-1).clamp(min=1e-30)
+    density = expand_heads(mask.counts(), inputs.shape[1])[0] / inputs.row_lengths.float()
+    return error[0].mean(0).cpu(), density.mean(-1).cpu()

@@ -1,0 +1,61 @@
+"""Search spaces of masker configs, told without importing a search library.
+
+A config class returns `{field: domain}` from `get_search_space`; the benchmark turns each domain into the one its
+search library uses. Any `ray.tune` domain may be returned instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the given values."""
+
+    values: tuple[Any, ...]
+
+    def __init__(self, values: list[Any] | tuple[Any, ...]) -> None:
+        if not values:
+            raise ValueError("Choice needs at least one value, got none")
+        object.__setattr__(self, "values", tuple(values))
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A float in [low, high], all values alike."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"Uniform needs low < high, got {self.low} and {self.high}")
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """A float in [low, high], all orders of magnitude alike."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high:
+            raise ValueError(f"LogUniform needs 0 < low < high, got {self.low} and {self.high}")
+
+
+@dataclass(frozen=True)
+class IntUniform:
+    """An integer in [low, high], both included."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.high:
+            raise ValueError(f"IntUniform needs low <= high, got {self.low} and {self.high}")
+
+
+Domain = Choice | Uniform | LogUniform | IntUniform

@@ -1,0 +1,70 @@
+"""Attention over a mask from a call's exponentials, which the oracles, the error and all configurations of a replay share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .kernels import attend
+from .mask import Mask
+from .maskers.inputs import LEAST_SHARED_MASS, AttentionInputs
+
+
+def attend_shared(mask: Mask, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """Attention over the mask: (output (B, Q, H, D), log-sum-exp (B, H, Q)), float32 or wider.
+
+    For calls of several rows, whose mask soon names most of the keys; every row has at least one.
+    """
+    values = inputs.values.to(inputs.exponentials().dtype)
+    sums, totals = (_on_cpu if values.device.type == "cpu" else _on_gpu)(mask, inputs, values)
+    if float(totals.min()) < LEAST_SHARED_MASS:
+        output, lse = attend(inputs.queries, inputs.keys, inputs.values, mask, inputs.scaling)
+        return output.to(sums.dtype), lse
+    return (sums / totals.unsqueeze(-1)).transpose(1, 2), totals.log() + inputs.scores().amax(-1)
+
+
+def _on_gpu(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor, Tensor]:
+    """(weighted sums of values (B, H, Q, D), sums of weights (B, H, Q))."""
+    batch, heads, rows, keys = inputs.shape
+    probability = mask.held_probability().unsqueeze(2)
+    weights = inputs.exponentials().view(batch, probability.shape[1], -1, rows, keys)
+    weights = (weights / probability.clamp(min=1e-30) * (probability > 0)).view(batch, heads, rows, keys)
+    output = weights.view(batch, inputs.kv_heads, -1, keys) @ values
+    return output.view(batch, heads, rows, -1), weights.sum(-1)
+
+
+def _on_cpu(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, some rows of a head at a time. NumPy multiplies by booleans at the speed of memory, which torch does not."""
+    if mask.is_certain:
+        chosen = mask.chosen()
+
+        def weigh(numbers: np.ndarray, out: np.ndarray, at: Callable[[Tensor], np.ndarray]) -> None:
+            np.multiply(numbers, at(chosen), out=out)
+
+    elif mask.draw is not None:
+        sure, drawn, rate = mask.draw
+        inverse = 1 / rate.clamp(min=1e-30)
+
+        def weigh(numbers: np.ndarray, out: np.ndarray, at: Callable[[Tensor], np.ndarray]) -> None:
+            np.multiply(at(drawn), at(inverse), out=out)
+            np.add(out, at(sure), out=out)
+            np.multiply(out, numbers, out=out)
+
+    else:
+        probability = mask.held_probability()
+        probability = probability.masked_fill(probability == 0, float("inf"))
+
+        def weigh(numbers: np.ndarray, out: np.ndarray, at: Callable[[Tensor], np.ndarray]) -> None:
+            np.divide(numbers, at(probability), out=out)
+
+    batch, heads, rows, _ = inputs.shape
+    sums = torch.empty((batch, heads, rows, values.shape[-1]), dtype=values.dtype)
+    totals = torch.empty((batch, heads, rows), dtype=values.dtype)
+    for place, weights in inputs.weight_blocks(weigh):
+        totals[place] = weights.sum(-1)
+        own = values[place[0], place[1].start // inputs.group_size]
+        sums[place] = (weights.flatten(0, 1) @ own).view(*weights.shape[:2], -1)
+    return sums, totals

@@ -1,0 +1,319 @@
+"""The contract that every masker keeps, as tests that a masker's own test class inherits. Needs pytest and hypothesis.
+
+    class TestMyMasker(MaskerContract):
+        def make_config(self):
+            return MyMaskerConfig(heavy_size=0.2)
+
+runs them all. See the attributes and methods of `MaskerContract` for what a masker may need to say about itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from .attention import AttentionResult, ResearchAttention, ResearchAttentionConfig, dense_attention
+from .kernels.reference import attend_reference
+from .mask import Mask
+from .maskers import SinkMaskerConfig
+from .maskers.base import MaskerConfig, create_masker
+from .maskers.inputs import AttentionInputs
+
+
+class MaskerContract:
+    """Inherit, override `make_config`, and the rest only where the defaults do not fit.
+
+    All calls have `heads` query heads of `head_dim` channels, in layer 0; kv heads vary.
+    """
+
+    heads = 8
+    head_dim = 32
+    #: Keys of the state tests' context; more where a method needs a long context.
+    context = 200
+    #: Seeds over which a sampler's denominator is averaged, and how far from 1 the mean ratio may be.
+    bias_seeds = 400
+    bias_tolerance = 0.02
+    #: Set in each test: a folder for files that a config needs.
+    tmp_path: Path
+
+    def make_config(self) -> MaskerConfig:
+        """The config under test: a budget that leaves keys out at 200 keys."""
+        raise NotImplementedError("a masker's test class overrides make_config()")
+
+    def full_config(self) -> MaskerConfig | None:
+        """A config that chooses every key, None if the method cannot. Default: `make_config` with its size at 100%."""
+        config = self.make_config()
+        for field in ("heavy_size", "sink_size", "window_size", "sampling_rate", "top_p"):
+            if hasattr(config, field):
+                return dataclasses.replace(config, **{field: 1.0})
+        return None
+
+    def max_keys(self, n: int) -> int:
+        """Keys that a row may attend to at most, of n allowed. Default: the config's size, n if it has none."""
+        config = self.make_config()
+        for field in ("heavy_size", "sink_size", "window_size", "sampling_rate"):
+            if hasattr(config, field):
+                size = getattr(config, field)
+                return min(n, size) if isinstance(size, int) else max(1, int(size * n))
+        return n
+
+    def config_for_seed(self, seed: int) -> MaskerConfig | None:
+        """For a sampler whose randomness comes from its config: the config under test with another seed."""
+        return None
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> None:
+        self.tmp_path = tmp_path
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def tensors(
+        self, n: int, rows: int = 1, batch: int = 2, kv_heads: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """queries (batch, heads, rows, head_dim), keys and values (batch, kv_heads, n, head_dim), standard normal."""
+        generator = torch.Generator().manual_seed(seed)
+        queries = torch.randn(batch, self.heads, rows, self.head_dim, generator=generator)
+        keys = torch.randn(batch, kv_heads, n, self.head_dim, generator=generator)
+        values = torch.randn(batch, kv_heads, n, self.head_dim, generator=generator)
+        return queries.to(dtype), keys.to(dtype), values.to(dtype)
+
+    def attention(self, config: MaskerConfig | None = None, backend: str = "auto") -> ResearchAttention:
+        return ResearchAttention(ResearchAttentionConfig([config or self.make_config()], backend))
+
+    def run(
+        self, queries: Tensor, keys: Tensor, values: Tensor, config: MaskerConfig | None = None, **options: Any
+    ) -> AttentionResult:
+        return self.attention(config)(queries, keys, values, **options)
+
+    # -- the contract --------------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("rows", [1, 7, 64])
+    def test_shapes(self, rows: int) -> None:
+        queries, keys, values = self.tensors(150, rows)
+        result = self.run(queries, keys, values)
+        assert result.output.shape == (2, rows, self.heads, self.head_dim)
+        assert result.mask.shape == (2, self.heads, rows, 150)
+        p = result.mask.inclusion_probability()
+        assert p.shape == result.mask.shape and p.dtype == torch.float32
+        assert bool(((p >= 0) & (p <= 1)).all())
+        assert result.output.isfinite().all()
+        assert 0 < result.density <= 1 and result.kv_fraction > 0
+
+    @pytest.mark.parametrize("rows", [1, 9])
+    def test_no_forbidden_key(self, rows: int) -> None:
+        queries, keys, values = self.tensors(120, rows, batch=3)
+        holes = torch.rand(3, 1, rows, 120, generator=torch.Generator().manual_seed(1)) < 0.6
+        holes[1, :, :, :50] = False
+        for mask in (holes, torch.zeros(holes.shape).masked_fill(~holes, torch.finfo(torch.float32).min)):
+            result = self.run(queries, keys, values, attention_mask=mask)
+            assert bool((result.mask.inclusion_probability()[~holes.expand(result.mask.shape)] == 0).all())
+            assert result.output.isfinite().all()
+        causal = self.run(queries, keys, values).mask.inclusion_probability()
+        future = torch.arange(120) > torch.arange(120 - rows, 120).unsqueeze(-1)
+        assert bool((causal[:, :, future] == 0).all())
+
+    @pytest.mark.parametrize("kv_heads", [8, 2, 1])
+    @pytest.mark.parametrize("rows", [1, 7])
+    def test_full_budget_is_dense(self, kv_heads: int, rows: int) -> None:
+        config = self.full_config()
+        if config is None:
+            return  # some methods, MagicPig among them, have no full budget
+        tensors = self.tensors(90, rows, kv_heads=kv_heads)
+        result = self.run(*tensors, config=config)
+        assert result.density == pytest.approx(1.0)
+        torch.testing.assert_close(result.output, dense_attention(*tensors), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("kv_heads", [8, 2, 1])
+    @pytest.mark.parametrize("rows", [1, 7])
+    def test_density_within_budget(self, kv_heads: int, rows: int) -> None:
+        result = self.run(*self.tensors(200, rows, kv_heads=kv_heads))
+        chosen = (result.mask.inclusion_probability() > 0).sum(-1)
+        assert int(chosen.max()) <= self.max_keys(200)
+        assert int(chosen.min()) >= 1
+
+    @pytest.mark.parametrize("rows", [1, 7])
+    def test_earlier_mask_is_unchanged(self, rows: int) -> None:
+        inputs = AttentionInputs(*self.tensors(150, rows))
+        empty = Mask.empty(inputs.shape, kv_heads=inputs.kv_heads)
+        earlier = create_masker(SinkMaskerConfig(sink_size=5)).select(inputs, empty)
+        chosen = earlier.inclusion_probability().bool()
+        by_group = chosen[:, :: inputs.group_size]
+        for mask in (
+            earlier,
+            Mask.from_dense(chosen, kv_heads=inputs.kv_heads),
+            Mask.from_dense(by_group, self.heads, inputs.kv_heads),
+            Mask.from_indices(Mask.from_dense(by_group).rows()[0], inputs.shape, kv_heads=inputs.kv_heads),
+        ):
+            before = mask.inclusion_probability().clone()
+            after = create_masker(self.make_config()).select(inputs, mask)
+            assert torch.equal(mask.inclusion_probability(), before)
+            assert bool((after.inclusion_probability()[before == 1] == 1).all()), "a chosen key was dropped"
+
+    @pytest.mark.parametrize("kv_heads", [8, 2, 1])
+    @pytest.mark.parametrize("rows", [1, 5])
+    def test_query_groups(self, kv_heads: int, rows: int) -> None:
+        """Attention over the mask is the same as with every kv head repeated for its query heads."""
+        queries, keys, values = self.tensors(150, rows, kv_heads=kv_heads)
+        result = self.run(queries, keys, values)
+        expected, _ = attend_reference(queries, keys, values, result.mask, self.head_dim**-0.5)
+        torch.testing.assert_close(result.output, expected, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("rows", [1, 4])
+    @pytest.mark.parametrize("with_state", [False, True])
+    def test_batch_independence(self, rows: int, with_state: bool) -> None:
+        """An item alone and unpadded, and left-padded among two others, gets the same mask and output."""
+        lengths, longest, seeds = [97, 160, 131], 160, [5, 6, 7]
+        queries, keys, values = self.tensors(longest, rows, batch=3)
+        for item, length in enumerate(lengths):  # what stands on padding must not matter, however large
+            keys[item, :, : longest - length] *= 30.0
+        real = torch.arange(longest) >= longest - torch.tensor(lengths).unsqueeze(-1)
+        causal = torch.arange(longest) <= torch.arange(longest - rows, longest).unsqueeze(-1)
+        mask = real[:, None, None, :] & causal
+        attention = self.attention()
+        state = None
+        if with_state:
+            state = attention.new_state()
+            attention.prepare(keys[:, :, : longest - rows], 0, state, real[:, : longest - rows])
+        together = attention(queries, keys, values, attention_mask=mask, seeds=seeds, state=state)
+        for item, length in enumerate(lengths):
+            own_keys, own_values = keys[item : item + 1, :, -length:], values[item : item + 1, :, -length:]
+            if with_state:
+                state = attention.new_state()
+                attention.prepare(own_keys[:, :, : length - rows], 0, state)
+            alone = attention(queries[item : item + 1], own_keys, own_values, seeds=seeds[item : item + 1], state=state)
+            p = together.mask.inclusion_probability()[item]
+            assert bool((p[..., : longest - length] == 0).all())
+            torch.testing.assert_close(p[..., longest - length :], alone.mask.inclusion_probability()[0])
+            torch.testing.assert_close(together.output[item], alone.output[0], atol=1e-5, rtol=1e-4)
+
+    def test_determinism(self) -> None:
+        """The generator decides, the global random state is neither read nor changed."""
+        tensors = self.tensors(150, 3)
+        torch.manual_seed(1)
+        first = self.run(*tensors, generator=torch.Generator().manual_seed(9))
+        torch.manual_seed(2)
+        before = torch.get_rng_state()
+        second = self.run(*tensors, generator=torch.Generator().manual_seed(9))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(first.mask.inclusion_probability(), second.mask.inclusion_probability())
+        assert torch.equal(first.output, second.output)
+        each = [torch.Generator().manual_seed(3), torch.Generator().manual_seed(4)]
+        assert self.run(*tensors, generator=each).output.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("rows", [1, 5])
+    def test_dtypes(self, dtype: torch.dtype, rows: int) -> None:
+        queries, keys, values = self.tensors(150, rows, dtype=dtype)
+        result = self.run(queries, keys, values)
+        assert result.output.dtype == dtype
+        expected, _ = attend_reference(queries.float(), keys.float(), values.float(), result.mask, self.head_dim**-0.5)
+        tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}[dtype]
+        torch.testing.assert_close(result.output.float(), expected, atol=tolerance, rtol=tolerance)
+
+    def test_unbiased(self) -> None:
+        """A sampler's softmax denominator is right on average: mean ratio to the dense one within `bias_tolerance` of 1."""
+        config = self.make_config()
+        if not create_masker(config).is_sampling:
+            return
+        tensors = self.tensors(256, 1, batch=1)
+        dense = AttentionInputs(*tensors).scores().logsumexp(-1)
+        if self.config_for_seed(0) is None:
+            queries, keys, values = (tensor.expand(self.bias_seeds, -1, -1, -1) for tensor in tensors)
+            estimates = self.run(queries, keys, values, config, seeds=list(range(self.bias_seeds))).log_sum_exp
+        else:
+            configs = [self.config_for_seed(seed) for seed in range(self.bias_seeds)]
+            estimates = torch.cat([self.run(*tensors, config=config).log_sum_exp for config in configs])
+        ratio = (estimates - dense).exp().mean()
+        assert abs(float(ratio) - 1) <= self.bias_tolerance, f"mean denominator ratio {float(ratio):.4f}"
+
+    def test_decode_steps_are_one_extension(self) -> None:
+        """32 decode steps leave what one extension by 32 keys leaves; a rewind forgets what came after it."""
+        context, steps = self.context, 32
+        queries, keys, values = self.tensors(context + steps, steps)
+        other = torch.randn(2, 2, steps, self.head_dim, generator=torch.Generator().manual_seed(77))
+        attention = self.attention()
+
+        def decode(state: Any, keys: Tensor, count: int) -> Tensor:
+            p = torch.empty(0)
+            for step in range(count):
+                end = context + step + 1
+                row = queries[:, :, step : step + 1]
+                p = attention(row, keys[:, :, :end], values[:, :, :end], state=state).mask.inclusion_probability()
+            return p[:, :, 0]
+
+        def prepared() -> Any:
+            state = attention.new_state()
+            attention.prepare(keys[:, :, :context], 0, state)
+            return state
+
+        stepwise = prepared()
+        by_steps = decode(stepwise, keys, steps)
+        at_once = attention(queries[:, :, -1:], keys, values, state=prepared()).mask.inclusion_probability()[:, :, 0]
+        block = attention(queries, keys, values, state=prepared()).mask.inclusion_probability()[:, :, -1]
+        torch.testing.assert_close(by_steps, at_once)
+        torch.testing.assert_close(by_steps, block)
+        stepwise.rewind(context)
+        decode(stepwise, torch.cat([keys[:, :, :context], 3 * other], 2), 19)
+        stepwise.rewind(context + 3)  # three wrong keys stay until the next line
+        stepwise.rewind(context)
+        torch.testing.assert_close(decode(stepwise, keys, steps), by_steps)
+        stepwise.rewind(context // 2)  # below the fit: it is made anew
+        half = context // 2 + 1
+        refitted = attention(queries[:, :, :1], keys[:, :, :half], values[:, :, :half], state=stepwise)
+        assert refitted.output.isfinite().all()
+
+    # Sizes from the smallest to the largest; the same ones in every run.
+    @settings(
+        max_examples=8,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
+    )
+    @given(n=st.integers(1, 5000), rows=st.sampled_from([1, 7, 64]), kv_heads=st.sampled_from([8, 2, 1]))
+    def test_any_size(self, n: int, rows: int, kv_heads: int) -> None:
+        self._check_size(n, 1 if n > 1000 else min(rows, n), kv_heads)
+
+    @pytest.mark.parametrize(("n", "rows"), [(1, 1), (2, 2), (3, 1), (7, 7), (64, 64), (5000, 1)])
+    def test_edge_sizes(self, n: int, rows: int) -> None:
+        self._check_size(n, rows, 2)
+
+    def _check_size(self, n: int, rows: int, kv_heads: int) -> None:
+        queries, keys, values = self.tensors(n, rows, batch=1, kv_heads=kv_heads)
+        result = self.run(queries, keys, values)
+        assert result.output.isfinite().all()
+        assert int((result.mask.inclusion_probability() > 0).sum(-1).min()) >= 1
+
+    @pytest.mark.parametrize("rows", [1, 6])
+    def test_rows_without_keys_give_zero(self, rows: int) -> None:
+        queries, keys, values = self.tensors(80, rows, batch=3)
+        mask = torch.ones(3, 1, rows, 80, dtype=torch.bool)
+        mask[0] = False
+        mask[1, :, 0] = False
+        result = self.run(queries, keys, values, attention_mask=mask)
+        assert result.output.isfinite().all()
+        assert bool((result.output[0] == 0).all()) and bool((result.output[1, 0] == 0).all())
+        assert bool((result.output[2] != 0).any())
+        assert result.dead_rows == rows + 1
+        assert result.density == result.density  # dead rows stay out of the average
+
+    def test_never_nan(self) -> None:
+        """Huge, constant and zero keys: no NaN, no infinity."""
+        queries, keys, values = self.tensors(100, 3)
+        far = keys.clone()
+        far[:, :, 50] *= 300.0
+        for odd in (keys * 0, keys[:, :, :1].expand_as(keys).contiguous(), keys * 100, far):
+            result = self.run(queries * 10, odd, values)
+            assert result.output.isfinite().all()
+
+    def test_search_space_names_fields(self) -> None:
+        config = self.make_config()
+        fields = {field.name for field in dataclasses.fields(config)}
+        assert set(type(config).get_search_space("ruler/4096/vt")) <= fields

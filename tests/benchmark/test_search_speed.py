@@ -1,0 +1,98 @@
+"""The scripts that measure Phase 1, on a tiny model: their records, and the figures that must not depend on speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.speed import search_fidelity, search_quality, search_speed
+
+TINY = ("--task", "ruler/1024/niah_single_1", "--length", "1024", "--requests", "1", "--json")
+
+
+def record_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert set(record) == {"figures", "goals", "machine"}
+    for goal in record["goals"]:
+        assert set(goal) in ({"name", "value", "at_least", "holds"}, {"name", "value", "at_most", "holds"})
+        assert goal["value"] == pytest.approx(record["figures"][goal["name"]], rel=1e-3)
+    return record
+
+
+@pytest.fixture
+def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts run here instead of in processes of their own, which would import torch anew each time."""
+    parts = {
+        "baseline": search_speed.baseline_trial,
+        "marginal": search_speed.marginal_costs,
+        "search": search_speed.whole_search,
+    }
+
+    def run(options: Any, *part: str) -> tuple[dict[str, Any], float]:
+        options.part = list(part)
+        before = search_speed.cpu_seconds()
+        return parts[part[0]](options), search_speed.cpu_seconds() - before
+
+    monkeypatch.setattr(search_speed, "in_process", run)
+
+
+def test_search_speed(tiny_model: str, same_process: None, capsys: pytest.CaptureFixture[str]) -> None:
+    search_speed.main(["--model", tiny_model, *TINY, "--tokens", "3", "--families", "oracle_top_k", "--trials", "8"])
+    figures = record_of(capsys)["figures"]
+    assert {"prefill_s", "capture_a_request_s", "oracle_top_k_full_replay_ratio", "search_8_ratio"} <= set(figures)
+    assert figures["search_8_trials"] == 8 and all(value >= 0 for value in figures.values())
+    # The first layer sees the same inputs on both sides, the second nearly so.
+    assert figures["oracle_top_k_replayed_error"] == pytest.approx(figures["oracle_top_k_baseline_error"], rel=0.3)
+
+
+def test_search_fidelity(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--families", "oracle_top_k", "random_sampling", "--configs", "4", "--tokens", "3"]
+    search_fidelity.main(["--model", tiny_model, *TINY, *arguments])
+    record = record_of(capsys)
+    assert {"oracle_top_k_forced_ordered", "random_sampling_regret", "right"} <= set(record["figures"])
+    assert all(0 <= record["figures"][f"{name}_reproduced"] <= 1 for name in ("oracle_top_k", "random_sampling"))
+
+
+def test_search_quality(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--combinations", "oracle_top_k", "--seeds", "1", "--num-samples", "8"]
+    search_quality.main(["--model", tiny_model, *TINY, *arguments])
+    figures = record_of(capsys)["figures"]
+    assert figures["oracle_top_k_seed_0_trials"] > 8
+    assert all(figures[f"{sampler}_over_single"] > 0 for sampler in ("tpe", "nsga2"))
+
+
+def test_order_and_regret_by_hand() -> None:
+    def outcome(replayed: float, forced: float, density: float = 0.04) -> search_fidelity.Outcome:
+        made = search_fidelity.Outcome(replayed, density)
+        made.forced = forced
+        return made
+
+    # 0.10 and 0.11 are too near to count; of the two pairs with 0.2 one is ordered the other way round.
+    found = [outcome(0.3, 0.10), outcome(0.1, 0.11), outcome(0.2, 0.2)]
+    assert search_fidelity.ordered_alike(found, "forced") == (0.5, 2)
+    assert search_fidelity.regret(found, 1) == pytest.approx(0.1)
+    assert search_fidelity.regret(found, 3) == 0.0
+    assert search_fidelity.regret([outcome(0.1, 0.2, density=0.9)], 1) == 0.0
+
+
+def test_the_same_configurations_on_both_sides() -> None:
+    for family in ("oracle_top_k", "adaptive_sampling"):
+        first = search_speed.random_configs(family, 3, seed=7)
+        assert search_speed.random_configs(family, 3, seed=7) == first
+        assert search_speed.random_configs(family, 2, seed=7) == first[:2]
+
+
+def test_bad_sizes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        search_speed.main(["--baseline-trials", "9"])
+    assert caught.value.code == 2 and "--baseline-trials must be 1 to 8, got 9" in capsys.readouterr().err
+
+
+def test_traces_are_left_where_they_are_told(tmp_path: Path) -> None:
+    (tmp_path / "traces").mkdir()
+    options = search_speed.parse_arguments(["--folder", str(tmp_path)])
+    search_speed._forget_traces(options)
+    assert not (tmp_path / "traces").exists()

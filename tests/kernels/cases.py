@@ -1,0 +1,114 @@
+"""Calls of `attend` that every backend must answer alike: random tensors and masks, made from a name alone."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_attention_hub import Mask
+
+
+@dataclass(frozen=True)
+class Case:
+    """form: how the mask is held: "dense", or as lists for each head ("own"), each kv head ("group") or all ("all").
+
+    layout: how keys and values lie in memory: "plain", "cache" (the front of a longer buffer), "transposed" (N before
+    heads) or "spread" (every other number of a longer row).
+    """
+
+    name: str
+    form: str = "dense"
+    weighted: bool = False
+    heads: int = 4
+    kv_heads: int = 2
+    rows: int = 1
+    keys: int = 110
+    dim: int = 32
+    batch: int = 2
+    dtype: torch.dtype = torch.float32
+    layout: str = "plain"
+    share: float = 0.4
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of `attend`: queries (B, H, Q, D), keys and values (B, Hkv, N, D)."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    mask: Mask
+    scaling: float
+
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+CASES = [
+    Case("decode", form="own"),
+    Case("decode weighted", form="own", weighted=True, dim=64),
+    Case("decode dense mask", weighted=True, layout="cache"),
+    Case("decode group lists", form="group", heads=8, layout="cache"),
+    Case("decode group lists weighted", form="group", heads=8, weighted=True, dtype=HALF),
+    Case("decode one list", form="all", weighted=True, layout="transposed"),
+    Case("decode without groups", form="own", heads=2, dtype=HALF, layout="spread"),
+    Case("decode groups of 8", form="own", heads=8, kv_heads=1, weighted=True, dtype=BRAIN, layout="cache"),
+    Case("decode 80 dimensions", form="own", dim=80, dtype=BRAIN),
+    Case("decode 96 dimensions", form="group", dim=96, weighted=True, dtype=HALF, layout="cache"),
+    Case("3 queries", form="own", rows=3, layout="cache"),
+    Case("3 queries weighted", form="own", rows=3, weighted=True, dtype=BRAIN, layout="transposed"),
+    Case("3 queries without groups", rows=3, heads=2, weighted=True, dim=80, dtype=HALF),
+    Case("3 queries group lists", form="group", rows=3, heads=8, weighted=True, batch=1),
+    Case("17 queries", rows=17, batch=1, layout="cache"),
+    Case("17 queries one list", form="all", rows=17, batch=1, weighted=True, dtype=HALF),
+    Case("17 queries groups of 8", form="own", rows=17, batch=1, heads=8, kv_heads=1, weighted=True, share=0.1),
+    Case("17 queries bfloat16", rows=17, batch=1, weighted=True, dtype=BRAIN, layout="spread"),
+    Case("17 queries of 256 dimensions", rows=17, batch=1, dim=256, keys=70, share=0.05),
+    Case("one key", form="own", rows=3, keys=3, share=0.6),
+    Case("nothing", form="own", share=0.0),
+    Case("nothing, 3 queries", form="group", rows=3, share=0.0),
+]
+
+
+def make_call(case: Case, device: str = "cpu") -> Call:
+    """Ragged rows, some of them without keys, -1 anywhere in lists; probabilities from 0.02 to 1."""
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(case.dtype).to(device)
+
+    batch, rows, keys, dim = case.batch, case.rows, case.keys, case.dim
+    held = {"group": case.kv_heads, "all": 1}.get(case.form, case.heads)
+    shape = (batch, case.heads, rows, keys)
+    # Each row has a share of its own; the last row of the first head has no key at all.
+    chosen = uniform(batch, held, rows, keys) < case.share * 2 * uniform(batch, held, rows, 1)
+    chosen[:, 0, -1] = False
+    probability = 0.02 + 0.98 * uniform(batch, held, rows, keys)
+    probability[uniform(batch, held, rows, keys) < 0.3] = 1.0
+    if case.form == "dense":
+        mask = Mask.from_dense((probability * chosen if case.weighted else chosen).to(device), kv_heads=case.kv_heads)
+    else:
+        order = uniform(batch, held, rows, keys).argsort(-1)
+        lists = order.masked_fill(~chosen.gather(-1, order), -1)
+        weights = probability.gather(-1, order).to(device) if case.weighted else None
+        mask = Mask.from_indices(lists.to(device), shape, weights, kv_heads=case.kv_heads)
+    tensors = [_lay_out(normal(batch, case.kv_heads, keys, dim), case.layout) for _ in range(2)]
+    return Call(normal(batch, case.heads, rows, dim) * 2, tensors[0], tensors[1], mask, dim**-0.5)
+
+
+def _lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers; what lies between them is NaN, which shows if a kernel reads it."""
+    batch, heads, keys, dim = tensor.shape
+    if layout == "cache":
+        view = tensor.new_full((batch, heads, keys + 37, dim), float("nan"))[:, :, :keys]
+    elif layout == "transposed":
+        view = tensor.new_full((batch, keys, heads, dim), float("nan")).transpose(1, 2)
+    elif layout == "spread":
+        view = tensor.new_full((batch, heads, keys, 2 * dim), float("nan"))[..., ::2]
+    else:
+        return tensor
+    return view.copy_(tensor)

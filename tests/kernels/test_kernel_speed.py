@@ -1,0 +1,25 @@
+"""The speed script on small sizes: its record, and what it leaves out without a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from benchmark.speed.kernel_speed import main
+
+
+def test_record(capsys):
+    code = main(["--json", "--rounds", "2", "--cpu-keys", "512", "--gpu-keys", "4096", "--batch", "1"])
+    record = json.loads(capsys.readouterr().out)
+    assert set(record) == {"figures", "goals", "machine"}
+    assert code == (0 if all(goal["holds"] for goal in record["goals"]) else 1)
+    assert all(value > 0 for value in record["figures"].values())
+    assert {"cpu_dense_ms", "cpu_gather_own_ms", "cpu_own_speedup", "cpu_shared_speedup"} <= set(record["figures"])
+    assert any(name.startswith("gpu") for name in record["figures"]) == torch.cuda.is_available()
+    assert ("gpu" in record["machine"]) == torch.cuda.is_available()
+
+
+def test_table(capsys):
+    main(["--rounds", "1", "--cpu-keys", "256", "--gpu-keys"])
+    assert "goal: cpu_shared_speedup at least 2.5" in capsys.readouterr().out

@@ -1,0 +1,144 @@
+"""The Triton kernels against the float64 reference and the gather backend: on the GPU, or interpreted without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, HALF, Case, make_call
+
+from sparse_attention_hub import Mask
+from sparse_attention_hub.kernels import attend
+from sparse_attention_hub.kernels.gather import attend_gather
+from sparse_attention_hub.kernels.reference import attend_reference
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What run_triton.py gives: (case, kernel) to (output, log-sum-exp)."""
+    if torch.cuda.is_available():
+        from run_triton import answer_cases, answer_far_rows
+
+        return answer_cases("cuda") | answer_far_rows("cuda")
+    path = tmp_path_factory.mktemp("triton") / "answers.pt"
+    folders = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, str(HERE / "run_triton.py"), str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this version of triton cannot interpret kernels with this version of numpy")
+    assert done.returncode == 0, done.stderr
+    return torch.load(path)
+
+
+def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    call = make_call(case)
+    return attend_reference(call.queries.double(), call.keys.double(), call.values.double(), call.mask, call.scaling)
+
+
+def assert_close(answer, expected, tolerance: float) -> None:
+    output, lse = answer
+    torch.testing.assert_close(output.double(), expected[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), expected[1], rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_reference(answers, case):
+    expected = reference(case)
+    kernels = [kernel for kernel in ("rows", "groups") if (case.name, kernel) in answers]
+    assert kernels == (["rows", "groups"] if case.rows <= 3 else ["groups"])
+    for kernel in kernels:
+        # Tensor cores take the softmax terms in the values' dtype; everything else is float32.
+        tolerance = 3e-6 if kernel == "rows" else {torch.float32: 3e-6, HALF: 1e-3}.get(case.dtype, 8e-3)
+        assert answers[case.name, kernel][0].dtype == torch.float32
+        assert_close(answers[case.name, kernel], expected, tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_own_choice_equals_gather(answers, case):
+    call = make_call(case)
+    output, lse = attend_gather(call.queries, call.keys, call.values, call.mask, call.scaling)
+    answer = answers[case.name, "own choice"]
+    assert answer[0].dtype == case.dtype and answer[0].shape == (case.batch, case.rows, case.heads, case.dim)
+    assert_close(answer, (output.double(), lse.double()), {torch.float32: 3e-6, HALF: 2e-3}.get(case.dtype, 1.6e-2))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gather_equals_reference(case):
+    call = make_call(case)
+    answer = attend_gather(call.queries, call.keys, call.values, call.mask, call.scaling)
+    assert_close(answer, reference(case), 3e-6)
+
+
+def test_row_without_keys_is_zero(answers):
+    cases = {key: answer for key, answer in answers.items() if key[0] not in ("far", "short")}
+    for output, lse in cases.values():
+        assert output[:, -1, 0].abs().max() == 0
+        assert torch.isneginf(lse[:, 0, -1]).all()
+
+
+@pytest.mark.parametrize("kernel", ["rows", "groups"])
+def test_rows_beyond_32_bit_offsets(answers, kernel):
+    for far, short in zip(answers["far", kernel], answers["short", kernel], strict=True):
+        torch.testing.assert_close(far, short, rtol=1e-3, atol=1e-3)
+        assert far.abs().max() > 0
+
+
+def lists(held: int, rows: int = 1, heads: int = 8, kv_heads: int = 2) -> Mask:
+    indices = torch.zeros(1, held, rows, 1, dtype=torch.int64)
+    return Mask.from_indices(indices, (1, heads, rows, 4), kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kernel"),
+    [
+        (lists(8), "rows"),
+        (lists(2), "groups"),
+        (lists(1), "groups"),
+        (lists(2, heads=2), "rows"),
+        (lists(1, heads=2), "rows"),
+        (lists(8, rows=3), "groups"),
+        (lists(2, rows=3, heads=2), "groups"),
+    ],
+)
+def test_choice_of_kernel(mask, kernel):
+    from sparse_attention_hub.kernels.triton import choose_kernel
+
+    assert choose_kernel(mask, mask.shape[2], 2) == kernel
+
+
+@pytest.mark.parametrize(
+    ("programs", "width", "processors", "splits"),
+    [(8, 1638, 132, 25), (32, 1638, 132, 17), (8, 100_000, 132, 66), (528, 1638, 132, 1), (1, 10, 132, 1)],
+)
+def test_choice_of_splits(programs, width, processors, splits):
+    from sparse_attention_hub.kernels.triton import choose_splits
+
+    assert choose_splits(programs, width, processors) == splits
+
+
+def test_faulty_calls_are_refused():
+    from sparse_attention_hub.kernels.triton import attend_triton
+
+    call = make_call(CASES[0])
+    arguments = (call.queries, call.keys, call.values, call.mask, call.scaling)
+    with pytest.raises(ValueError, match="kernel must be one of rows, groups, got 'fast'"):
+        attend_triton(*arguments, kernel="fast")
+    with pytest.raises(ValueError, match=r"got torch\.float16, torch\.float32"):
+        attend_triton(call.queries.half(), *arguments[1:])
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        attend_triton(*(tensor.double() for tensor in arguments[:3]), call.mask, call.scaling)
+
+
+def test_backend_triton_needs_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    call = make_call(CASES[0])
+    with pytest.raises(ValueError, match="needs tensors on a GPU"):
+        attend(call.queries, call.keys, call.values, call.mask, call.scaling, backend="triton")

@@ -1,0 +1,46 @@
+"""Every masker module draws its mask, and runs as a program without a warning."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_attention_hub.maskers.base import registered_configs
+from sparse_attention_hub.maskers.drawing import draw, example_configs
+
+NAMES = [
+    "adaptive_sampling",
+    "causal",
+    "double_sparsity",
+    "hash_attention",
+    "local",
+    "magic_pig",
+    "oracle_top_k",
+    "oracle_top_p",
+    "pq_cache",
+    "quest",
+    "random_sampling",
+    "sink",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_masker_draws(name: str, tmp_path: Path) -> None:
+    draw(example_configs(name, tmp_path), tmp_path / "mask.png", name)
+    assert (tmp_path / "mask.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_masker_is_forgotten(tmp_path: Path) -> None:
+    drawn = {type(example_configs(name, tmp_path)[-1]).__name__ for name in NAMES}
+    assert drawn == {
+        name for name, config in registered_configs().items() if config.__module__.startswith("sparse_attention_hub")
+    }
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sparse_attention_hub.maskers.quest", "--out", str(tmp_path / "quest.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == "" and (tmp_path / "quest.png").is_file()

@@ -1,0 +1,257 @@
+"""Prefill once, ask many times: equal to the model's own forward pass, in lockstep, repeatable, and measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import all_keys, attention, build, few_keys, tokens, wrap
+
+from sparse_attention_hub import SinkMaskerConfig
+from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.models import LanguageModel, answer, answer_many, estimate_bytes, forced, forced_many, prefill
+
+CONTEXT, QUESTION, NEW = tokens(90), tokens(11, seed=2), 7
+
+
+def greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    """The plainest generation there is: the whole text through the model for each token, no cache."""
+    text = list(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    return text[len(ids) :]
+
+
+@pytest.mark.parametrize("sparse_from", ["question", "decode"])
+def test_all_keys_equal_dense(any_model: LanguageModel, sparse_from: Any) -> None:
+    expected = greedy(any_model.model, CONTEXT + QUESTION, NEW)
+    with torch.no_grad():
+        logits = any_model.model(torch.tensor([CONTEXT + QUESTION + expected])).logits[0, -NEW - 1 : -1]
+    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(expected)).item()
+    prefilled = prefill(any_model, CONTEXT, 40)
+    ways = [None, *all_keys()]
+    for found in answer_many(any_model, prefilled, QUESTION, ways, NEW, sparse_from=sparse_from):
+        assert found.token_ids == expected
+        assert found.stopped == "length"
+    for way, one in zip(
+        ways, forced_many(any_model, prefilled, QUESTION, expected, ways, sparse_from=sparse_from), strict=True
+    ):
+        assert one.reproduced
+        assert one.nll == pytest.approx(nll, abs=1e-5)
+        only_windows = (
+            getattr(any_model.model.config, "sliding_window", None) and any_model.model.config.model_type == "mistral"
+        )
+        assert one.density == (None if way is None or only_windows else 1.0)
+
+
+def test_prefill_cache_equals_the_models_own(any_model: LanguageModel) -> None:
+    prefilled = prefill(any_model, CONTEXT, 5)
+    with torch.no_grad():
+        logits = any_model.model(torch.tensor([CONTEXT])).logits[0, -1]
+        cut = prefill(any_model, CONTEXT[:-1], 5).cache
+        last = any_model.model(torch.tensor([CONTEXT[-1:]]), past_key_values=cut).logits[0, -1]
+    assert torch.allclose(last, logits, atol=1e-5)
+    keys, values = prefilled.context_keys(1)
+    assert keys.shape == values.shape == (1, 2, 90, 16)
+    assert prefilled.room == 5
+
+
+def test_question_longer_than_one_block_of_scores(any_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_attention_hub.models.dense._BLOCK_SCORES", 8 * 101 * 3)
+    monkeypatch.setattr("sparse_attention_hub.models.dense._WINDOW_ROWS", 5)
+    found = answer(any_model, prefill(any_model, CONTEXT, 40), QUESTION, None, NEW)
+    assert found.token_ids == greedy(any_model.model, CONTEXT + QUESTION, NEW)
+
+
+@pytest.mark.parametrize("sparse_from", ["question", "decode"])
+def test_lockstep_gives_the_tokens_of_one_at_a_time(any_model: LanguageModel, sparse_from: Any) -> None:
+    ways = [*few_keys(), None]
+    prefilled = prefill(any_model, CONTEXT, 40)
+    together = answer_many(any_model, prefilled, QUESTION, ways, NEW, sparse_from=sparse_from, seed=3)
+    for way, found in zip(ways, together, strict=True):
+        alone = answer(any_model, prefill(any_model, CONTEXT, 40), QUESTION, way, NEW, sparse_from=sparse_from, seed=3)
+        assert (found.token_ids, found.text, found.stopped) == (alone.token_ids, alone.text, alone.stopped)
+        assert found.density == (None if alone.density is None else pytest.approx(alone.density, abs=1e-6))
+    forced_together = forced_many(any_model, prefilled, QUESTION, tokens(6, 9), ways, sparse_from=sparse_from, seed=3)
+    for way, found_forced in zip(ways, forced_together, strict=True):
+        alone_forced = forced(any_model, prefilled, QUESTION, tokens(6, 9), way, sparse_from=sparse_from, seed=3)
+        assert found_forced.nll == pytest.approx(alone_forced.nll, abs=1e-4)
+
+
+def test_sparse_attention_changes_the_answer(llama: LanguageModel) -> None:
+    prefilled = prefill(llama, CONTEXT, 40)
+    dense, sparse = answer_many(llama, prefilled, QUESTION, [None, few_keys()[0]], 20)
+    assert dense.token_ids != sparse.token_ids
+    assert sparse.density is not None and 0.04 < sparse.density < 0.08
+    assert sparse.kv_fraction is not None and sparse.kv_fraction == pytest.approx(sparse.density, abs=0.01)
+
+
+def test_under_decode_the_first_token_is_dense(llama: LanguageModel) -> None:
+    prefilled = prefill(llama, CONTEXT, 40)
+    dense, sparse = answer_many(llama, prefilled, QUESTION, [None, few_keys()[0]], 1, sparse_from="decode")
+    assert dense.token_ids == sparse.token_ids
+    assert sparse.density is None  # no row was attended to sparsely
+
+
+@pytest.mark.parametrize("sparse_from", ["question", "decode"])
+def test_asking_again_gives_the_same(any_model: LanguageModel, sparse_from: Any) -> None:
+    ways = [*few_keys(), None, few_keys()[0]]
+    prefilled = prefill(any_model, CONTEXT, 60)
+    first = answer_many(any_model, prefilled, QUESTION, ways, NEW, sparse_from=sparse_from)
+    answer_many(any_model, prefilled, tokens(20, seed=8), ways[:3], 12, sparse_from=sparse_from)
+    forced(any_model, prefilled, QUESTION, tokens(4, 5), ways[1], sparse_from=sparse_from)
+    assert prefilled.cache.get_seq_length() == len(CONTEXT)
+    again = answer_many(any_model, prefilled, QUESTION, ways, NEW, sparse_from=sparse_from)
+    assert [a.token_ids for a in again] == [a.token_ids for a in first]
+    assert [a.density for a in again] == [a.density for a in first]
+
+
+def test_the_same_attention_twice_in_a_batch(llama: LanguageModel) -> None:
+    way = few_keys()[1]
+    prefilled = prefill(llama, CONTEXT, 40)
+    one, two = answer_many(llama, prefilled, QUESTION, [way, way], NEW)
+    assert one.token_ids == two.token_ids == answer(llama, prefilled, QUESTION, way, NEW).token_ids
+
+
+def test_eos_ends_a_row_and_the_others_go_on(llama: LanguageModel) -> None:
+    ways = [None, *few_keys()]
+    prefilled = prefill(llama, CONTEXT, 60)
+    free = answer_many(llama, prefilled, QUESTION, ways, 12)
+    eos = free[0].token_ids[4]
+    llama.eos_token_ids = frozenset({eos})
+    counted = Count()
+    for before, after in zip(
+        free, answer_many(llama, prefilled, QUESTION, ways, 12, recorders=[counted, *[None] * 4]), strict=True
+    ):
+        stop = before.token_ids.index(eos) + 1 if eos in before.token_ids else 12
+        assert after.token_ids == before.token_ids[:stop]
+        assert after.stopped == ("eos" if eos in before.token_ids else "length")
+    rows = free[0].token_ids.index(eos)
+    # The row that was predicted as EOS is never fed: question, then one step for each token before it.
+    assert counted.steps == [step for step in range(rows + 1) for _ in range(4)]
+
+
+def test_eos_as_the_first_token(llama: LanguageModel) -> None:
+    prefilled = prefill(llama, CONTEXT, 40)
+    llama.eos_token_ids = frozenset(answer(llama, prefilled, QUESTION, None, 1).token_ids)
+    found = answer(llama, prefilled, QUESTION, None, 5)
+    assert found.stopped == "eos" and len(found.token_ids) == 1
+
+
+def test_an_answer_that_ends_with_eos_is_forced_and_reproduced(llama: LanguageModel) -> None:
+    prefilled = prefill(llama, CONTEXT, 60)
+    found = answer(llama, prefilled, QUESTION, few_keys()[1], 9)
+    llama.eos_token_ids = frozenset(found.token_ids[-1:])
+    found = answer(llama, prefilled, QUESTION, few_keys()[1], 20)
+    assert found.stopped == "eos"
+    again = forced(llama, prefilled, QUESTION, found.token_ids, few_keys()[1])
+    assert again.reproduced
+    assert again.density == pytest.approx(found.density, rel=0.05)
+    assert not forced(llama, prefilled, QUESTION, [*found.token_ids[:-1], found.token_ids[-1] ^ 1], few_keys()[1]).reproduced
+
+
+class Count:
+    """A recorder that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.shapes: list[tuple[int, int]] = []
+        self.layers: list[int] = []
+        self.results: list[Any] = []
+
+    def __call__(self, *, layer_idx: int, result: Any, queries: Any, keys: Any, values: Any, scaling: float, step: int) -> None:
+        self.steps.append(step)
+        self.shapes.append((queries.shape[2], keys.shape[2]))
+        self.layers.append(layer_idx)
+        self.results.append(result)
+
+
+def test_recorders_see_every_row_once(llama: LanguageModel) -> None:
+    dense, sparse = Count(), Count()
+    prefilled = prefill(llama, CONTEXT, 40)
+    answer_many(llama, prefilled, QUESTION, [None, few_keys()[0]], 3, recorders=[dense, sparse])
+    assert dense.shapes == sparse.shapes == [(11, 101)] * 4 + [(1, 102)] * 4 + [(1, 103)] * 4
+    assert dense.layers == [0, 1, 2, 3] * 3
+    assert all(result is None for result in dense.results) and all(0 < r.density < 1 for r in sparse.results)
+    dense, sparse = Count(), Count()
+    answer_many(llama, prefilled, QUESTION, [None, few_keys()[0]], 3, recorders=[dense, sparse], sparse_from="decode")
+    assert dense.shapes == [(11, 101)] * 4 + [(1, 102)] * 4 + [(1, 103)] * 4
+    assert sparse.shapes == [(1, 102)] * 4 + [(1, 103)] * 4
+
+
+def test_sliding_layers_stay_dense_and_are_not_recorded() -> None:
+    lm = wrap(build("gemma3"))
+    counted = Count()
+    answer(lm, prefill(lm, CONTEXT, 40), QUESTION, few_keys()[0], 2, recorder=counted)
+    assert set(counted.layers) == {1, 3}
+
+
+def test_states_are_prepared_on_the_context_and_rewound(llama: LanguageModel) -> None:
+    class Spy:
+        """An attention that keeps the lengths it is told."""
+
+        def __init__(self) -> None:
+            self.inner, self.prepared, self.rewound = attention(SinkMaskerConfig(sink_size=1.0)), [], []
+
+        def new_state(self) -> Any:
+            spy = self
+
+            class State:
+                def rewind(self, length: int) -> None:
+                    spy.rewound.append(length)
+
+            return State()
+
+        def prepare(self, keys: Any, layer_idx: int, state: Any) -> None:
+            self.prepared.append((layer_idx, keys.shape[2]))
+
+        def __call__(self, *args: Any, state: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **kwargs)
+
+    for sparse_from in ("question", "decode"):
+        spy: Any = Spy()
+        prefilled = prefill(llama, CONTEXT, 40)
+        for _ in range(2):
+            answer(llama, prefilled, QUESTION, spy, 3, sparse_from=sparse_from)
+        assert spy.prepared == [(layer, 90) for layer in range(4)]
+        assert spy.rewound == [90, 90]
+        prefilled.forget()
+        answer(llama, prefilled, QUESTION, spy, 3, sparse_from=sparse_from)
+        assert len(spy.prepared) == 8
+
+
+def test_a_failure_inside_leaves_the_prefill_usable(llama: LanguageModel) -> None:
+    way = few_keys()[1]
+    prefilled = prefill(llama, CONTEXT, 40)
+    expected = answer(llama, prefilled, QUESTION, way, NEW)
+
+    def fail(*, step: int, **_: Any) -> None:
+        if step == 2:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        answer_many(llama, prefilled, QUESTION, [way, None], NEW, recorders=[fail, None])
+    assert llama.model.config._attn_implementation == "sdpa"
+    assert answer(llama, prefilled, QUESTION, way, NEW).token_ids == expected.token_ids
+
+
+def test_bad_input_is_told(llama: LanguageModel) -> None:
+    prefilled = prefill(llama, CONTEXT, 12)
+    for call, words in [
+        (lambda: answer(llama, prefilled, QUESTION, None, 0), "max_new_tokens must be >= 1"),
+        (lambda: answer(llama, prefilled, [], None, 1), "question has no tokens"),
+        (lambda: answer(llama, prefilled, QUESTION, None, 3), "room for 12 tokens, question and answer take 13"),
+        (lambda: answer(llama, prefilled, QUESTION, None, 1, sparse_from="answer"), "sparse_from must be"),
+        (lambda: forced(llama, prefilled, QUESTION, [], None), "answer has no tokens"),
+        (lambda: prefill(llama, [], 5), "context has no tokens"),
+        (lambda: prefill(llama, tokens(1025), 5), "takes 1024"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            call()  # type: ignore[no-untyped-call]
+    assert len(answer(llama, prefilled, QUESTION, None, 2).token_ids) == 2  # exactly as many as fit
+
+
+def test_memory_grows_with_forks_and_context(llama: LanguageModel) -> None:
+    assert estimate_bytes(llama, 1000, 100, 1) < estimate_bytes(llama, 1000, 100, 9) < estimate_bytes(llama, 4000, 100, 9)

@@ -1,0 +1,194 @@
+"""analyze_trials.py on a small search: what it reads, tells, writes and refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.raytune.analyze_trials import main
+from benchmark.raytune.trial_plots import pareto_front
+from benchmark.raytune.trial_run import choose_run, read_run
+from benchmark.raytune.trial_tables import hyperparameter_effects, shorten
+from benchmark.results import result_key, write_json
+from sparse_attention_hub.errors import UserError
+
+MODEL = "org/model-1B"
+RUNGS = ["replay of some rows and layers", "full replay", "forced forward", "generation"]
+
+
+def figures(error: float, density: float, **more: Any) -> dict[str, Any]:
+    return {"error": error, "density": density, "seconds": 0.5, "kv_fraction": None, "score": None, **more}
+
+
+def make_trials(identity: str, worse: float) -> list[dict[str, Any]]:
+    """Ten trials whose error falls with `heavy_size`; `idle` decides nothing. The third goes all the way up, one failed."""
+    trials = []
+    for number in range(10):
+        heavy = 0.01 * (number + 1)
+        rungs: dict[str, Any] = {"0": figures(worse / (number + 1), heavy)}
+        if number in (2, 3):
+            layers = {"layer_errors": [0.3, 0.2], "layer_densities": [heavy, heavy]}
+            rungs["1"] = figures(worse / (number + 1) * 1.5, heavy, **layers)
+            rungs["2"] = figures(worse / (number + 1) * 1.2, heavy, reproduced=1.0)
+            rungs["3"] = figures(worse / (number + 1), heavy, score=0.75, sample_scores=[1.0, 0.5])
+        failed = number == 9
+        trials.append(
+            {
+                "trial_id": f"{identity}_{number:05d}",
+                "config": {"heavy_size": heavy, "idle": number % 2, "kind": "ab"[number % 2]},
+                "status": "failed" if failed else "completed",
+                "error_message": "ValueError: too much" if failed else None,
+                "pruned_at": None,
+                "figures": {} if failed else rungs,
+            }
+        )
+    return trials
+
+
+def write_level(
+    run: Path, task: str, name: str, budget: float | None, identity: str, worse: float = 0.5, met: bool = True
+) -> None:
+    stem = result_key(MODEL, task, name)
+    trials = make_trials(identity, worse)
+    best = trials[2]
+    record = {
+        "model": MODEL,
+        "task": task,
+        "masker_name": name,
+        "budget": budget,
+        "meets_budget": met,
+        "error": best["figures"]["2"]["error"],
+        "density": best["figures"]["2"]["density"],
+        "kv_fraction": 0.5,
+        "score": 0.75,
+        "search_time": 20.0,
+        "num_trials": 10,
+        "confirmation": {"confirmed": True, "answers_reproduced": 1.0},
+        "provenance": {"seed": 0 if worse == 0.5 else 1, "layers": [0, 3], "versions": {"torch": "2"}},
+    }
+    write_json(run / f"{stem}.json", record)
+    content = {"best_trial_id": best["trial_id"], "rungs": RUNGS, "trials": trials}
+    write_json(run / f"{stem}_trials.json", content)
+    (run / f"{stem}_analysis.csv").write_text("trial_id\n")
+
+
+@pytest.fixture
+def searches(tmp_path: Path) -> Path:
+    folder = tmp_path / "optimal_configs"
+    for name, worse in (("run_20240101_000000", 0.5), ("run_20240102_000000", 0.4)):
+        run = folder / name
+        for task in ("ruler/1024/vt", "loogle/longdep_qa"):
+            write_level(run, task, "sink_local_oracle_top_k_5pct", 0.05, f"{task[0]}a", worse)
+            write_level(run, task, "sink_local_oracle_top_k_10pct", 0.1, f"{task[0]}a", worse)
+            write_level(run, task, "sink_local_10pct", 0.1, f"{task[0]}b", 2 * worse, met=False)
+    (folder / "run_20240103_000000").mkdir()  # interrupted before anything was found
+    return folder
+
+
+def test_the_newest_run_with_trials_is_read(searches: Path) -> None:
+    run = read_run(choose_run(searches, None))
+    assert run.name == "run_20240102_000000"
+    assert len(run.studies) == 4, "levels of one search share their trials"
+    study = next(study for study in run.studies if study.combination == "sink_local_oracle_top_k")
+    assert [level.budget for level in study.levels] == [0.05, 0.1]
+    assert study.levels[0].trial is not None and study.levels[0].trial.number == 2
+    assert run.budgets == [0.05, 0.1]
+
+
+def test_it_prints_and_writes_everything(searches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["--optimal-configs-dir", str(searches), "--output-dir", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines()[: told.splitlines().index("Time spent")])) <= 100
+    for title in (
+        "Trials by combination",
+        "Best of each level",
+        "How well budgets",
+        "Hyperparameters",
+        "Where replay",
+        "Time spent",
+    ):
+        assert title in told
+    assert "4 of 6 budgets are met" in told
+    assert "at 10%: sink_local_oracle_top_k_10pct, error 0.160" in told
+    assert "ValueError: too much" in told
+    assert "8 finalists differ by 10% or more" in told
+    assert (out / "analysis.txt").read_text() in told + "\n"
+    plots = ["error_against_density", "best_error_by_level", "progress", "layer_error", "layer_density", "importance"]
+    for name in plots:
+        assert (out / f"{name}.png").stat().st_size > 5000
+        assert "<svg" in (out / f"{name}.svg").read_text()
+    with (out / "all_trials_data.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 40, "a trial that levels share stands once"
+    best = [row for row in rows if row["best_of"]]
+    assert len(best) == 4
+    assert {row["rung"] for row in best} == {"3"}
+    assert [row["error"] for row in rows if row["status"] == "failed"] == [""] * 4, "a missing figure is missing"
+
+
+def test_what_decides_the_error_is_found(searches: Path) -> None:
+    study = read_run(choose_run(searches, None)).studies[0]
+    effects = {effect.name: effect for effect in hyperparameter_effects(study)}
+    heavy = effects["heavy_size"]
+    assert heavy.error_importance is not None and heavy.error_importance > 0.9
+    assert heavy.low_error > heavy.high_error and heavy.low_density < heavy.high_density
+    assert set(effects) == {"heavy_size", "idle", "kind"}
+
+
+def test_two_runs_are_compared(searches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["run_20240101_000000", "run_20240102_000000"]
+    out = tmp_path / "out"
+    assert main(["--optimal-configs-dir", str(searches), "--output-dir", str(out), "--compare", *names]) == 0
+    told = capsys.readouterr().out
+    assert "6 levels in both: B has the smaller error in 6" in told
+    assert "-20%" in told and "settings differ: seed" in told
+    assert len((out / "comparison.csv").read_text().splitlines()) == 7
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    assert pareto_front([(0.3, 0.1), (0.1, 0.5), (0.2, 0.6), (0.2, 0.3), (0.4, 0.1)]) == [(0.1, 0.5), (0.2, 0.3), (0.3, 0.1)]
+
+
+def test_names_keep_both_ends() -> None:
+    assert shorten("sink_local_oracle_top_k_10pct", 16) == "sink_lo..k_10pct"
+    assert len(shorten("x" * 40, 17)) == 17
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--run", "run_x"], "no run 'run_x'"),
+        (["--optimal-configs-dir", "nowhere"], "no such folder"),
+        (["--run", "run_20240103_000000"], "holds no finished search"),
+        (["--compare", "run_20240101_000000", "run_y"], "no run 'run_y'"),
+        (["--run", "run_20240101_000000", "--compare", "a", "b"], "cannot be given together"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(
+    flags: list[str], says: str, searches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--optimal-configs-dir", str(searches), "--output-dir", str(tmp_path / "out"), *flags]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"trials": []}', json.dumps({"trials": [{}], "rungs": []})])
+def test_damaged_files_are_named(content: str, searches: Path) -> None:
+    run = choose_run(searches, None)
+    path = next(run.glob("*_trials.json"))
+    path.write_text(content)
+    with pytest.raises(UserError, match=path.name):
+        read_run(run)
+
+
+def test_help_is_quick() -> None:
+    code = "import sys; from benchmark.raytune.analyze_trials import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'numpy', 'matplotlib', 'optuna', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)

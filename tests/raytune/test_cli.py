@@ -1,0 +1,166 @@
+"""The command line: bad input is one line and exit code 2 with nothing written; plans; help without heavy imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmark.raytune import run_full_benchmark
+from benchmark.raytune.plan import choose_configs
+from benchmark.raytune.run_full_benchmark import get_all_sparse_configs, main, parse_arguments
+from benchmark.settings import Settings, as_sparse_configs, combination_name, snake_case
+from sparse_attention_hub import OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
+
+SCRIPT = Path(run_full_benchmark.__file__)
+ROOT = SCRIPT.parents[2]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+BAD = {
+    "unknown task": (["--tasks", "rulr/4096"], "rulr"),
+    "task without a subset": (["--tasks", "loogle"], "needs a subset"),
+    "unknown subset": (["--tasks", "loogle/nothing"], "loogle/nothing"),
+    "unknown configuration": (["--configs", "sink_locl_10pct"], "sink_locl_10pct"),
+    "unknown model": (["--models", "./no/such/folder"], "no/such/folder"),
+    "unreachable model": (["--models", "meta-llama/Llama-3.1-8B-Instruct"], "--debug"),
+    "zero samples": (["--num-samples", "0"], "--num-samples"),
+    "negative requests": (["--max-requests", "-3"], "--max-requests"),
+    "zero timeout": (["--search-timeout", "0"], "--search-timeout"),
+    "objective": (["--objective", "fastest"], "--objective"),
+    "dtype": (["--dtype", "int4"], "--dtype"),
+    "backend": (["--attention-backend", "magic"], "--attention-backend"),
+    "data folder": (["--data-dir", "nowhere"], "--data-dir"),
+    "config run in phase 1": (["--phase", "1", "--config-run", "run_20240315_143022"], "--phase 2"),
+    "unknown config run": (["--phase", "2", "--config-run", "run_20240315_143022"], "run_20240315_143022"),
+    "nothing searched": (["--phase", "2"], "--phase 1"),
+    "no GPU": (["--device", "cuda:7"], "cuda:7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_writes_nothing(case: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, named = BAD[case]
+    code = main(["--debug", *arguments])
+    printed = capsys.readouterr().err.strip()
+    assert code == 2, printed
+    assert named in printed and len(printed.splitlines()) == 1 and printed.startswith("error: ")
+    assert list(empty_folder.iterdir()) == []
+
+
+def test_bad_choices_of_argparse_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--phase", "3"], ["--num-samples", "many"], ["--sparse-from", "prefill"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+def test_a_context_too_short_for_the_question(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = ["--tasks", "infinite_bench/passkey"]
+    assert main(["--debug", "--phase", "1", "--search-max-context-length", "20", *tasks]) == 2
+    assert "--search-max-context-length" in capsys.readouterr().err
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "no search result"),
+        (json.dumps({"model": "m", "task": "t", "masker_name": "x", "sparse_config": None}), "another model"),
+    ],
+)
+def test_foreign_files_among_the_results(
+    content: str, told: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = empty_folder / "optimal_configs" / "run_20240315_143022"
+    run.mkdir(parents=True)
+    (run / "notes.json").write_text(content)
+    assert main(["--debug", "--phase", "2"]) == 2
+    printed = capsys.readouterr().err
+    assert told in printed and "notes.json" in printed and len(printed.strip().splitlines()) == 1
+
+
+def test_the_plan(capsys: pytest.CaptureFixture[str], empty_folder: Path) -> None:
+    assert main(["--debug", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("12 studies", "at most 144 trials", "ruler/1024/fwe", "Phase 2", "GB", "benchmark_summary.json"):
+        assert part in printed
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", [".", "benchmark/raytune"])
+def test_help_is_fast_and_imports_nothing_heavy(folder: str) -> None:
+    code = (
+        "import sys, runpy; sys.argv = ['run_full_benchmark.py', '--help']\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'optuna', 'transformers', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / folder, check=True, capture_output=True, timeout=60)
+    best = min(_seconds([sys.executable, str(SCRIPT), "--help"], ROOT / folder) for _ in range(3))
+    assert best < 0.5
+
+
+def _seconds(command: list[str], folder: Path) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
+    return time.perf_counter() - started
+
+
+def test_every_flag_is_in_the_readme_and_every_setting_has_a_flag() -> None:
+    readme = (ROOT / "README.md").read_text()
+    given = vars(parse_arguments([]))
+    for name in given:
+        assert f"--{name.replace('_', '-')}" in readme, name
+    fields = set(Settings.__dataclass_fields__) - {"phases"}
+    assert fields <= given.keys()
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    settings = Settings(models=("m",), tasks=("t",))
+    assert (settings.num_samples, settings.search_timeout, settings.search_max_new_tokens) == (50, 900, 20)
+    assert (settings.search_max_context_length, settings.search_max_requests) == (8192, 10)
+    assert (settings.benchmark_timeout, settings.max_new_tokens, settings.max_context_length) == (7200, 200, 64000)
+    assert (settings.seed, settings.sparse_from, settings.micro_metrics, settings.objective) == (
+        0,
+        "question",
+        "sample",
+        "default",
+    )
+
+
+def test_configurations_are_named_after_their_maskers() -> None:
+    configs = as_sparse_configs(get_all_sparse_configs())
+    assert configs[0].name == "dense" and len({config.name for config in configs}) == len(configs)
+    for config in configs[1:]:
+        assert config.masker_classes is not None and config.budget is not None
+        assert config.name == f"{combination_name(list(config.masker_classes))}_{round(config.budget * 100)}pct"
+    assert {config.budget for config in configs[1:]} == {0.05, 0.1, 0.25, 0.5}
+
+
+def test_the_third_element_must_name_the_maskers() -> None:
+    config = ResearchAttentionConfig([SinkMaskerConfig(4), OracleTopKConfig(8)])
+    with pytest.raises(ValueError, match="third element"):
+        as_sparse_configs([("x", config, [SinkMaskerConfig])])
+    with pytest.raises(ValueError, match="twice"):
+        as_sparse_configs([("dense", None, None), ("dense", None, None)])
+
+
+def test_patterns_choose_configurations_in_order() -> None:
+    chosen = choose_configs(get_all_sparse_configs(), ["sink_local_oracle_*_10pct", "dense"])
+    assert [config.name for config in chosen][:2] == ["dense", "sink_local_oracle_top_k_10pct"]
+
+
+def test_snake_case() -> None:
+    assert snake_case("HashAttentionTopKMaskerConfig") == "hash_attention_top_k" and snake_case("PQCacheConfig") == "pq_cache"

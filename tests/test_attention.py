@@ -1,0 +1,250 @@
+"""ResearchAttention: the pipeline, its figures, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_attention_hub import (
+    AdaptiveSamplingMaskerConfig,
+    CausalMaskerConfig,
+    LocalMaskerConfig,
+    MagicPigConfig,
+    MaskerConfig,
+    OracleTopKConfig,
+    OracleTopPMaskerConfig,
+    RandomSamplingMaskerConfig,
+    ResearchAttention,
+    ResearchAttentionConfig,
+    SinkMaskerConfig,
+    dense_attention,
+)
+
+
+def tensors(rows: int = 5, n: int = 60, batch: int = 2, heads: int = 8, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(batch, heads, rows, 16, generator=generator)
+    keys = torch.randn(batch, kv_heads, n, 16, generator=generator)
+    return queries, keys, torch.randn(batch, kv_heads, n, 16, generator=generator)
+
+
+def make(*configs: MaskerConfig, backend: str = "auto") -> ResearchAttention:
+    return ResearchAttention(ResearchAttentionConfig(list(configs), backend))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 60])
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+def test_dense_is_softmax_attention(rows: int, kv_heads: int) -> None:
+    queries, keys, values = tensors(rows, kv_heads=kv_heads)
+    causal = torch.arange(60) <= torch.arange(60 - rows, 60).unsqueeze(-1)
+    repeated = (tensor.repeat_interleave(8 // kv_heads, 1) for tensor in (keys, values))
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, *repeated, attn_mask=causal).transpose(1, 2)
+    torch.testing.assert_close(dense_attention(queries, keys, values), expected, atol=1e-5, rtol=1e-4)
+    for attention in (make(), make(CausalMaskerConfig()), make(CausalMaskerConfig(), backend="reference")):
+        result = attention(queries, keys, values)
+        torch.testing.assert_close(result.output, expected, atol=1e-5, rtol=1e-4)
+        assert result.density == pytest.approx(1.0) and float(result.error_rows().max()) < 1e-5
+
+
+def test_additive_boolean_and_no_mask_mean_the_same() -> None:
+    queries, keys, values = tensors()
+    causal = (torch.arange(60) <= torch.arange(55, 60).unsqueeze(-1)).expand(2, 1, 5, 60)
+    additive = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
+    attention = make(SinkMaskerConfig(2), OracleTopKConfig(0.2), RandomSamplingMaskerConfig(0.1))
+    plain = attention(queries, keys, values)
+    for mask in (causal, additive, additive[:1, :, :, :], torch.cat([additive, additive[..., :3]], -1)):
+        result = attention(queries, keys, values, attention_mask=mask)
+        assert torch.equal(result.mask.inclusion_probability(), plain.mask.inclusion_probability())
+        torch.testing.assert_close(result.output, plain.output)
+
+
+def test_scaling_changes_the_output_not_the_top_k() -> None:
+    queries, keys, values = tensors()
+    attention = make(OracleTopKConfig(5))
+    first, second = attention(queries, keys, values), attention(queries, keys, values, scaling=2.0)
+    assert torch.equal(first.mask.inclusion_probability(), second.mask.inclusion_probability())
+    assert not torch.allclose(first.output, second.output)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 60])
+def test_window_is_exact_however_short_the_text(rows: int) -> None:
+    result = make(LocalMaskerConfig(4))(*tensors(rows))
+    row, key = torch.arange(60 - rows, 60).unsqueeze(-1), torch.arange(60)
+    assert torch.equal(result.mask.inclusion_probability()[0, 0].bool(), (key <= row) & (key > row - 4))
+
+
+def test_sinks_are_the_first_allowed_keys() -> None:
+    queries, keys, values = tensors(1)
+    mask = torch.ones(2, 1, 1, 60, dtype=torch.bool)
+    mask[1, ..., :13] = False
+    chosen = make(SinkMaskerConfig(3))(queries, keys, values, attention_mask=mask).mask.inclusion_probability()[:, 0, 0].bool()
+    assert chosen[0].nonzero().flatten().tolist() == [0, 1, 2]
+    assert chosen[1].nonzero().flatten().tolist() == [13, 14, 15]
+
+
+def test_top_k_comes_beside_what_was_chosen() -> None:
+    result = make(SinkMaskerConfig(4), LocalMaskerConfig(6), OracleTopKConfig(10))(*tensors(1))
+    assert bool((result.mask.counts() == 20).all())
+
+
+def test_top_p_is_the_shortest_prefix_of_the_mass_left() -> None:
+    queries, keys, values = tensors(1, batch=1)
+    p = make(SinkMaskerConfig(4), OracleTopPMaskerConfig(0.6))(queries, keys, values).mask.inclusion_probability()
+    weights = (queries @ keys.repeat_interleave(4, 1).transpose(-1, -2) * 0.25).softmax(-1)[0, :, 0, 4:]
+    for head in range(8):
+        chosen = p[0, head, 0, 4:].bool()
+        share = weights[head] / weights[head].sum()
+        assert float(share[chosen].sum()) > 0.6 >= float(share[chosen].sum() - share[chosen].min())
+        assert float(share[chosen].min()) >= float(share[~chosen].max())
+
+
+def test_density_counts_allowed_keys_and_skips_dead_rows() -> None:
+    queries, keys, values = tensors(3, n=10)
+    mask = torch.zeros(2, 1, 3, 10, dtype=torch.bool)
+    mask[0, 0, 1, :5] = True
+    mask[0, 0, 2, :10] = True
+    result = make(SinkMaskerConfig(2))(queries, keys, values, attention_mask=mask)
+    assert result.dead_rows == 4
+    torch.testing.assert_close(
+        result.density_rows, torch.tensor([[float("nan"), 0.4, 0.2], [float("nan")] * 3]), equal_nan=True
+    )
+    assert result.density == pytest.approx(0.3)
+    error = result.error_rows()
+    assert error.shape == (2, 8, 3) and bool(error[1].isnan().all()) and bool(error[0, :, 1:].isfinite().all())
+    assert not result.output[1].any()
+
+
+def test_rows_that_attend_to_nothing_get_their_last_key() -> None:
+    queries, keys, values = tensors(2, n=30, batch=1)
+    mask = torch.ones(1, 1, 2, 30, dtype=torch.bool)
+    mask[0, 0, 0, :8] = False  # the row sees none of the sinks
+    mask[0, 0, 0, 25:] = False
+    result = make(SinkMaskerConfig(4))(queries, keys, values, attention_mask=mask)
+    assert result.empty_rows == 8
+    assert bool((result.mask.inclusion_probability()[0, :, 0].argmax(-1) == 24).all())
+    torch.testing.assert_close(result.output[0, 0], values[0, :, 24].repeat_interleave(4, 0))
+
+
+def test_kv_fraction_counts_a_groups_key_once_and_adds_the_selector() -> None:
+    args = tensors(1, n=100)
+    assert make(SinkMaskerConfig(10))(*args).kv_fraction == pytest.approx(0.1)
+    top = make(OracleTopKConfig(10))(*args)
+    assert 0.5 + 0.1 < top.kv_fraction <= 0.5 + 0.4
+
+
+def test_a_full_result_has_no_error_and_a_small_one_has() -> None:
+    args = tensors()
+    small, large = (make(OracleTopKConfig(size))(*args).error_rows().mean() for size in (3, 40))
+    assert float(large) < float(small)
+
+
+def test_backends_agree() -> None:
+    args = tensors()
+    configs = (SinkMaskerConfig(2), OracleTopKConfig(6), AdaptiveSamplingMaskerConfig(6, 0.3, 0.3, 0, 0))
+    gather, reference = (make(*configs, backend=backend)(*args, seeds=3) for backend in ("gather", "reference"))
+    torch.testing.assert_close(gather.output, reference.output, atol=1e-5, rtol=1e-4)
+
+
+def test_one_instance_serves_many_layers() -> None:
+    attention = make(MagicPigConfig(8, 4))
+    state = attention.new_state()
+    queries, keys, values = tensors(1)
+    apart = [attention(queries, keys * (layer + 1), values, layer_idx=layer).output for layer in range(3)]
+    for layer in (2, 0, 1):
+        attention.prepare(keys * (layer + 1), layer, state)
+    for layer in range(3):
+        result = attention(queries, keys * (layer + 1), values, layer_idx=layer, state=state)
+        assert torch.equal(result.output, apart[layer])
+
+
+def test_two_of_a_kind_keep_their_own_state() -> None:
+    from sparse_attention_hub import PQCacheConfig
+
+    queries, keys, values = tensors(1)
+    pair = (PQCacheConfig(5, 2, 3, 3, 0, "euclidean"), PQCacheConfig(5, 4, 4, 3, 0, "ip"))
+    attention = make(*pair)
+    state = attention.new_state()
+    attention.prepare(keys, 0, state)
+    assert torch.equal(attention(queries, keys, values, state=state).output, attention(queries, keys, values).output)
+
+
+def test_a_state_that_is_ahead_says_what_to_do() -> None:
+    attention = make(MagicPigConfig(8, 4))
+    queries, keys, values = tensors(1)
+    state = attention.new_state()
+    attention.prepare(keys, 0, state)
+    with pytest.raises(ValueError, match=r"rewind\(40\)"):
+        attention(queries, keys[:, :, :40], values[:, :, :40], state=state)
+    state.rewind(40)
+    assert attention(queries, keys[:, :, :40], values[:, :, :40], state=state).output.isfinite().all()
+    with pytest.raises(ValueError, match="length must be >= 0, got -1"):
+        state.rewind(-1)
+
+
+def test_generator_seeds_and_batches() -> None:
+    args = tensors()
+    attention = make(RandomSamplingMaskerConfig(0.2))
+    pair = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    first = attention(*args, generator=pair).mask.inclusion_probability()
+    swapped = [torch.Generator().manual_seed(seed) for seed in (1, 3)]
+    second = attention(*args, generator=swapped).mask.inclusion_probability()
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+    generator = torch.Generator().manual_seed(1)
+    assert not torch.equal(*(attention(*args, generator=generator).mask.inclusion_probability() for _ in range(2)))
+    with pytest.raises(ValueError, match="generator or seeds, not both"):
+        attention(*args, generator=generator, seeds=1)
+    with pytest.raises(ValueError, match=r"one torch.Generator an item \(2\), got 1"):
+        attention(*args, generator=[generator])
+    with pytest.raises(ValueError, match=r"one seed an item \(2\), got 3"):
+        attention(*args, seeds=[1, 2, 3])
+
+
+def test_what_a_pipeline_refuses() -> None:
+    sampler = RandomSamplingMaskerConfig(0.1)
+    with pytest.raises(ValueError, match="at most one sampling masker is allowed, got 2"):
+        make(sampler, AdaptiveSamplingMaskerConfig(4, 0.1, 0.1, 0, 0))
+    with pytest.raises(ValueError, match="must come last, got RandomSamplingMaskerConfig at place 1"):
+        make(sampler, SinkMaskerConfig(1))
+    with pytest.raises(TypeError, match="must hold MaskerConfig objects, got str"):
+        ResearchAttention(ResearchAttentionConfig(["sink"]))
+    with pytest.raises(ValueError, match="no masker is registered for MaskerConfig"):
+        make(MaskerConfig())
+    with pytest.raises(ValueError, match="backend must be one of"):
+        make(backend="fast")
+
+
+def test_bad_tensors() -> None:
+    queries, keys, values = tensors()
+    attention = make(SinkMaskerConfig(1))
+    with pytest.raises(ValueError, match="queries must be"):
+        attention(queries[0], keys, values)
+    with pytest.raises(ValueError, match="multiple of kv heads"):
+        attention(queries[:, :7], keys, values)
+    with pytest.raises(ValueError, match="5 queries cannot be the last of 3 keys"):
+        attention(queries, keys[:, :, :3], values[:, :, :3])
+
+
+@pytest.mark.parametrize("bad", [0, -1, 0.0, 1.5, -0.1, True, "x", None])
+@pytest.mark.parametrize("config", [SinkMaskerConfig, LocalMaskerConfig, OracleTopKConfig])
+def test_bad_sizes(config: type[MaskerConfig], bad: object) -> None:
+    with pytest.raises(ValueError, match="size must be"):
+        config(bad)
+
+
+def test_sizes_mean_what_they_are() -> None:
+    import numpy as np
+
+    args = tensors(1)
+    for size, keys in ((3, 3), (0.1, 6), (np.float32(0.1), 6), (np.int64(3), 3), (1, 1), (1.0, 60), (500, 60), (0.001, 1)):
+        assert int(make(OracleTopKConfig(size))(*args).mask.counts().max()) == keys
+
+
+def test_config_round_trip() -> None:
+    config = ResearchAttentionConfig([SinkMaskerConfig(4), OracleTopKConfig(0.1), MagicPigConfig(8, 4, min_matches=2)])
+    again = ResearchAttentionConfig.from_dict(config.to_dict())
+    assert again.masker_configs == config.masker_configs
+    with pytest.raises(ValueError, match="unknown masker type 'Nothing'"):
+        ResearchAttentionConfig.from_dict({"masker_configs": [{"type": "Nothing", "params": {}}]})
+    with pytest.raises(ValueError, match="parameters of SinkMaskerConfig do not fit"):
+        ResearchAttentionConfig.from_dict({"masker_configs": [{"type": "SinkMaskerConfig", "params": {"size": 1}}]})

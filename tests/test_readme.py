@@ -1,0 +1,67 @@
+"""The README's examples run, its table of maskers is whole, and what is pinned is what is installed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_run(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(EXAMPLES[number])
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_model_example_finds_the_key(tmp_path: Path) -> None:
+    example = next(text for text in EXAMPLES if "answer_many" in text)
+    (tmp_path / "example.py").write_text(example)
+    done = subprocess.run([sys.executable, str(tmp_path / "example.py")], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.stdout.count("71432") == 2, done.stdout + done.stderr
+
+
+def test_every_masker_is_named() -> None:
+    import sparse_attention_hub as hub
+
+    for name in hub.__all__:
+        if name.endswith("Config") and name not in ("MaskerConfig", "ResearchAttentionConfig"):
+            assert f"`{name}(" in README, name
+
+
+def test_links_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_lock_pins_what_is_installed() -> None:
+    """`requirements.lock` and the resolution of pyproject.toml (pinned to a day) agree, package by package."""
+    pinned = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if line and line[0] not in " #":
+            requirement = Requirement(line.rstrip(" \\"))
+            if requirement.marker is None or requirement.marker.evaluate():
+                pinned[requirement.name.lower()] = requirement
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for text in project["dependencies"]:
+        name = Requirement(text).name.lower()
+        assert name in pinned, f"{name} is not in requirements.lock: make it anew (CONTRIBUTING.md)"
+        assert metadata.version(name) in pinned[name].specifier, name
+    assert "llm" not in pinned and "llama-cpp-python" not in pinned
+
+
+def test_no_registry_address_is_pinned() -> None:
+    assert "://" not in (ROOT / "requirements.lock").read_text()
