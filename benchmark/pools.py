@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from benchmark.blocks import Block
 from benchmark.lockstep import BrokenDeviceError
+from benchmark.ray_start import start_ray
 from benchmark.results import Journal
 from benchmark.tasks.base import UserError
 from benchmark.worker import answer_block, forget_model, run_block
@@ -33,6 +34,8 @@ logger = logging.getLogger("benchmark.phase2")
 
 #: Exit code of a worker whose device is beyond use: a fresh process takes over.
 BROKEN_DEVICE = 70
+#: A Ray actor that has not started by then counts as a dead worker.
+ACTOR_START_SECONDS = 600
 
 
 class WorkerDied(Exception):
@@ -273,24 +276,10 @@ class RayPool:
     """
 
     def __init__(self, address: str, device: str, limit: int | None) -> None:
-        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # else workers start through uv in an uploaded copy
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self._owns = start_ray(address, max(usable_cores(), limit or 1))
         import ray
 
         self._ray = ray
-        self._owns = not ray.is_initialized()
-        if self._owns:
-            options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-            if address == "local":
-                options["include_dashboard"] = False
-                options["num_cpus"] = max(usable_cores(), limit or 1)
-            try:
-                ray.init(address=address, **options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(
-                    f"--ray-address {address}: no Ray cluster answers there ({error}); start one or leave it out"
-                ) from None
         have = ray.cluster_resources()
         gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
         on_gpu = gpus > 0 and device not in ("cpu", "mps")
@@ -323,7 +312,7 @@ class RayPool:
             if actor is None:
                 actor = ray.remote(RayActor).options(max_restarts=0, **self._share).remote(self.slots[slot].threads)
                 self._actors[slot] = actor
-                ray.get(actor.pid.remote())
+                self._await_start(actor)
             deadline = None if timeout is None else time.monotonic() + timeout
             remote = replace(block, journal=None, status=None, stop=None)
             stream = actor.answer.options(num_returns="streaming").remote(remote)
@@ -338,13 +327,22 @@ class RayPool:
             future.set_exception(error)
         except ray.exceptions.RayTaskError as error:
             future.set_exception(error.cause if isinstance(error.cause, Exception) else error)
-        except (ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as error:
+        except (WorkerDied, ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as error:
             self._drop(slot)
             future.set_exception(WorkerDied(" ".join(str(error).split())[:160]))
         except Exception as error:
             future.set_exception(error)
         else:
             future.set_result(done)
+
+    def _await_start(self, actor: Any) -> None:
+        """A cluster that grows may take minutes to give an actor its place; one that never does must not be waited for."""
+        alive, until = actor.pid.remote(), time.monotonic() + ACTOR_START_SECONDS
+        while not self._stopping.is_set() and not self._ray.wait([alive], timeout=0.5)[0]:
+            if time.monotonic() > until:
+                raise WorkerDied(f"its Ray actor did not start within {ACTOR_START_SECONDS} s; has the cluster room for it?")
+        if not self._stopping.is_set():
+            self._ray.get(alive)
 
     def _next(self, stream: Any, deadline: float | None, block: Block) -> Any:
         """The next record's reference; None at the end or when told to stop."""

@@ -16,9 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from benchmark.ray_start import start_ray
 from benchmark.results import result_key
 from benchmark.settings import Settings
-from sparse_attention_hub.errors import UserError
 
 from .search_files import write_level_files
 from .study_spec import StudySpec, journal_path, outcome_path, study_id
@@ -74,29 +74,26 @@ def find_finished(study: StudySpec, settings: Settings, exclude: Path) -> Path |
     return None
 
 
-def prepare_ray() -> None:
-    """Settings that Ray reads when it is imported or started."""
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # workers use this interpreter, not an uploaded copy through uv
+def _prepare_tune() -> None:
+    """Settings that Ray Tune and its workers read when they start."""
     # Threads that wait do not spin: on a machine shared with others, spinning costs a worker ten times its work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def _search(studies: list[StudySpec], settings: Settings, outcome: SearchOutcome, report: Any) -> None:
-    prepare_ray()
+    _prepare_tune()
+    start_ray(settings.ray_address)
     import ray
     from ray import tune
 
     from .search_worker import SearchProgress, StudyTrainable
 
-    for line in _start_ray(settings):
-        report("note", None, {"text": line})
+    have = ray.cluster_resources()
+    report("note", None, {"text": f"Ray {ray.__version__}: {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"})
     folder = settings.ray_results_dir.resolve()
     _put_aside(folder / "search_runs")
     work = {
@@ -170,24 +167,6 @@ def _collect(study: StudySpec, work: dict[str, Any], settings: Settings, outcome
         first = next((t["error_message"] for t in record["trials"] if t["error_message"]), "no trial was evaluated")
         outcome.failures[name] = f"nothing found for {', '.join(missing)}: {first}"
     outcome.levels.extend(levels)
-
-
-def _start_ray(settings: Settings) -> list[str]:
-    import logging
-
-    import ray
-
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
-    if settings.ray_address:
-        options = {"address": settings.ray_address, "logging_level": logging.ERROR, "log_to_driver": False}
-    try:
-        ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        if settings.ray_address:
-            raise UserError(f"--ray-address {settings.ray_address}: no Ray cluster answers there ({error})") from None
-        raise
-    have = ray.cluster_resources()
-    return [f"Ray {ray.__version__}: {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"]
 
 
 def _resources(settings: Settings) -> tuple[float, float]:

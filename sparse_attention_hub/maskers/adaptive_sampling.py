@@ -12,8 +12,8 @@ from torch import Tensor
 from ..mask import Mask, expand_heads
 from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_number, check_size, register_masker
+from .draws import OrderedResidual, draw_without_replacement, draws_by_comparison, listed
 from .inputs import LEAST_SHARED_MASS, NEVER, AttentionInputs
-from .random_sampling import OrderedResidual, draw_without_replacement, draws_by_comparison
 
 
 @dataclass
@@ -104,15 +104,14 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         heads = inputs.shape[1]
         order = OrderedResidual(inputs, residual)
         base_size = torch.minimum(self._base_size(order.left), order.left)
-        indices = expand_heads(order.keys(base_size), heads)
-        exponentials = inputs.exponentials()
-        terms = exponentials.gather(-1, indices.clamp(min=0)).masked_fill_(indices < 0, 0.0)
+        base = order.first(base_size)
+        indices = expand_heads(listed(base, base_size), heads)
+        terms = inputs.exponentials().gather(-1, indices.clamp(min=0)).masked_fill_(indices < 0, 0.0)
         static = inputs.exponentials_where(mask.chosen())
         if float((static + terms.sum(-1)).min()) < LEAST_SHARED_MASS:
             return None
         rest = expand_heads(order.left - base_size, heads)
         budget = self._needed(terms, indices >= 0, static, rest)
-        base = order.first(base_size)
         drawn = order.first(expand_heads(base_size, heads) + budget)
         drawn.numpy()[:] &= ~expand_heads(base, heads).numpy()
         sure = expand_heads(mask.chosen(), max(mask.shared_heads, base.shape[1])) | base

@@ -15,8 +15,9 @@ from ..mask import Mask
 from ..search_space import Choice, LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
 from .channel_file import layer_channels, read_channels
-from .inputs import AttentionInputs, choose_top, group_scores
+from .inputs import AttentionInputs, group_scores
 from .quantise import pseudo_quantise
+from .top_k import choose_top
 
 CHANNEL_SELECTIONS = ("q_proj", "k_proj", "qk_proj")
 

@@ -18,7 +18,8 @@ from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
 from .bits import pack_bits, popcount
 from .hat_weights import Layer, check_weights, read_hat_weights, ready_layer
-from .inputs import NEVER, AttentionInputs, choose_top
+from .inputs import NEVER, AttentionInputs
+from .top_k import choose_top
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

@@ -8,7 +8,8 @@ from typing import Any
 from ..mask import Mask
 from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_size, register_masker
-from .inputs import AttentionInputs, choose_top
+from .inputs import AttentionInputs
+from .top_k import choose_top
 
 
 @dataclass

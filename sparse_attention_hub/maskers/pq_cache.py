@@ -12,7 +12,8 @@ from torch import Tensor
 from ..mask import Mask
 from ..search_space import Choice, LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
-from .inputs import AttentionInputs, choose_top
+from .inputs import AttentionInputs
+from .top_k import choose_top
 
 METRICS = ("euclidean", "ip")
 # Floats in the largest temporary of clustering and coding: 32 MB, of which a few live at a time.

@@ -11,9 +11,10 @@ from torch import Tensor
 from ..mask import Mask
 from ..search_space import Choice, LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
-from .inputs import NEVER, AttentionInputs, group_scores, top_indices
+from .inputs import NEVER, AttentionInputs, group_scores
 from .pages import end_of_allowed, page_bounds, page_starts
 from .state import MaskerState
+from .top_k import top_indices
 
 MIN_PAGES = 3
 

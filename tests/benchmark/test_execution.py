@@ -719,7 +719,6 @@ def test_signals_to_a_run_with_workers_end_it_in_order_or_at_once(tiny_model: st
 def test_the_same_jobs_run_as_ray_actors_and_survive_a_kill(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ray")
     calm = make_settings(max_requests=8, benchmark_results_dir=tmp_path / "calm")
     run_benchmarks([toy_unit], calm, in_process=True)
 
