@@ -308,5 +308,6 @@ def group_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
 
 def count_true(flags: np.ndarray) -> np.ndarray:
     """How many of the last axis are True: int64."""
-    counts: np.ndarray = flags.view(np.uint8).sum(-1, dtype=np.uint32).astype(np.int64)
+    narrow = np.uint16 if flags.shape[-1] < 2**16 else np.uint32  # sums twice as many at a time
+    counts: np.ndarray = flags.view(np.uint8).sum(-1, dtype=narrow).astype(np.int64)
     return counts
