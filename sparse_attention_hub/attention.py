@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -101,8 +102,10 @@ class ResearchAttention:
     """
 
     def __init__(self, config: ResearchAttentionConfig) -> None:
-        """Raises TypeError for an entry that is no MaskerConfig, ValueError for an unregistered one, a sampling masker that
-        is not the last (or a second one), or an unknown backend."""
+        """Raises TypeError for anything but a ResearchAttentionConfig of MaskerConfigs, ValueError for an unregistered one, a
+        sampling masker that is not the last (or a second one), or an unknown backend."""
+        if not isinstance(config, ResearchAttentionConfig):
+            raise TypeError(f"ResearchAttention takes a ResearchAttentionConfig, got {type(config).__name__}")
         if config.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {config.backend!r}")
         self.config = config
@@ -136,8 +139,8 @@ class ResearchAttention:
         scaling: float | None = None,
         layer_idx: int = 0,
         state: AttentionState | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        seeds: int | list[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seeds: int | Sequence[int] | None = None,
     ) -> AttentionResult:
         """queries (B, H, Q, D); keys, values (B, Hkv, N, D); attention_mask additive (or bool, True = allowed),
         broadcastable to (B, 1, Q, N); None = the queries are the last Q positions and attention is causal.
@@ -171,12 +174,16 @@ class ResearchAttention:
 
     def attend_inputs(self, inputs: AttentionInputs, state: AttentionState | None = None) -> AttentionResult:
         """The same for prepared inputs, which several configurations may share."""
-        mask, empty_rows = self.final_mask(inputs, state)
-        if self._from_scores(inputs):
+        with torch.no_grad():  # choosing keys is no differentiable function
+            mask, empty_rows = self.final_mask(inputs, state)
+        # Kernels know no bias, the scores hold it.
+        if inputs.has_bias or self._from_scores(inputs):
             output, lse = attend_shared(mask, inputs)
             output = output.to(inputs.queries.dtype)
         else:
-            output, lse = attend(inputs.queries, inputs.keys, inputs.values, mask, inputs.scaling, self.config.backend)
+            # One row reads what it chose alone; several may be attended to densely, where weights of 0 meet all values.
+            values = inputs.values if inputs.shape[2] == 1 and self.config.backend != "reference" else inputs.usable_values
+            output, lse = attend(inputs.queries, inputs.keys, values, mask, inputs.scaling, self.config.backend)
         result = AttentionResult(output, mask, lse, inputs, self.selector_fraction(inputs))
         result.empty_rows = empty_rows
         return result
@@ -184,7 +191,7 @@ class ResearchAttention:
     def _from_scores(self, inputs: AttentionInputs) -> bool:
         """Whether a masker computed the scores of several rows anyway: then the output is taken from them, on a CPU."""
         gathers = choose_backend(self.config.backend, inputs.queries) == "gather" and inputs.device.type == "cpu"
-        return gathers and inputs.has_scores and inputs.shape[2] > 1 and int(inputs.row_lengths.min()) > 0
+        return gathers and inputs.has_scores and inputs.shape[2] > 1 and not inputs.needs_grad
 
 
 def dense_attention(
@@ -201,7 +208,7 @@ def dense_of(inputs: AttentionInputs) -> Tensor:
         weights = inputs.exponentials()
         batch, heads, rows, keys = weights.shape
         total = weights.sum(-1, keepdim=True)
-        grouped = weights.view(batch, inputs.kv_heads, -1, keys) @ inputs.values.to(weights.dtype)
+        grouped = weights.view(batch, inputs.kv_heads, -1, keys) @ inputs.usable_values.to(weights.dtype)
         output = grouped.view(batch, heads, rows, -1) / total.masked_fill(total == 0, 1.0)
         return output.transpose(1, 2)
 
@@ -225,19 +232,19 @@ def _fill_empty_rows(mask: Mask, inputs: AttentionInputs) -> tuple[Mask, int]:
 
 
 def _draw_seeds(
-    generator: torch.Generator | list[torch.Generator] | None, seeds: int | list[int] | None, batch: int
+    generator: torch.Generator | Sequence[torch.Generator] | None, seeds: int | Sequence[int] | None, batch: int
 ) -> list[int]:
-    if isinstance(generator, list):
+    if isinstance(generator, Sequence):
         if len(generator) != batch:
             raise ValueError(f"generator must hold one torch.Generator an item ({batch}), got {len(generator)}")
         return [_draw_seed(entry) for entry in generator]
     if generator is not None:
         return [_draw_seed(generator) for _ in range(batch)]
-    if isinstance(seeds, list):
+    if isinstance(seeds, Sequence):
         if len(seeds) != batch:
             raise ValueError(f"seeds must hold one seed an item ({batch}), got {len(seeds)}")
-        return seeds
-    return [seeds or 0] * batch
+        return [int(seed) for seed in seeds]
+    return [int(seeds or 0)] * batch
 
 
 def _draw_seed(generator: torch.Generator) -> int:

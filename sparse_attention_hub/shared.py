@@ -8,22 +8,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels import attend
-from .mask import Mask
-from .maskers.inputs import LEAST_SHARED_MASS, AttentionInputs
+from .mask import Mask, expand_heads
+from .maskers.inputs import LEAST_SHARED_MASS, NEVER, AttentionInputs, group_scores
 
 
 def attend_shared(mask: Mask, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """Attention over the mask: (output (B, Q, H, D), log-sum-exp (B, H, Q)), float32 or wider.
 
-    For calls of several rows, whose mask soon names most of the keys; every row has at least one.
+    For calls of several rows, whose mask soon names most of the keys. A row without keys gives 0 and -inf.
     """
-    values = inputs.values.to(inputs.exponentials().dtype)
+    if inputs.needs_grad:
+        return _by_logits(mask, inputs)
+    values = inputs.usable_values.to(inputs.exponentials().dtype)
     sums, totals = (_on_cpu if values.device.type == "cpu" else _on_gpu)(mask, inputs, values)
     if float(totals.min()) < LEAST_SHARED_MASS:
-        output, lse = attend(inputs.queries, inputs.keys, inputs.values, mask, inputs.scaling)
-        return output.to(sums.dtype), lse
+        return _by_logits(mask, inputs)
     return (sums / totals.unsqueeze(-1)).transpose(1, 2), totals.log() + inputs.scores().amax(-1)
+
+
+def _by_logits(mask: Mask, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+    """The same with a maximum over the chosen keys alone: nothing underflows, and gradients flow."""
+    batch, heads, rows, keys = inputs.shape
+    logits = inputs.biased(group_scores(inputs.queries, inputs.keys, inputs.scaling))
+    probability = expand_heads(mask.held_probability(), heads).to(logits.dtype)
+    logits = (logits - probability.clamp(min=1e-30).log()).masked_fill(probability == 0, NEVER)
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.masked_fill(lse == NEVER, 0.0).unsqueeze(-1)).exp()
+    grouped = weights.view(batch, inputs.kv_heads, -1, keys) @ inputs.usable_values.to(weights.dtype)
+    return grouped.view(batch, heads, rows, -1).transpose(1, 2), lse
 
 
 def _on_gpu(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -271,25 +271,39 @@ class MaskerContract:
 
     # Sizes from the smallest to the largest; the same ones in every run.
     @settings(
-        max_examples=8,
+        max_examples=10,
         deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
     )
-    @given(n=st.integers(1, 5000), rows=st.sampled_from([1, 7, 64]), kv_heads=st.sampled_from([8, 2, 1]))
-    def test_any_size(self, n: int, rows: int, kv_heads: int) -> None:
-        self._check_size(n, 1 if n > 1000 else min(rows, n), kv_heads)
+    @given(
+        n=st.integers(1, 5000),
+        rows=st.sampled_from([1, 7, 64]),
+        kv_heads=st.sampled_from([8, 2, 1]),
+        padding=st.sampled_from([None, 0.0, 0.5]),
+        dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    )
+    def test_any_size(self, n: int, rows: int, kv_heads: int, padding: float | None, dtype: torch.dtype) -> None:
+        self._check_size(n, 1 if n > 1000 else min(rows, n), kv_heads, padding, dtype)
 
     @pytest.mark.parametrize(("n", "rows"), [(1, 1), (2, 2), (3, 1), (7, 7), (64, 64), (5000, 1)])
     def test_edge_sizes(self, n: int, rows: int) -> None:
         self._check_size(n, rows, 2)
 
-    def _check_size(self, n: int, rows: int, kv_heads: int) -> None:
-        queries, keys, values = self.tensors(n, rows, batch=1, kv_heads=kv_heads)
-        result = self.run(queries, keys, values)
-        assert result.output.isfinite().all()
-        assert int((result.mask.inclusion_probability() > 0).sum(-1).min()) >= 1
+    def _check_size(
+        self, n: int, rows: int, kv_heads: int, padding: float | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """padding: share of the first item's keys that is left padding, in a batch of 3; None = a batch of 1."""
+        batch = 1 if padding is None else 3
+        queries, keys, values = self.tensors(n, rows, batch, kv_heads, dtype=dtype)
+        mask = torch.ones(rows, n, dtype=torch.bool).tril(n - rows).repeat(batch, 1, 1, 1)
+        mask[0, :, :, : int((padding or 0.0) * n)] = False
+        result = self.run(queries, keys, values, attention_mask=mask)
+        attended = (result.mask.inclusion_probability() > 0).sum(-1)
+        allowed = mask.sum(-1).expand_as(attended)
+        assert result.output.isfinite().all() and result.output.dtype == dtype
+        assert bool(((attended >= allowed.clamp(max=1)) & (attended <= allowed)).all())
 
     @pytest.mark.parametrize("rows", [1, 6])
     def test_rows_without_keys_give_zero(self, rows: int) -> None:
@@ -303,6 +317,50 @@ class MaskerContract:
         assert bool((result.output[2] != 0).any())
         assert result.dead_rows == rows + 1
         assert result.density == result.density  # dead rows stay out of the average
+        last_dead = mask.clone()
+        last_dead[:, :, -1] = False
+        for hidden in (last_dead, mask & False):
+            result = self.run(queries, keys, values, attention_mask=hidden)
+            assert result.output.isfinite().all() and bool((result.output[:, -1] == 0).all())
+
+    @pytest.mark.parametrize("rows", [1, 6])
+    def test_padding_may_hold_anything(self, rows: int) -> None:
+        queries, keys, values = self.tensors(120, rows, batch=1)
+        mask = torch.ones(rows, 120, dtype=torch.bool).tril(120 - rows)[None, None]
+        mask[..., :40] = False
+        calm = self.run(queries, keys, values, attention_mask=mask)
+        for odd in (float("nan"), float("inf")):
+            keys[:, :, :40], values[:, :, :40] = odd, odd
+            torch.testing.assert_close(self.run(queries, keys, values, attention_mask=mask).output, calm.output)
+
+    def test_a_cache_of_fixed_size(self) -> None:
+        """A cache that hands over all its slots, filled or not, gets what a growing one gets."""
+        context, steps = self.context, 3
+        queries, keys, values = self.tensors(context + steps, steps)
+        attention = self.attention()
+        fixed, growing = attention.new_state(), attention.new_state()
+        slots = torch.full((2, *keys.shape), 7.0)  # what a slot held before it is filled
+        slots = torch.cat([slots, slots[..., :9, :]], 3)
+        slots[0, :, :, :context], slots[1, :, :, :context] = keys[:, :, :context], values[:, :, :context]
+        seen = torch.arange(slots.shape[3]) < context
+        attention.prepare(slots[0], 0, fixed, seen.expand(2, -1))
+        attention.prepare(keys[:, :, :context], 0, growing)
+        for step in range(steps):
+            end = context + step + 1
+            slots[0, :, :, :end], slots[1, :, :, :end] = keys[:, :, :end], values[:, :, :end]
+            row, mask = queries[:, :, step : step + 1], (torch.arange(slots.shape[3]) < end).expand(2, 1, 1, -1)
+            one = attention(row, slots[0], slots[1], attention_mask=mask, state=fixed)
+            other = attention(row, keys[:, :, :end], values[:, :, :end], state=growing)
+            torch.testing.assert_close(
+                one.mask.inclusion_probability()[..., :end], other.mask.inclusion_probability(), msg=f"step {step}"
+            )
+
+    def test_gradients_flow_through_the_output(self) -> None:
+        for rows in (1, 5):
+            queries, keys, values = (tensor.requires_grad_() for tensor in self.tensors(60, rows))
+            loss = self.run(queries, keys, values).output.square().sum()
+            for gradient in torch.autograd.grad(loss, (queries, keys, values)):
+                assert gradient.isfinite().all()
 
     def test_never_nan(self) -> None:
         """Huge, constant and zero keys: no NaN, no infinity."""

@@ -14,6 +14,7 @@ from sparse_attention_hub import (
     MaskerConfig,
     OracleTopKConfig,
     OracleTopPMaskerConfig,
+    QuestTopKMaskerConfig,
     RandomSamplingMaskerConfig,
     ResearchAttention,
     ResearchAttentionConfig,
@@ -248,3 +249,52 @@ def test_config_round_trip() -> None:
         ResearchAttentionConfig.from_dict({"masker_configs": [{"type": "Nothing", "params": {}}]})
     with pytest.raises(ValueError, match="parameters of SinkMaskerConfig do not fit"):
         ResearchAttentionConfig.from_dict({"masker_configs": [{"type": "SinkMaskerConfig", "params": {"size": 1}}]})
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_bias_counts_in_the_output_as_it_does_in_the_scores(rows: int, backend: str) -> None:
+    queries, keys, values = tensors(rows, 50)
+    bias = 3 * torch.randn(queries.shape[0], 1, rows, 50, generator=torch.Generator().manual_seed(3))
+    bias = bias.masked_fill(~torch.ones(rows, 50, dtype=torch.bool).tril(50 - rows), -1e9)
+    expected = dense_attention(queries, keys, values, bias)
+    assert not torch.allclose(expected, dense_attention(queries, keys, values), atol=1e-2)
+    for masker_configs in ([], [SinkMaskerConfig(1.0)], [OracleTopKConfig(1.0)], [RandomSamplingMaskerConfig(1.0)]):
+        attention = ResearchAttention(ResearchAttentionConfig(masker_configs, backend))
+        torch.testing.assert_close(attention(queries, keys, values, bias).output, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_fixed_maskers_under_a_band() -> None:
+    """Rows that may not see the last row's keys, nor it theirs: positions count what any row may see."""
+    queries, keys, values = tensors(3, 30)
+    row, key = torch.arange(3).unsqueeze(-1), torch.arange(30)
+    band = ((key >= 10 + row) & (key < 28 + row) | ((row == 0) & (key < 10)))[None, None]
+
+    def chosen(config: MaskerConfig) -> list[list[int]]:
+        mask = ResearchAttention(ResearchAttentionConfig([config]))(queries, keys, values, band).mask
+        return [mask.inclusion_probability()[0, 0, r].nonzero().flatten().tolist() for r in range(3)]
+
+    assert chosen(LocalMaskerConfig(2)) == [[26, 27], [27, 28], [28, 29]]
+    assert chosen(SinkMaskerConfig(12)) == [list(range(12)), [11], [29]]  # the last row sees none of them
+
+
+def test_sinks_around_a_hole() -> None:
+    queries, keys, values = tensors(1, 10)
+    allowed = torch.ones(1, 1, 1, 10, dtype=torch.bool)
+    allowed[..., 1] = False
+    mask = ResearchAttention(ResearchAttentionConfig([SinkMaskerConfig(3)]))(queries, keys, values, allowed).mask
+    assert mask.inclusion_probability()[0, 0, 0].nonzero().flatten().tolist() == [0, 2, 3]
+
+
+def test_a_state_made_for_inference_goes_on_outside_it() -> None:
+    queries, keys, values = tensors(1, 80)
+    attention = ResearchAttention(ResearchAttentionConfig([QuestTopKMaskerConfig(8, 8)]))
+    state = attention.new_state()
+    with torch.inference_mode():
+        attention.prepare(keys[:, :, :60], 0, state)
+    assert attention(queries, keys, values, state=state).output.isfinite().all()
+
+
+def test_what_is_no_config_is_told() -> None:
+    with pytest.raises(TypeError, match="takes a ResearchAttentionConfig, got list"):
+        ResearchAttention([SinkMaskerConfig(4)])  # type: ignore[arg-type]

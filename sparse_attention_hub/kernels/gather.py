@@ -31,7 +31,8 @@ def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scal
     # Lists shared by the heads of a group are gathered once a kv head, otherwise once a query head.
     lists = kv_heads if indices.shape[1] in (1, kv_heads) else heads
     indices = expand_heads(indices, lists)[:, :, 0]
-    safe = indices.clamp(min=0)
+    # Padding reads a key of its own row with weight 0: what stands elsewhere may be anything, NaN too.
+    safe = torch.where(indices < 0, indices.amax(-1, keepdim=True), indices).clamp(min=0) if indices.shape[-1] else indices
     grouped = (queries.to(wide) * scaling).view(batch, lists, heads // lists, dim)
     picked = gather_rows(keys, safe).to(wide)
     logits = grouped @ picked.transpose(-1, -2)
@@ -46,7 +47,8 @@ def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scal
     else:
         picked_values = gather_rows(values, safe).to(wide)
         output, lse = _softmax_times(logits, lambda w: w @ picked_values)
-    return output.view(batch, 1, heads, -1), lse.view(batch, heads, 1)
+    output = output.view(batch, 1, heads, -1).masked_fill(lse.view(batch, 1, heads, 1) == NEVER, 0.0)
+    return output, lse.view(batch, heads, 1)
 
 
 def _attend_union(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,12 @@ def _softmax_times(logits: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[T
     weights = (logits - top).exp_()
     total = weights.sum(-1, keepdim=True)
     lse = (total.log() + top).squeeze(-1)
-    return weigh(weights.div_(total.masked_fill(total == 0, 1.0))), lse
+    weights = (
+        weights / total.masked_fill(total == 0, 1.0)
+        if weights.requires_grad
+        else weights.div_(total.masked_fill(total == 0, 1.0))
+    )
+    return weigh(weights), lse
 
 
 def gather_rows(tensor: Tensor, indices: Tensor) -> Tensor:

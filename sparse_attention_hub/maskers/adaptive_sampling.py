@@ -88,6 +88,8 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
             if compared is not None:
                 return compared
         left = residual.sum(-1)
+        if int(left.max()) == 0:
+            return mask
         base_size = self._base_size(left)
         base = draw_without_replacement(inputs, residual, base_size)
         base = Mask(base.shape, indices=base.rows()[0], kv_heads=base.kv_heads)  # kept for certain: no weights
@@ -135,7 +137,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
             return mask
         first, last = (torch.tensor(size, device=inputs.device).view(-1, 1, 1, 1) for size in sizes)
         positions = inputs.key_positions[:, None, None, :]
-        age = inputs.row_lengths[:, None, :, None] - 1 - positions
+        age = inputs.row_positions[:, None, :, None] - positions
         inside = ((positions < first) | (age < last)) & mask.residual(inputs.allowed)
         return mask.union(Mask.from_dense(inside, inputs.shape[1], inputs.kv_heads))
 

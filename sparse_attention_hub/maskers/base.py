@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..mask import Mask
-from .inputs import AttentionInputs
+from .inputs import AttentionInputs, end_of_allowed
 from .state import MaskerState
 
 
@@ -27,6 +28,7 @@ class MaskerConfig:
 
 
 ConfigT = TypeVar("ConfigT", bound=MaskerConfig)
+T = TypeVar("T")
 
 
 class Masker(ABC, Generic[ConfigT]):
@@ -74,7 +76,15 @@ class Masker(ABC, Generic[ConfigT]):
         state = inputs.state if inputs.state is not None else MaskerState()
         allowed = None if inputs.all_allowed else inputs.allowed[:, 0, -1]
         self._extend(inputs.keys, inputs.layer_idx, state, allowed)
-        return state.fitted, state.codes()
+        codes, unfilled = state.codes(), inputs.keys[:, :, state.length :]
+        if unfilled.shape[2]:
+            codes = torch.cat([codes, self.encode(unfilled, state.fitted, inputs.layer_idx)], 2)
+        return state.fitted, codes
+
+    def shared(self, inputs: AttentionInputs, make: Callable[[], T]) -> T:
+        """`make()` once for all maskers of this call whose codes are the same ones: equal settings, one state."""
+        # The state is kept beside the value, lest another one take its id.
+        return inputs.memo((self.codes_key(), id(inputs.state)), lambda: (inputs.state, make()))[1]
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         """Bytes the selector itself reads per allowed key, as a share of the key's and value's own bytes.
@@ -84,12 +94,14 @@ class Masker(ABC, Generic[ConfigT]):
         return 0.0
 
     def _extend(self, keys: Tensor, layer_idx: int, state: MaskerState, allowed: Tensor | None) -> None:
-        total = keys.shape[2]
-        state.check(total)
+        """Code the keys that are new. A cache of fixed size hands over slots past the last key, to be filled later: those
+        are not coded for good."""
+        state.check(keys.shape[2])
+        total = keys.shape[2] if allowed is None else max(state.length, end_of_allowed(allowed))
         if not state.is_fitted:
             state.fitted, state.fit_length = self.fit(keys, allowed, layer_idx), total
         if total > state.length:
-            state.append(self.encode(keys[:, :, state.length :], state.fitted, layer_idx))
+            state.append(self.encode(keys[:, :, state.length : total], state.fitted, layer_idx))
 
 
 _REGISTRY: dict[type[MaskerConfig], type[Masker[Any]]] = {}

@@ -80,7 +80,7 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
         self._channels: dict[int, Tensor] = {}
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        scores = inputs.memo(str(self.codes_key()), lambda: self._scores(inputs))
+        scores = self.shared(inputs, lambda: self._scores(inputs))
         residual = mask.residual(inputs.allowed)
         return mask.union(choose_top(scores, residual, inputs.resolve(self.config.heavy_size), inputs))
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 CHUNK = 4096
+_NUMBERS = itertools.count()
 
 
 @dataclass
@@ -81,15 +83,17 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         weights = config.hat_weights if config.hat_weights is not None else read_hat_weights(str(config.hat_weight_file))
         check_weights(weights, config.hat_bits, config.hat_mlp_layers, config.hat_mlp_hidden_size)
         self._weights = weights
-        self._ready: dict[tuple[int, str], Layer] = {}
+        self._number = next(_NUMBERS)
+        self._ready: dict[tuple[int, int, str], Layer] = {}
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        scores = inputs.memo(str(self.codes_key()), lambda: self._scores(inputs))
+        scores = self.shared(inputs, lambda: self._scores(inputs))
         residual = mask.residual(inputs.allowed)
         return mask.union(choose_top(scores, residual, inputs.resolve(self.config.heavy_size), inputs))
 
     def codes_key(self) -> tuple[str, ...]:
-        source = self.config.hat_weight_file or str(id(self.config.hat_weights))
+        # Weights given in place have no name that others could know them by: they are this masker's own.
+        source = self.config.hat_weight_file or f"masker {self._number}"
         return type(self).__name__, source, self.config.hat_mlp_activation
 
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
@@ -104,7 +108,7 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         return networks * self.config.hat_bits / (16 * inputs.keys.element_size() * inputs.keys.shape[3])
 
     def _layer(self, layer_idx: int, keys: Tensor) -> Layer:
-        place = (layer_idx, str(keys.device))
+        place = (layer_idx, keys.shape[1], str(keys.device))
         if place not in self._ready:
             if layer_idx not in self._weights:
                 raise ValueError(f"the hash weights have no layer {layer_idx}, only {sorted(self._weights)}")

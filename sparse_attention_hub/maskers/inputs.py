@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -65,7 +65,7 @@ class AttentionInputs:
         self.state: MaskerState | None = None
         self.seeds = seeds if seeds is not None else [0] * queries.shape[0]
         self._attention_mask = attention_mask
-        self._memo: dict[str, object] = {}
+        self._memo: dict[Hashable, object] = {}
 
     def for_masker(self, state: MaskerState | None) -> AttentionInputs:
         """The same call with one masker's own state; all memoised sums stay shared."""
@@ -73,7 +73,7 @@ class AttentionInputs:
         view.state = state
         return view
 
-    def memo(self, name: str, make: Callable[[], T]) -> T:
+    def memo(self, name: Hashable, make: Callable[[], T]) -> T:
         """`make()` the first time, its value ever after; shared by all maskers and configurations of this call."""
         if name not in self._memo:
             self._memo[name] = make()
@@ -119,18 +119,35 @@ class AttentionInputs:
         return self.memo("n_allowed", lambda: self.allowed[:, 0, -1].sum(-1).tolist())
 
     @property
+    def has_bias(self) -> bool:
+        """Whether the attention mask adds something to the scores of allowed keys, beside forbidding others."""
+        mask = self._attention_mask
+        if mask is None or mask.dtype == torch.bool:
+            return False
+        return self.memo("has_bias", lambda: bool(self._bias.any()))
+
+    @property
     def key_positions(self) -> Tensor:
         """Position of each key among the keys its item may use, counted without padding: int64 (B, N), -1 on padding."""
 
         def make() -> Tensor:
-            last = self.allowed[:, 0, -1]
-            return (last.cumsum(-1) - 1).masked_fill(~last, -1)
+            # Under causality the last row sees what any row sees; a banded mask hides early keys from it.
+            usable = self.allowed[:, 0].any(1)
+            return (usable.cumsum(-1) - 1).masked_fill(~usable, -1)
 
         return self.memo("key_positions", make)
 
     @property
+    def row_positions(self) -> Tensor:
+        """Position of each query row, that of the last key it may attend to: int64 (B, Q), -1 without allowed keys."""
+        return self.memo(
+            "row_positions",
+            lambda: self.key_positions.unsqueeze(1).masked_fill(~self.allowed[:, 0], -1).amax(-1),
+        )
+
+    @property
     def row_lengths(self) -> Tensor:
-        """Allowed keys of each query row: int64 (B, Q). A row's own absolute position is one less."""
+        """Allowed keys of each query row: int64 (B, Q)."""
         return self.memo("row_lengths", lambda: self.allowed[:, 0].sum(-1))
 
     def resolve(self, size: int | float) -> list[int]:
@@ -143,7 +160,7 @@ class AttentionInputs:
 
     def scores(self) -> Tensor:
         """Scaled logits plus additive bias, float32 (B, H, Q, N), -inf where not allowed."""
-        return self.memo("scores", self._make_scores)
+        return self.memo("scores", lambda: self.biased(group_scores(self.queries, self.keys, self.scaling)))
 
     def sorted_scores(self) -> tuple[Tensor, Tensor]:
         """(values, key indices) of the scores in falling order, each (B, H, Q, N)."""
@@ -167,6 +184,11 @@ class AttentionInputs:
             return (self.scores() - top.masked_fill(top == NEVER, 0.0)).exp_()
 
         return self.memo("exponentials", make)
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether the output must carry gradients, which sums in NumPy cannot."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (self.queries, self.keys, self.values))
 
     @property
     def has_scores(self) -> bool:
@@ -206,6 +228,16 @@ class AttentionInputs:
             weigh(part, out, at)
             yield place, torch.from_numpy(out)
 
+    @property
+    def usable_values(self) -> Tensor:
+        """The values with zeros where no row may look: weights of 0 would keep NaN there."""
+
+        def make() -> Tensor:
+            unusable = self.key_positions < 0
+            return self.values.masked_fill(unusable[:, None, :, None], 0.0) if bool(unusable.any()) else self.values
+
+        return self.values if self._attention_mask is None else self.memo("usable_values", make)
+
     def scores_at(self, indices: Tensor) -> Tensor:
         """Scaled logits of some keys only: indices (B, h, Q, K), h = 1, kv heads or H, to float32 (B, H, Q, K).
 
@@ -225,8 +257,10 @@ class AttentionInputs:
             grouped = (self.queries.float() * self.scaling).view(batch, lists, heads // lists, -1)
             out = (grouped @ picked.transpose(-1, -2)).view(batch, heads, 1, -1)
             if not self.all_allowed:
-                bias = self._bias().expand(-1, lists, -1, -1).gather(-1, safe)
-                out = out + expand_heads(bias, heads)
+                forbidden = ~self.allowed.expand(-1, lists, -1, -1).gather(-1, safe)
+                padded = padded | expand_heads(forbidden, heads)
+            if self.has_bias:
+                out = out + expand_heads(self._bias.expand(-1, lists, -1, -1).gather(-1, safe), heads)
         return out.masked_fill(padded, NEVER)
 
     def uniform(self) -> Tensor:
@@ -236,7 +270,7 @@ class AttentionInputs:
         """
         return self.memo(
             "uniform",
-            lambda: keyed_uniforms(self.seeds, self.layer_idx, self.kv_heads, self.row_lengths - 1, self.key_positions),
+            lambda: keyed_uniforms(self.seeds, self.layer_idx, self.kv_heads, self.row_positions, self.key_positions),
         )
 
     def random_order(self) -> Tensor:
@@ -277,25 +311,25 @@ class AttentionInputs:
         allowed = mask if mask.dtype == torch.bool else mask > FORBIDDEN_BIAS
         return allowed.expand(batch, 1, rows, keys)
 
+    @property
     def _bias(self) -> Tensor:
-        """Additive float32 (B, 1, Q, N): -inf where not allowed, the mask's finite bias elsewhere."""
+        """What the attention mask adds to the scores of allowed keys: float32 (B, 1, Q, N), 0 elsewhere."""
 
         def make() -> Tensor:
             mask = self._attention_mask
             if mask is None or mask.dtype == torch.bool:
-                return torch.zeros(self.allowed.shape, device=self.device).masked_fill_(~self.allowed, NEVER)
+                return torch.zeros((1, 1, 1, 1), device=self.device).expand(self.allowed.shape)
             bias = mask[..., : self.shape[3]].float().expand(self.allowed.shape)
-            return bias.masked_fill(~self.allowed, NEVER)
+            return bias.masked_fill(~self.allowed, 0.0)
 
         return self.memo("bias", make)
 
-    def _make_scores(self) -> Tensor:
-        scores = group_scores(self.queries, self.keys, self.scaling)
-        return scores if self.all_allowed and self._attention_mask is None else scores.add_(self._bias())
-
     def biased(self, scores: Tensor) -> Tensor:
-        """scores (B, H, Q, N) plus the attention mask's bias, -inf where not allowed."""
-        return scores if self.all_allowed and self._attention_mask is None else scores + self._bias()
+        """scores (B, H, Q, N) plus the attention mask's bias, -inf where not allowed; changed in place."""
+        if self.has_bias:
+            scores += self._bias
+        # Filled, not added: what stands on padding may be anything, NaN too.
+        return scores if self.all_allowed else scores.masked_fill_(~self.allowed, NEVER)
 
 
 def group_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -311,3 +345,9 @@ def count_true(flags: np.ndarray) -> np.ndarray:
     narrow = np.uint16 if flags.shape[-1] < 2**16 else np.uint32  # sums twice as many at a time
     counts: np.ndarray = flags.view(np.uint8).sum(-1, dtype=narrow).astype(np.int64)
     return counts
+
+
+def end_of_allowed(allowed: Tensor) -> int:
+    """One past the last allowed key of the item where it comes first. allowed: bool (B, N)."""
+    ends = allowed.shape[-1] - allowed.flip(-1).to(torch.uint8).argmax(-1)
+    return int(ends.masked_fill(~allowed.any(-1), allowed.shape[-1]).min())

@@ -41,7 +41,7 @@ class LocalMasker(Masker[LocalMaskerConfig]):
             indices = window.expand(inputs.shape[0], 1, 1, -1)
             return mask.union(Mask.from_indices(indices, inputs.shape, kv_heads=inputs.kv_heads))
         limit = torch.tensor(sizes, device=inputs.device).view(-1, 1, 1, 1)
-        age = inputs.row_lengths[:, None, :, None] - 1 - inputs.key_positions[:, None, None, :]
+        age = inputs.row_positions[:, None, :, None] - inputs.key_positions[:, None, None, :]
         window_keys = (age < limit) & inputs.allowed
         return mask.union(Mask.from_dense(window_keys, inputs.shape[1], inputs.kv_heads))
 

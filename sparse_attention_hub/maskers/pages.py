@@ -48,9 +48,3 @@ def page_bounds(keys: Tensor, allowed: Tensor | None, starts: list[int], page: i
     maxima = pseudo_quantise(maxima.masked_fill(empty, 0.0), bits)
     # Rounding may push a minimum above its maximum.
     return torch.cat([torch.maximum(minima, maxima), torch.minimum(minima, maxima)], -1)
-
-
-def end_of_allowed(allowed: Tensor) -> int:
-    """One past the last allowed key of the item where it comes first. allowed: bool (B, N)."""
-    ends = allowed.shape[-1] - allowed.flip(-1).to(torch.uint8).argmax(-1)
-    return int(ends.masked_fill(~allowed.any(-1), allowed.shape[-1]).min())

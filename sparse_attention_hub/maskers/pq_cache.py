@@ -85,7 +85,7 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         return torch.uint8 if bits <= 8 else torch.int16 if bits <= 15 else torch.int32
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        scores = inputs.memo(f"pq scores {self.codes_key()}", lambda: self._scores(inputs))
+        scores = self.shared(inputs, lambda: self._scores(inputs))
         sizes = inputs.resolve(self.config.heavy_size)
         eligible = mask.residual(inputs.allowed)
         if self.config.init_offset > 0:

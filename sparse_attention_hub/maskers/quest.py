@@ -11,8 +11,8 @@ from torch import Tensor
 from ..mask import Mask
 from ..search_space import Choice, LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
-from .inputs import NEVER, AttentionInputs, group_scores
-from .pages import end_of_allowed, page_bounds, page_starts
+from .inputs import NEVER, AttentionInputs, end_of_allowed, group_scores
+from .pages import page_bounds, page_starts
 from .state import MaskerState
 from .top_k import top_indices
 
@@ -59,7 +59,7 @@ class QuestTopKMasker(Masker[QuestTopKMaskerConfig]):
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         page, keys = self.config.page_size, inputs.shape[3]
-        starts, scores = inputs.memo(str(self.codes_key()), lambda: self._page_scores(inputs))
+        starts, scores = self.shared(inputs, lambda: self._page_scores(inputs))
         pages = scores.shape[-1]
         sizes = zip(inputs.resolve(self.config.heavy_size), inputs.n_allowed, strict=True)
         kept = top_indices(scores, [pages if size >= n else min(pages, max(MIN_PAGES, size // page)) for size, n in sizes])

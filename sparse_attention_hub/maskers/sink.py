@@ -35,17 +35,12 @@ class SinkMasker(Masker[SinkMaskerConfig]):
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         sizes = inputs.resolve(self.config.sink_size)
-        positions = inputs.key_positions
-        if inputs.shape[2] == 1:
-            # One row: the sink is a short list, the same for all heads.
-            start = positions.clamp(max=0).argmax(-1, keepdim=True) if not inputs.all_allowed else 0
-            slot = torch.arange(max(sizes, default=0), device=inputs.device).expand(len(sizes), -1)
-            limit = torch.tensor(sizes, device=inputs.device).unsqueeze(-1)
-            indices = (slot + start).masked_fill(slot >= limit, -1)[:, None, None, :]
-            sink = Mask.from_indices(indices, inputs.shape, kv_heads=inputs.kv_heads)
-            return mask.union(sink if inputs.all_allowed else sink.restrict(inputs.allowed))
+        if inputs.shape[2] == 1 and inputs.all_allowed:
+            # One row that may see everything: the sink is the start of the keys, the same for all heads and items.
+            indices = torch.arange(sizes[0], device=inputs.device).expand(inputs.shape[0], 1, 1, -1)
+            return mask.union(Mask.from_indices(indices, inputs.shape, kv_heads=inputs.kv_heads))
         limit = torch.tensor(sizes, device=inputs.device).view(-1, 1, 1, 1)
-        first = (positions[:, None, None, :] < limit) & inputs.allowed
+        first = (inputs.key_positions[:, None, None, :] < limit) & inputs.allowed
         return mask.union(Mask.from_dense(first, inputs.shape[1], inputs.kv_heads))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -46,7 +47,8 @@ class MaskerState:
         """Add the next codes, (B, Hkv, n, ...). length: keys seen now, default one more for each code."""
         held = self.count(self.length)
         needed = held + codes.shape[2]
-        if self._buffer is None or needed > self._buffer.shape[2]:
+        frozen = self._buffer is not None and self._buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if self._buffer is None or frozen or needed > self._buffer.shape[2]:
             grown = codes.new_empty((*codes.shape[:2], max(needed + 64, 2 * held), *codes.shape[3:]))
             if self._buffer is not None:
                 grown[:, :, :held] = self.codes()

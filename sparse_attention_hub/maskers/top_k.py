@@ -17,6 +17,8 @@ def choose_top(scores: Tensor, residual: Tensor, sizes: list[int], inputs: Atten
 
     scores: float (B, h, Q, N); residual: bool (B, 1, kv heads or h, Q, N); rows with fewer residual keys take all of them.
     """
+    if max(sizes, default=0) == 0:  # nothing is allowed
+        return Mask.empty(inputs.shape, inputs.device, inputs.kv_heads)
     on_cpu = not scores.is_cuda and scores.dtype in (torch.float32, torch.float64)
     if inputs.shape[2] > 1 and len(set(sizes)) == 1 and on_cpu:
         return _choose_above(scores, residual, sizes[0], inputs)
