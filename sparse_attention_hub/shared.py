@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .mask import Mask, expand_heads
 from .maskers.inputs import LEAST_SHARED_MASS, NEVER, AttentionInputs, group_scores
+
+# Up to this share of the keys, a CPU reads chosen ones one by one sooner than it multiplies all of them.
+LISTED_SHARE = 0.25
 
 
 def attend_shared(mask: Mask, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
@@ -20,7 +24,8 @@ def attend_shared(mask: Mask, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     if inputs.needs_grad:
         return _by_logits(mask, inputs)
     values = inputs.usable_values.to(inputs.exponentials().dtype)
-    sums, totals = (_on_cpu if values.device.type == "cpu" else _on_gpu)(mask, inputs, values)
+    way = _on_gpu if values.device.type != "cpu" else _by_lists if _is_sparse(mask, inputs) else _on_cpu
+    sums, totals = way(mask, inputs, values)
     if float(totals.min()) < LEAST_SHARED_MASS:
         return _by_logits(mask, inputs)
     return (sums / totals.unsqueeze(-1)).transpose(1, 2), totals.log() + inputs.scores().amax(-1)
@@ -46,6 +51,37 @@ def _on_gpu(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor
     weights = (weights / probability.clamp(min=1e-30) * (probability > 0)).view(batch, heads, rows, keys)
     output = weights.view(batch, inputs.kv_heads, -1, keys) @ values
     return output.view(batch, heads, rows, -1), weights.sum(-1)
+
+
+def _is_sparse(mask: Mask, inputs: AttentionInputs) -> bool:
+    """Whether lists of the chosen keys are worth making, and no row's list is empty."""
+    counts = mask.counts()
+    return int(counts.min()) > 0 and float(counts.float().mean()) < LISTED_SHARE * inputs.shape[3]
+
+
+def _by_lists(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, reading only what was chosen, on a CPU: a bag of weighted values for each row."""
+    batch, heads, rows, keys = inputs.shape
+    flags = expand_heads(mask.chosen(), heads).numpy()
+    counts = expand_heads(mask.counts(), heads).flatten().numpy()
+    places = np.flatnonzero(flags)
+    weights = inputs.exponentials().numpy().reshape(-1).take(places)
+    if mask.draw is not None:
+        _, drawn, rate = mask.draw
+        inverse = np.repeat((1 / expand_heads(rate, heads).clamp(min=1e-30)).flatten().numpy(), counts)
+        np.multiply(weights, inverse, out=weights, where=expand_heads(drawn, heads).numpy().reshape(-1).take(places))
+    elif not mask.is_certain:
+        weights /= expand_heads(mask.held_probability(), heads).numpy().reshape(-1).take(places)
+    ends = counts.cumsum()
+    starts = ends - counts
+    # From places in (B, H, Q, N) to rows of the values as one table (B * Hkv * N, D).
+    order = np.arange(counts.size)
+    places -= np.repeat((order - order // (rows * inputs.group_size)) * keys, counts)
+    table = values.reshape(-1, values.shape[-1])
+    bags, offsets, own = torch.from_numpy(places), torch.from_numpy(starts), torch.from_numpy(weights)
+    sums = F.embedding_bag(bags, table, offsets, mode="sum", per_sample_weights=own)
+    totals = torch.from_numpy(np.add.reduceat(weights, starts))
+    return sums.view(batch, heads, rows, -1), totals.view(batch, heads, rows)
 
 
 def _on_cpu(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor, Tensor]:

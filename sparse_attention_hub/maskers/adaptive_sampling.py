@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..mask import Mask, expand_heads
 from ..search_space import LogUniform
-from .base import Masker, MaskerConfig, check_number, check_size, register_masker
-from .draws import OrderedResidual, draw_without_replacement, draws_by_comparison, listed
+from .base import Masker, MaskerConfig, check_flag, check_number, check_size, register_masker
+from .draws import OrderedResidual, draw_without_replacement, draws_by_comparison
 from .inputs import LEAST_SHARED_MASS, NEVER, AttentionInputs
 
 
@@ -40,6 +40,7 @@ class AdaptiveSamplingMaskerConfig(MaskerConfig):
         self.delta = check_number("delta", self.delta, 0.0, 1.0, open_low=True, open_high=True)
         self.init_offset = check_size("init_offset", self.init_offset, zero=True)
         self.local_offset = check_size("local_offset", self.local_offset, zero=True)
+        self.use_exact_estimation = check_flag("use_exact_estimation", self.use_exact_estimation)
 
     @classmethod
     def get_search_space(cls, task_name: str) -> dict[str, Any]:
@@ -106,15 +107,15 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         heads = inputs.shape[1]
         order = OrderedResidual(inputs, residual)
         base_size = torch.minimum(self._base_size(order.left), order.left)
-        base = order.first(base_size)
-        indices = expand_heads(listed(base, base_size), heads)
+        base, bounds = order.first(base_size)
+        indices = expand_heads(order.keys_below(bounds), heads)
         terms = inputs.exponentials().gather(-1, indices.clamp(min=0)).masked_fill_(indices < 0, 0.0)
         static = inputs.exponentials_where(mask.chosen())
         if float((static + terms.sum(-1)).min()) < LEAST_SHARED_MASS:
             return None
         rest = expand_heads(order.left - base_size, heads)
         budget = self._needed(terms, indices >= 0, static, rest)
-        drawn = order.first(expand_heads(base_size, heads) + budget)
+        drawn, _ = order.first(expand_heads(base_size, heads) + budget)
         drawn.numpy()[:] &= ~expand_heads(base, heads).numpy()
         sure = expand_heads(mask.chosen(), max(mask.shared_heads, base.shape[1])) | base
         rate = (budget / rest.clamp(min=1)).float().unsqueeze(-1)

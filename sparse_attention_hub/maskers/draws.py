@@ -22,71 +22,72 @@ def draws_by_comparison(inputs: AttentionInputs, mask: Mask) -> bool:
 
 
 class OrderedResidual:
-    """The residual keys of many rows in the call's random order. residual: bool (B, h, Q, N). In NumPy, on a CPU.
+    """The residual keys of many rows in the call's random order. residual: bool (B, h, Q, N). On a CPU, comparisons in NumPy.
 
     left: residual keys of each row, int64 (B, h', Q), h' = max(h, kv heads).
     """
 
     def __init__(self, inputs: AttentionInputs, residual: Tensor) -> None:
-        held = residual.shape[1]
-        self._kv_heads = inputs.kv_heads
-        self.heads = max(held, inputs.kv_heads)
+        self.heads = max(residual.shape[1], inputs.kv_heads)
         self.left = expand_heads(torch.from_numpy(count_true(residual.numpy())), self.heads)
-        self._places = inputs.random_places()[:, :, None]
-        self._order = inputs.random_order().numpy()[:, :, None]
-        self._residual = residual.numpy()[:, :, None] if held == 1 else self._grouped(residual)
+        self._inputs, self._residual = inputs, residual
 
-    def first(self, sizes: Tensor) -> Tensor:
-        """The first sizes (B, H or h', Q) residual keys of each row as flags: bool (B, H or h', Q, N).
+    def first(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """The first sizes (B, H or h', Q) residual keys of each row: (flags bool (B, H or h', Q, N), bounds (B, H or h', Q, 1)).
 
-        A key is among them if its place lies below its row's bound. Residual keys are spread evenly over a random order, so
-        a bound is guessed, the keys below it counted, and what is missing read off the order near the guess: no sorting.
+        A key is among them if its place in the order lies below its row's bound. Residual keys are spread evenly over a random
+        order, so a bound is guessed, the keys below it counted, and what is missing read off near the guess: no sorting.
         """
-        wanted = self._grouped(sizes.unsqueeze(-1))
-        left = self._grouped(expand_heads(self.left, sizes.shape[1]).unsqueeze(-1))
-        keys = self._places.shape[-1]
-        bounds = np.ceil(wanted * keys / np.maximum(left, 1)).astype(np.int64)
-        low, high = np.zeros_like(bounds), np.full_like(bounds, keys)
+        inputs, heads = self._inputs, sizes.shape[1]
+        keys = inputs.shape[3]
+        places = inputs.random_places()[:, :, None]
+        grouped = (inputs.shape[0], inputs.kv_heads, heads // inputs.kv_heads, inputs.shape[2], keys)
+        residual = self._residual if self._residual.shape[1] == 1 else expand_heads(self._residual, heads)
+        rows = residual.unsqueeze(2) if residual.shape[1] == 1 else residual.view(grouped)
+        wanted, left = sizes.unsqueeze(-1), expand_heads(self.left, heads).unsqueeze(-1).clamp(min=1)
+        bounds = -(-wanted * keys // left)
+        low, high = torch.zeros_like(bounds), torch.full_like(bounds, keys)
         for turn in itertools.count():
-            drawn = np.less(self._places, bounds.astype(self._places.dtype))
-            drawn &= self._residual
-            counts = count_true(drawn)[..., None]
-            if (counts == wanted).all():
-                return torch.from_numpy(drawn.reshape(*sizes.shape, keys))
-            low, high = np.where(counts < wanted, bounds, low), np.where(counts > wanted, bounds, high)
-            bounds, inside = self._read_off(bounds, counts, wanted)
-            jump = bounds + (wanted - counts) * keys // np.maximum(left, 1)
+            below = bounds.numpy().astype(places.dtype).reshape(*grouped[:-1], 1)
+            flags = np.less(places, below)
+            flags &= rows.numpy()
+            counts = torch.from_numpy(count_true(flags)).view(sizes.shape).unsqueeze(-1)
+            if torch.equal(counts, wanted):
+                return torch.from_numpy(flags).view(*sizes.shape, keys), bounds
+            low, high = torch.where(counts < wanted, bounds, low), torch.where(counts > wanted, bounds, high)
+            seen, inside = self._read_off(bounds, counts, wanted)
+            jump = bounds + torch.div((wanted - counts) * keys, left, rounding_mode="floor")
             halved = (jump <= low) | (jump >= high) | (turn % 2 == 1)
-            bounds = np.where(inside, bounds, np.where(halved, (low + high) // 2, jump))
+            bounds = torch.where(inside, seen, torch.where(halved, (low + high) // 2, jump))
         raise AssertionError("unreachable")
 
-    def _read_off(self, bounds: np.ndarray, counts: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(bounds below which `wanted` residual keys lie, where they stand near enough to be seen). All (..., 1)."""
-        keys = self._places.shape[-1]
-        width = min(_WINDOW, keys)
-        start = np.clip(bounds - width // 2, 0, keys - width)
-        seen = start + np.arange(width)
-        shape = (*bounds.shape[:-1], keys)
-        upcoming = np.take_along_axis(np.broadcast_to(self._order, shape), seen, -1)
-        running = np.take_along_axis(np.broadcast_to(self._residual, shape), upcoming, -1).cumsum(-1)
-        before = np.where(bounds > start, np.take_along_axis(running, np.maximum(bounds - start - 1, 0), -1), 0)
+    def keys_below(self, bounds: Tensor) -> Tensor:
+        """The residual keys whose places lie below the bounds (B, h, Q, 1), h = H or h': int64 (B, h, Q, K), -1 = padding."""
+        return self._window(torch.zeros_like(bounds), int(bounds.max()), bounds)
+
+    def _window(self, start: Tensor, width: int, end: Tensor) -> Tensor:
+        """Keys of the order from `start` on, `width` of them, -1 where not residual or past `end`."""
+        heads, rows = start.shape[1], start.shape[2]
+        places = start + torch.arange(width)
+        order = self._inputs.random_order()
+        grouped = places.reshape(places.shape[0], order.shape[1], -1, rows, width)
+        order = order.unsqueeze(2).expand(*grouped.shape[:3], rows, -1)
+        keys = order.gather(-1, grouped).flatten(1, 2)
+        residual = (
+            self._residual.expand(-1, heads, -1, -1) if self._residual.shape[1] == 1 else expand_heads(self._residual, heads)
+        )
+        return keys.masked_fill_(~residual.gather(-1, keys) | (places >= end), -1)
+
+    def _read_off(self, bounds: Tensor, counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """(bounds below which `wanted` residual keys lie, where they stand near enough to be seen). All (B, h, Q, 1)."""
+        total = self._inputs.shape[3]
+        width = min(_WINDOW, total)
+        start = (bounds - width // 2).clamp(min=0, max=total - width)
+        running = (self._window(start, width, torch.tensor(total)) >= 0).cumsum(-1)
+        before = running.gather(-1, (bounds - start - 1).clamp(min=0)).masked_fill_(bounds == start, 0)
         lacking = wanted - (counts - before)
         inside = (lacking >= 0) & (lacking <= running[..., -1:])
-        found = start + (running < lacking).sum(-1, keepdims=True) + (lacking > 0)
-        return np.where(inside, found, bounds), inside
-
-    def _grouped(self, held: Tensor | np.ndarray) -> np.ndarray:
-        """(B, h', Q, n) to (B, Hkv, h' / Hkv, Q, n)."""
-        array = np.asarray(held)
-        return array.reshape(array.shape[0], self._kv_heads, array.shape[1] // self._kv_heads, *array.shape[2:])
-
-
-def listed(flags: Tensor, counts: Tensor) -> Tensor:
-    """Where flags (B, h, Q, N) are set: int64 (B, h, Q, most of a row), -1 = padding. counts (B, h, Q): flags set in each row."""
-    taken = np.arange(int(counts.max())) < counts.numpy()[..., None]
-    indices = np.full(taken.shape, -1)
-    indices[taken] = np.flatnonzero(flags.numpy()) % flags.shape[-1]
-    return torch.from_numpy(indices)
+        return start + (running < lacking).sum(-1, keepdim=True) + (lacking > 0), inside
 
 
 def draw_without_replacement(inputs: AttentionInputs, residual: Tensor, sizes: Tensor, skip: Tensor | None = None) -> Mask:

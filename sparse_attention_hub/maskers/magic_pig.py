@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.gather import gather_rows
 from ..mask import Mask, expand_heads
 from ..search_space import Choice
-from .base import Masker, MaskerConfig, check_int, register_masker
+from .base import Masker, MaskerConfig, check_flag, check_int, register_masker
 from .inputs import AttentionInputs, group_scores
 
 PACKINGS = ("int64", "float32")
@@ -38,6 +38,7 @@ class MagicPigConfig(MaskerConfig):
     def __post_init__(self) -> None:
         self.lsh_l = check_int("lsh_l", self.lsh_l, 1)
         self.lsh_k = check_int("lsh_k", self.lsh_k, 1)
+        self.center = check_flag("center", self.center)
         if self.packing not in PACKINGS:
             raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {self.packing!r}")
         if self.packing == "int64" and self.lsh_k > 64:

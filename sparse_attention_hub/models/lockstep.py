@@ -80,11 +80,13 @@ class Lockstep:
         self.cache, self.context_length, self.rows = cache, context_length, rows
         self.step = 0
         self.calls = 0
+        self.windows: dict[int, int | None] = {}  # what each layer that was called says of itself
 
     def attend(self, module: Any, queries: Tensor, scaling: float, window: int | None) -> Tensor:
         """queries (rows, H, Q, D) -> (rows, Q, H, D)."""
         self.calls += 1
         layer_idx: int = module.layer_idx
+        self.windows[layer_idx] = window
         layer = self.cache.layers[layer_idx]
         outputs = []
         for index, row in enumerate(self.rows):

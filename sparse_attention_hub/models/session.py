@@ -108,6 +108,27 @@ def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
     return Prefilled(cache, len(context_ids), time.perf_counter() - started)
 
 
+def sparse_layers(lm: LanguageModel) -> list[int]:
+    """The layers that can be sparse, in order: those without a sliding window. UserError if the model has none.
+
+    Asked of the layers themselves by a forward pass over one token: configurations name their windows in many ways.
+    """
+    known: list[int] | None = getattr(lm, "_sparse_layers", None)
+    if known is None:
+        cache = SharedPrefixCache(lm.num_layers, 1)
+        session = Lockstep(cache, 0, [Row(None, None, 0, ())])
+        with running(lm, session):
+            lm.model.base_model(input_ids=torch.tensor([[0]], device=lm.device), past_key_values=cache, use_cache=True)
+            check_calls(lm, session, 0)
+        known = sorted(layer for layer, window in session.windows.items() if window is None)
+        object.__setattr__(lm, "_sparse_layers", known)
+    if not known:
+        raise UserError(
+            f"model {lm.id!r} has sliding-window layers only, which stay dense: nothing of it can be sparse, take another model"
+        )
+    return known
+
+
 def answer(
     lm: LanguageModel,
     prefilled: Prefilled,

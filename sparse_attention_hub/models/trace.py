@@ -77,7 +77,8 @@ class Trace:
         return TraceLayer(layer_idx, scaling=self.meta["scaling"][str(layer_idx)], **tensors)
 
     def prefilled(self, lm: LanguageModel, room: int) -> Prefilled | None:
-        """The context's KV cache rebuilt from the trace, instead of prefilling again; None if layers were thinned out."""
+        """The context's KV cache rebuilt from the trace, instead of prefilling again; None if the trace lacks layers, thinned
+        out or with a sliding window."""
         from .cache import SharedPrefixCache
         from .session import Prefilled
 
@@ -92,7 +93,8 @@ class Trace:
 
 def trace_key(lm: LanguageModel, context_ids: list[int], question_ids: list[int], max_new_tokens: int, sparse_from: str) -> str:
     """A hash of everything that determines a trace but the layers kept."""
-    parts = [FORMAT, weights_fingerprint(lm), str(lm.dtype), context_ids, question_ids, max_new_tokens, sparse_from]
+    place = [str(lm.dtype), lm.device.type, lm.dense_backend]
+    parts = [FORMAT, weights_fingerprint(lm), place, context_ids, question_ids, max_new_tokens, sparse_from]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
@@ -109,13 +111,14 @@ def weights_fingerprint(lm: LanguageModel) -> str:
     return known
 
 
-def layer_bytes(lm: LanguageModel, tokens: int) -> int:
-    """About how many bytes one layer of a trace takes."""
+def layer_bytes(lm: LanguageModel, tokens: int, rows: int) -> int:
+    """Bytes of one layer of a trace: keys and values of `tokens`, queries and float32 dense outputs of `rows` of them."""
     config = lm.model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * kv_heads * width * tokens * torch.tensor([], dtype=lm.dtype).element_size())
+    number = torch.tensor([], dtype=lm.dtype).element_size()
+    return int(width * (2 * kv_heads * tokens * number + heads * rows * (number + 4)))
 
 
 def thinned_layers(num_layers: int, fit: int) -> list[int]:
@@ -137,12 +140,12 @@ def record_trace(
 ) -> Trace:
     """Answer a sample densely and record it under `folder`. Recording stops at EOS.
 
-    Under "decode" only answer rows are recorded: the question is dense there. Raises UserError if no row is sparse (an
-    answer of one token under "decode").
+    layers: which to keep; None = all that can be sparse. Under "decode" only answer rows are recorded: the question is dense
+    there. Raises UserError if no layer can be sparse, or no row is (an answer of one token under "decode").
     """
-    from .session import answer, prefill
+    from .session import answer, prefill, sparse_layers
 
-    recorder = _TraceRecorder(None if layers is None else set(layers), skip_question=sparse_from == "decode")
+    recorder = _TraceRecorder(set(sparse_layers(lm) if layers is None else layers), skip_question=sparse_from == "decode")
     prefilled = prefill(lm, context_ids, len(question_ids) + max_new_tokens)
     reply = answer(lm, prefilled, question_ids, None, max_new_tokens, recorder=recorder)
     key = trace_key(lm, context_ids, question_ids, max_new_tokens, sparse_from)
@@ -190,7 +193,7 @@ def record_trace(
 class _TraceRecorder:
     """Collects each layer's queries and new keys of a dense answer; the context's keys stay in the cache until the end."""
 
-    def __init__(self, layers: set[int] | None, skip_question: bool) -> None:
+    def __init__(self, layers: set[int], skip_question: bool) -> None:
         self._layers, self._skip_question = layers, skip_question
         self._queries: dict[int, list[Tensor]] = {}
         self._tails: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -199,7 +202,7 @@ class _TraceRecorder:
     def __call__(
         self, *, layer_idx: int, result: Any, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, step: int
     ) -> None:
-        if self._layers is not None and layer_idx not in self._layers:
+        if layer_idx not in self._layers:
             return
         new = queries.shape[2]
         self._tails.setdefault(layer_idx, []).append((keys[:, :, -new:].clone(), values[:, :, -new:].clone()))
