@@ -70,7 +70,7 @@ class OrderedResidual:
         heads, rows = start.shape[1], start.shape[2]
         places = start + torch.arange(width)
         order = self._inputs.random_order()
-        grouped = places.reshape(places.shape[0], order.shape[1], -1, rows, width)
+        grouped = places.reshape(places.shape[0], order.shape[1], heads // order.shape[1], rows, width)
         order = order.unsqueeze(2).expand(*grouped.shape[:3], rows, -1)
         keys = order.gather(-1, grouped).flatten(1, 2)
         residual = (

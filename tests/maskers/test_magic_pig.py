@@ -137,6 +137,7 @@ def test_no_row_is_left_without_a_key() -> None:
         ({"lsh_k": -1}, "lsh_k must be an integer >= 1, got -1"),
         ({"packing": "int32"}, "packing must be one of int64, float32, got 'int32'"),
         ({"lsh_k": 65}, "lsh_k must be <= 64 with packing int64, got 65"),
+        ({"center": "no"}, "center must be True or False, got 'no'"),
         ({"seed": None}, "seed must be an integer >= 0, got None"),
         ({"min_matches": 3}, "min_matches must be an integer in [1, 2], got 3"),
         ({"lsh_l": 1, "min_matches": 2}, "min_matches must be <= lsh_l = 1, got 2"),

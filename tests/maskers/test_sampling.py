@@ -243,6 +243,7 @@ def test_a_looser_bound_draws_fewer_keys() -> None:
         ({"base_rate_sampling": "x"}, "base_rate_sampling must be an int (tokens) or a float (fraction), got 'x'"),
         ({"epsilon": 0.0}, "epsilon must be a number in (0.0, 1.0), got 0.0"),
         ({"delta": 1.0}, "delta must be a number in (0.0, 1.0), got 1.0"),
+        ({"use_exact_estimation": 1}, "use_exact_estimation must be True or False, got 1"),
         ({"init_offset": 1.5}, "init_offset must be >= 0; as a fraction in [0, 1], got 1.5"),
         ({"local_offset": -2}, "local_offset must be >= 0, got -2"),
     ],
