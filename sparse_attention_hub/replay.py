@@ -94,6 +94,7 @@ def replay(
     densities: list[list[Tensor]] = [[] for _ in attentions]
     for layer_idx in layers:
         inputs = _layer_inputs(trace.layer(layer_idx, device), trace.rows, kept, seed)
+        inputs.viewers = len(attentions)
         for place, attention in enumerate(attentions):
             state = states.of(attention, trace, inputs.keys[:, :, : trace.context_length], layer_idx)
             error, density = _replay_layer(attention, inputs, state)

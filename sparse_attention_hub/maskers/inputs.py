@@ -64,6 +64,8 @@ class AttentionInputs:
         self.layer_idx = layer_idx
         self.state: MaskerState | None = None
         self.seeds = seeds if seeds is not None else [0] * queries.shape[0]
+        #: How many configurations look at this call: sums that pay only when shared are made from a few on.
+        self.viewers = 1
         self._attention_mask = attention_mask
         self._memo: dict[Hashable, object] = {}
 

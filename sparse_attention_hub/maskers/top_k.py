@@ -31,7 +31,7 @@ def _choose_above(scores: Tensor, residual: Tensor, size: int, inputs: Attention
     """`choose_top` for many rows as one comparison: a key is chosen if its score reaches its row's threshold. In NumPy, whose
     sorting, comparing and masking are several times faster than torch's on a CPU."""
     residual = expand_heads(residual, scores.shape[1]) if residual.shape[1] > 1 else residual
-    if scores is inputs.scores() and residual.shape[1] == 1:
+    if inputs.viewers > 2 and scores is inputs.scores() and residual.shape[1] == 1:
         threshold = _threshold_of_shared(scores, inputs.allowed & ~residual, size, inputs)
     else:
         eligible = np.add(scores.numpy(), _forbidding(residual.numpy(), scores))
