@@ -73,21 +73,24 @@ def run_benchmarks(
     *,
     config_run: str | None = None,
     notes: Sequence[str] = (),
+    failures: Sequence[dict[str, Any]] = (),
     in_process: bool | None = None,
 ) -> BenchmarkOutcome:
     """Run what is not yet answered, then write every result file and the summary.
 
-    in_process: answer in this process, without workers; None = only where pebble is not installed. Raises UserError,
-    before anything is written, for a model without a tokenizer, an unknown task, or another run in the same results
-    folder.
+    failures: records of what failed in the search before, for the summary. in_process: answer in this process, without
+    workers; None = only where pebble is not installed. Raises UserError, before anything is written, for a model without
+    a tokenizer, an unknown task, another run in the same results folder, or --rescore without any recorded answer.
     """
-    if not units:
+    if not units and not failures:
         raise UserError("nothing to benchmark: no (model, task) has a configuration to run; run Phase 1 first")
     twice = [unit for i, unit in enumerate(units) if any((o.model, o.task) == (unit.model, unit.task) for o in units[:i])]
     if twice:
         raise UserError(f"{twice[0].task} on {twice[0].model} is listed twice")
     tokenizers = _load_tokenizers(units, settings)
-    run = _Run(units, settings, tokenizers, config_run, list(notes), in_process)
+    run = _Run(units, settings, tokenizers, config_run, list(notes), list(failures), in_process)
+    if settings.rescore:
+        run.check_recorded()
     with results_lock(settings.benchmark_results_dir):
         return run.go()
 
@@ -127,8 +130,10 @@ class _Run:
         tokenizers: dict[str, Any],
         config_run: str | None,
         notes: list[str],
+        failures: list[dict[str, Any]],
         in_process: bool | None,
     ) -> None:
+        self.earlier_failures = failures
         self.settings, self.tokenizers, self.config_run, self.notes = settings, tokenizers, config_run, notes
         self.in_process = in_process if in_process is not None else not has_pebble() and settings.ray_address is None
         self.base = settings.benchmark_results_dir
@@ -155,6 +160,17 @@ class _Run:
         self.log: Path | None = None
 
     # -- the whole of it ---------------------------------------------------------------------------------------------
+
+    def check_recorded(self) -> None:
+        """UserError if no unit has an answer that --rescore could score. Nothing is written."""
+        problems = []
+        for unit in self.units:
+            try:
+                UnitRun(unit, self.settings, self.place).prepare(self.tokenizers[unit.model])
+                return
+            except UserError as error:
+                problems.append(str(error))
+        raise UserError(problems[0])
 
     def go(self) -> BenchmarkOutcome:
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -446,7 +462,9 @@ class _Run:
         write_json(self.base / "benchmark_summary.json", self._summary())
 
     def _summary(self) -> dict[str, Any]:
-        return make_summary(self.runs, self.results, self.settings, self.config_run, self.notes, self.interrupted)
+        return make_summary(
+            self.runs, self.results, self.settings, self.config_run, self.notes, self.interrupted, self.earlier_failures
+        )
 
     def _outcome(self) -> BenchmarkOutcome:
         summary = self._summary()

@@ -20,6 +20,7 @@ from benchmark.results import Journal, fingerprint, safe_name, write_json
 from benchmark.settings import Settings, SparseConfig
 from benchmark.tasks import get_task
 from benchmark.tasks.base import Sample, SampleRequest, Task, UserError
+from benchmark.tasks.limits import fitted
 
 if TYPE_CHECKING:
     from sparse_attention_hub import ResearchAttentionConfig
@@ -164,8 +165,8 @@ class UnitRun:
         return min(counts) if counts else 1
 
     def prepare(self, tokenizer: Any) -> list[str]:
-        """Make the samples and read the journals. Returns what is worth telling. Raises UserError if data are
-        missing."""
+        """Make the samples and read the journals. Returns what is worth telling. Raises UserError if data are missing,
+        samples of the task's length do not fit, or there is nothing that --rescore could score."""
         request = SampleRequest(
             tokenizer=tokenizer,
             split="test",
@@ -175,7 +176,7 @@ class UnitRun:
             data_dir=self.settings.data_dir,
             trust_remote_code=self.settings.trust_remote_code,
         )
-        samples = self.task.samples(request)
+        samples = self.task.samples(fitted(request, self.task, self.unit.model))
         if not samples:
             raise UserError(f"{self.unit.task}: there are no samples to benchmark")
         ids = [sample.sample_id for sample in samples]
@@ -187,6 +188,12 @@ class UnitRun:
         notes = self._open_journal()
         self.store.poll()
         self.old_failures = self.store.failures()
+        if self.settings.rescore and not self._has_answers():
+            told = "; ".join(f"recorded with another {changed}" for _, changed in self._other_settings())
+            raise UserError(
+                f"--rescore: there are no recorded answers of {self.name} to these samples under these settings"
+                f"{f' ({told})' if told else ''}: give the flags they were recorded with, or leave --rescore out"
+            )
         self.prepared = True
         return notes
 
@@ -197,14 +204,21 @@ class UnitRun:
             self.folder.rename(aside)
         told = self.folder / "settings.json"
         if not told.exists() and not self.settings.rescore:
-            for other in sorted(self.folder.parent.glob(f"{self.folder.name.rpartition('-')[0]}-*/settings.json")):
-                if ".replaced-" not in other.parent.name:
-                    changed = ", ".join(_changes(other, self.shared))
-                    notes.append(
-                        f"{self.name}: settings changed ({changed}), so it starts anew; earlier answers stay in {other.parent}"
-                    )
+            for other, changed in self._other_settings():
+                notes.append(f"{self.name}: settings changed ({changed}), so it starts anew; earlier answers stay in {other}")
             write_json(told, self.shared)
         return notes
+
+    def _other_settings(self) -> Iterator[tuple[Path, str]]:
+        """Journal folders of this (model, task) under other settings, and what differs."""
+        for told in sorted(self.folder.parent.glob(f"{self.folder.name.rpartition('-')[0]}-*/settings.json")):
+            if told.parent != self.folder and ".replaced-" not in told.parent.name:
+                yield told.parent, ", ".join(_changes(told, self.shared))
+
+    def _has_answers(self) -> bool:
+        """Whether any sample has a record, of an answer or of a failure, under any configuration."""
+        asked = zip(self.samples, self.hashes, strict=True)
+        return any(self.store.answer(s.sample_id, digest, key) for s, digest in asked for key in self.configs)
 
     def missing(self) -> list[Request]:
         """What is still to be answered, in the samples' order; a failure of an earlier run is tried again."""

@@ -34,6 +34,8 @@ logger = logging.getLogger("benchmark.phase2")
 
 #: Exit code of a worker whose device is beyond use: a fresh process takes over.
 BROKEN_DEVICE = 70
+#: Workers on GPUs where nobody says how many.
+GPU_WORKERS = 4
 #: A Ray actor that has not started by then counts as a dead worker.
 ACTOR_START_SECONDS = 600
 
@@ -65,7 +67,7 @@ class Pool(Protocol):
 
 
 def plan_slots(device: str, limit: int | None) -> list[Slot]:
-    """One slot a GPU; on CPU one for every two cores, or `limit` if given. `limit` bounds them in any case.
+    """One slot a GPU, GPU_WORKERS at most; on CPU one for every two cores. `limit`, if given, counts instead.
 
     device: "auto", "cpu", "cuda" (all GPUs), "cuda:N", "mps", or "sharded": one worker over all GPUs, for a model
     that does not fit one. No CUDA context is made in this process.
@@ -75,7 +77,7 @@ def plan_slots(device: str, limit: int | None) -> list[Slot]:
     if device == "sharded" or device.startswith("cuda:"):
         return [Slot("worker-0", device, cores)]
     if gpus:
-        chosen = gpus[:limit]
+        chosen = gpus[: limit or GPU_WORKERS]
         threads = max(1, cores // len(chosen))
         return [Slot(f"worker-{i}", "cuda", threads, {"CUDA_VISIBLE_DEVICES": gpu}) for i, gpu in enumerate(chosen)]
     if device in ("auto", "cpu"):
@@ -269,7 +271,7 @@ class RayActor:
 
 
 class RayPool:
-    """One actor a GPU of the cluster, or for every two of its CPUs; `limit` bounds them.
+    """One actor a GPU of the cluster, GPU_WORKERS at most, or for every two of its CPUs. `limit`, if given, counts instead.
 
     address: as for ray.init; "local" starts a cluster on this machine. Journals are written here, so no file system
     needs to be shared.
@@ -286,11 +288,10 @@ class RayPool:
         if device == "sharded":
             self._share, count, cores = {"num_gpus": gpus}, 1, 1
         elif on_gpu:
-            self._share, count, cores = {"num_gpus": 1}, gpus, max(1, cpus // gpus)
+            self._share, count, cores = {"num_gpus": 1}, min(gpus, limit or GPU_WORKERS), max(1, cpus // gpus)
         else:
             count = min(cpus, limit) if limit is not None else max(1, cpus // 2)
             self._share, cores = {"num_cpus": max(1, cpus // count)}, max(1, cpus // count)
-        count = min(count, limit) if limit is not None else count
         place = device if device == "sharded" else ("cuda" if on_gpu else device)
         self.slots = [Slot(f"actor-{i}", place, cores) for i in range(count)]
         self._actors: dict[int, Any] = {}

@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmark.command_line import Parser
 from sparse_attention_hub.errors import UserError
 
 
@@ -39,7 +40,7 @@ def write_comparison(first: Path, second: Path, output: Path | None = None) -> P
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmark.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a benchmark results folder, or two to compare")

@@ -18,6 +18,7 @@ from benchmark.jobs import UnitRun
 from benchmark.results import environment, fingerprint, safe_name, write_json, write_text
 from benchmark.settings import Settings, SparseConfig
 from benchmark.statistics import bootstrap_interval, compare_paired, mean
+from benchmark.tasks.base import Sample
 from sparse_attention_hub.micro_metrics import expand_records
 
 logger = logging.getLogger("benchmark.phase2")
@@ -60,10 +61,15 @@ def write_unit(run: UnitRun, config_run: str | None) -> tuple[list[dict[str, Any
     dense = next((rows_of[config.name] for config in run.unit.configs if config.config is None), None)
     for config in run.unit.configs:
         rows = rows_of[config.name]
+        if all(row.status == "missing" for row in rows):  # there is nothing to write: earlier files stay
+            if run.settings.rescore:
+                problem = "no recorded answers to score again"
+                failures.append(_failure(run, config, {"status": "missing", "problem": problem}))
+            continue
         metrics = make_metrics(run, config, rows, dense if config.config is not None else None)
         folder = result_folder(run, config)
         told = make_config(run, config, rows, config_run)
-        if note := _move_aside(folder, told["hash"]):
+        if note := _move_aside(folder, told):
             notes.append(f"{run.name} {config.name}: {note}")
         write_text(folder / "raw_results.csv", raw_csv(run, rows))
         if config.config is not None:
@@ -71,11 +77,12 @@ def write_unit(run: UnitRun, config_run: str | None) -> tuple[list[dict[str, Any
         write_json(folder / "config.json", told)
         write_json(folder / "metrics.json", metrics)
         results.append({**metrics, "folder": str(folder.relative_to(run.settings.benchmark_results_dir))})
-        failures += [
-            {"model": run.unit.model, "task": run.unit.task, "configuration": config.name, **entry}
-            for entry in metrics["failures"]
-        ]
+        failures += [_failure(run, config, entry) for entry in metrics["failures"]]
     return results, failures, notes
+
+
+def _failure(run: UnitRun, config: SparseConfig, entry: dict[str, Any]) -> dict[str, Any]:
+    return {"model": run.unit.model, "task": run.unit.task, "configuration": config.name, **entry}
 
 
 def score_rows(run: UnitRun, config: SparseConfig) -> list[Row]:
@@ -224,7 +231,8 @@ def _cell(value: Any) -> str:
 
 
 def make_config(run: UnitRun, config: SparseConfig, rows: list[Row], config_run: str | None) -> dict[str, Any]:
-    """What config.json holds. hash: everything that determines an answer; samples_hash: which samples were asked."""
+    """What config.json holds. hash: everything that determines an answer; samples_hash: which samples were asked; samples:
+    what each was made of, the references and labels included."""
     details = [row.detail for row in rows if row.detail.get("dtype")]
     ran = details[0] if details else {}
     settings = run.settings
@@ -237,6 +245,7 @@ def make_config(run: UnitRun, config: SparseConfig, rows: list[Row], config_run:
         "budget": config.budget,
         "hash": answers_hash(run, config),
         "samples_hash": fingerprint(run.hashes),
+        "samples": [_content(sample, digest) for sample, digest in zip(run.samples, run.hashes, strict=True)],
         "settings": run.shared,
         "sparse_from": settings.sparse_from,
         "seed": settings.seed,
@@ -259,20 +268,30 @@ def answers_hash(run: UnitRun, config: SparseConfig) -> str:
     return fingerprint([run.shared, sorted(set(run.limits)), run.keys[config.name]])
 
 
-def _move_aside(folder: Path, digest: str) -> str | None:
-    """Results of other settings keep their files: their folder is renamed before new ones are written."""
+def _content(sample: Sample, digest: str) -> str:
+    """Of all that an answer and its scores depend on."""
+    return fingerprint([digest, sample.references, sample.label, sample.all_classes, sample.columns])
+
+
+def _move_aside(folder: Path, told: dict[str, Any]) -> str | None:
+    """Results of other settings or other data keep their files: their folder is renamed before new ones are written. More
+    or fewer of the same samples are the same results."""
     if not folder.exists():
         return None
     try:
-        before = str(json.loads((folder / "config.json").read_text())["hash"])
-    except (OSError, ValueError, KeyError, TypeError):
-        before = "unknown" if any(folder.iterdir()) else digest
-    if before == digest:
+        before = json.loads((folder / "config.json").read_text())
+        settings, samples = str(before["hash"]), list(before.get("samples", []))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if not any(folder.iterdir()):
+            return None
+        settings, samples = "unknown", []
+    same_samples = all(old == new for old, new in zip(samples, told["samples"], strict=False))
+    if settings == told["hash"] and same_samples:
         return None
-    aside = folder.with_name(f"{folder.name}.{safe_name(before)[:8]}")
+    aside = folder.with_name(f"{folder.name}.{fingerprint([settings, samples])[:8]}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
-    return f"earlier results of other settings are now in {aside}"
+    return f"earlier results of other {'data' if settings == told['hash'] else 'settings'} are now in {aside}"
 
 
 def _micro_lines(run: UnitRun, config: SparseConfig) -> str:
@@ -301,11 +320,12 @@ def make_summary(
     config_run: str | None,
     notes: list[str],
     interrupted: bool,
+    earlier_failures: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """What benchmark_summary.json holds, in the order of the runs, whatever order they were finished in. written: run
-    name -> its results and failures, of the runs that are written."""
+    name -> its results and failures, of the runs that are written; earlier_failures: the search's."""
     results = [entry for run in runs for entry in written.get(run.name, ([], []))[0]]
-    failures = [entry for run in runs for entry in written.get(run.name, ([], []))[1]]
+    failures = earlier_failures + [entry for run in runs for entry in written.get(run.name, ([], []))[1]]
     broken = [run for run in runs if run.error]
     failures += [
         {

@@ -131,9 +131,9 @@ def _quiet_optuna() -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="analyze_trials.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from benchmark.command_line import Parser
+
+    parser = Parser(prog="analyze_trials.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--optimal-configs-dir",
         type=Path,

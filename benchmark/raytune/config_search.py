@@ -1,24 +1,26 @@
 """Phase 1: one Ray Tune trial = one study over one (model, task, masker combination).
 
-`run_search` reuses what finished before, runs the rest under one Tuner and writes three files a level. Workers journal every
-evaluation, so a killed search goes on where it was when started again.
+`run_search` reuses what finished before, runs the rest under one Tuner and writes three files a level as soon as its study is
+finished. Workers journal every evaluation, so a killed search goes on where it was when started again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from benchmark.ray_start import start_ray
-from benchmark.results import result_key
+from benchmark.results import result_key, write_text
 from benchmark.settings import Settings
+from sparse_attention_hub.errors import UserError
 
 from .search_files import write_level_files
 from .study_spec import StudySpec, journal_path, outcome_path, study_id
@@ -26,52 +28,122 @@ from .study_spec import StudySpec, journal_path, outcome_path, study_id
 
 @dataclass
 class SearchOutcome:
-    """run_dir holds every level's files; failures: study -> why; interrupted: stopped by the user."""
+    """run_dir holds every level's files; failures: study -> why; failed_trials: study -> how many of its trials failed or timed
+    out, where any did; interrupted: stopped by the user."""
 
     run_dir: Path
     levels: list[dict[str, Any]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+    failed_trials: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
 
 
 def run_search(studies: list[StudySpec], settings: Settings, *, run_name: str, report: Any) -> SearchOutcome:
-    """Search what was not found before, and write the run's folder. `report(event, study, progress)` shows progress."""
-    run_dir = settings.optimal_configs_dir / run_name
-    outcome = SearchOutcome(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=False)
-    waiting: list[StudySpec] = []
-    for study in studies:
-        found = None if settings.force_search else find_finished(study, settings, exclude=run_dir)
-        if found is None:
-            waiting.append(study)
-            continue
-        for level in study.levels:
-            stem = result_key(study.model, study.task, level.name)
-            for suffix in (".json", "_trials.json", "_analysis.csv"):
-                shutil.copy2(found / f"{stem}{suffix}", run_dir / f"{stem}{suffix}")
-            outcome.levels.append(json.loads((run_dir / f"{stem}.json").read_text()))
-        report("reused", study, {"from": found.name})
-    if waiting:
-        _search(waiting, settings, outcome, report)
+    """Search what was not found before, and write the run's folder. `report(event, study, progress)` shows progress.
+
+    UserError, and nothing is written, if the Ray cluster cannot be reached or another search uses --ray-results-dir.
+    """
+    samples = _sample_keys(studies, settings)
+    identities = {study_id(s): s.identity(settings, samples[s.model, s.task]) for s in studies}
+    found: dict[str, Path] = {}
+    for study in studies if not settings.force_search else []:
+        folder = find_finished(study, settings.optimal_configs_dir, identities[study_id(study)])
+        if folder is not None:
+            found[study_id(study)] = folder
+    waiting = [study for study in studies if study_id(study) not in found]
+    with ExitStack() as held:
+        if waiting:
+            held.enter_context(_ray(settings.ray_address))
+            held.enter_context(_alone(settings.ray_results_dir))
+        outcome = SearchOutcome(_make_run_folder(settings.optimal_configs_dir, run_name))
+        for study in studies:
+            if study_id(study) in found:
+                _copy_levels(study, found[study_id(study)], outcome)
+                report("reused", study, {"from": found[study_id(study)].name})
+        if waiting:
+            _search(waiting, settings, samples, identities, outcome, report)
     return outcome
 
 
-def find_finished(study: StudySpec, settings: Settings, exclude: Path) -> Path | None:
-    """The newest run folder in which every level of this study is finished under the same identity."""
-    identity = study.identity(settings)
+def _sample_keys(studies: list[StudySpec], settings: Settings) -> dict[tuple[str, str], str]:
+    """(model, task) -> what identifies its tuning samples. Needs the tokenizers, not the models."""
+    from sparse_attention_hub.models import load_tokenizer
+
+    from .evaluation import samples_key, tuning_samples
+
+    tokenizers: dict[str, Any] = {}
+    keys: dict[tuple[str, str], str] = {}
+    for study in studies:
+        if study.model not in tokenizers:
+            tokenizers[study.model] = load_tokenizer(study.model, trust_remote_code=settings.trust_remote_code)
+        if (study.model, study.task) not in keys:
+            samples = tuning_samples(tokenizers[study.model], study.task, settings)
+            keys[study.model, study.task] = samples_key(samples)
+    return keys
+
+
+def find_finished(study: StudySpec, folder: Path, identity: str) -> Path | None:
+    """The newest run folder in which every level of this study is finished under this identity."""
     stems = [result_key(study.model, study.task, level.name) for level in study.levels]
-    runs = sorted(settings.optimal_configs_dir.glob("run_*"), reverse=True)
-    for run in runs:
-        if run == exclude:
-            continue
+    for run in sorted(folder.glob("run_*"), reverse=True):
         try:
-            records = [json.loads((run / f"{stem}.json").read_text()) for stem in stems]
             whole = all((run / f"{stem}{suffix}").exists() for stem in stems for suffix in ("_trials.json", "_analysis.csv"))
-        except (OSError, ValueError):
+            if whole and all(_identity(json.loads((run / f"{stem}.json").read_text())) == identity for stem in stems):
+                return run
+        except (OSError, ValueError, RecursionError):
             continue
-        if whole and all(isinstance(r, dict) and r.get("provenance", {}).get("identity") == identity for r in records):
-            return run
     return None
+
+
+def _identity(record: Any) -> Any:
+    """The identity in a level's record, None in JSON that is none."""
+    for key in ("provenance", "identity"):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _copy_levels(study: StudySpec, source: Path, outcome: SearchOutcome) -> None:
+    for level in study.levels:
+        stem = result_key(study.model, study.task, level.name)
+        for suffix in ("_trials.json", "_analysis.csv", ".json"):  # the last one says that the level is whole
+            write_text(outcome.run_dir / f"{stem}{suffix}", (source / f"{stem}{suffix}").read_text(encoding="utf-8"))
+        record = json.loads((outcome.run_dir / f"{stem}.json").read_text())
+        outcome.levels.append(record)
+        if record["failed_trials"]:
+            outcome.failed_trials[study_id(study)] = record["failed_trials"]
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """Ray is there inside; ended afterwards if it was started here."""
+    _prepare_tune()
+    started = start_ray(address)
+    try:
+        yield
+    finally:
+        if started:
+            import ray
+
+            ray.shutdown()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other search uses the folder inside: one would move the other's artefacts aside, and both write its journals."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".search.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"--ray-results-dir {folder}: another search is running in it; wait for it, or give this one a folder of its own"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _prepare_tune() -> None:
@@ -84,9 +156,14 @@ def _prepare_tune() -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 
-def _search(studies: list[StudySpec], settings: Settings, outcome: SearchOutcome, report: Any) -> None:
-    _prepare_tune()
-    start_ray(settings.ray_address)
+def _search(
+    studies: list[StudySpec],
+    settings: Settings,
+    samples: dict[tuple[str, str], str],
+    identities: dict[str, str],
+    outcome: SearchOutcome,
+    report: Any,
+) -> None:
     import ray
     from ray import tune
 
@@ -96,21 +173,26 @@ def _search(studies: list[StudySpec], settings: Settings, outcome: SearchOutcome
     report("note", None, {"text": f"Ray {ray.__version__}: {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"})
     folder = settings.ray_results_dir.resolve()
     _put_aside(folder / "search_runs")
-    work = {
-        study_id(study): {
+    by_name = {study_id(study): study for study in studies}
+    work: dict[str, dict[str, Any]] = {
+        name: {
             "study": study,
             "settings": settings,
-            "identity": study.identity(settings),
-            "journals": str(folder / "journals"),
-            "traces": str(folder / "traces"),
+            "journal": journal_path(folder, study, study.journal_identity(settings, samples[study.model, study.task])),
+            "outcome": outcome_path(folder, study, identities[name]),
+            "traces": folder / "traces",
         }
-        for study in studies
+        for name, study in by_name.items()
     }
     if settings.force_search:
         for entry in work.values():
-            journal_path(Path(entry["journals"]), entry["study"], entry["identity"]).unlink(missing_ok=True)
+            entry["journal"].unlink(missing_ok=True)
     cpus, gpus = _resources(settings)
-    callback = SearchProgress({study_id(study): study for study in studies}, report)
+
+    def collect(name: str) -> str | None:
+        return _collect(by_name[name], work[name]["outcome"], settings, identities[name], outcome)
+
+    callback = SearchProgress(by_name, report, collect)
     trainable = tune.with_resources(tune.with_parameters(StudyTrainable, work=work), {"cpu": cpus, "gpu": gpus})
     tuner = tune.Tuner(
         trainable,
@@ -137,9 +219,9 @@ def _search(studies: list[StudySpec], settings: Settings, outcome: SearchOutcome
         outcome.interrupted = True
     finally:
         signal.signal(signal.SIGTERM, before)
-        ray.shutdown()
-    for study in studies:
-        _collect(study, work[study_id(study)], settings, outcome, callback)
+    for name in by_name:
+        if name not in callback.finished:
+            outcome.failures[name] = callback.errors.get(name, "was not finished")
     # Ray answers Ctrl-C by returning normally with what there is.
     outcome.interrupted = outcome.interrupted or callback.interrupted()
 
@@ -149,24 +231,27 @@ def _stop(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _collect(study: StudySpec, work: dict[str, Any], settings: Settings, outcome: SearchOutcome, callback: Any) -> None:
-    """Write the files of a finished study, or say why there are none."""
-    path = outcome_path(Path(work["journals"]), study, work["identity"])
+def _collect(study: StudySpec, path: Path, settings: Settings, identity: str, outcome: SearchOutcome) -> str | None:
+    """Write the files of a finished study; what failed in it as a whole."""
     name = study_id(study)
-    if name not in callback.finished or not path.exists():
-        outcome.failures[name] = callback.errors.get(name, "was not finished")
-        return
+    if not path.exists():
+        problem = f"its worker left nothing in {path}: all machines must see --ray-results-dir"
+        outcome.failures[name] = problem
+        return problem
     record = json.loads(path.read_text())
-    if record.get("error"):
+    if record["error"]:
         outcome.failures[name] = record["error"]
-        return
-    levels = write_level_files(outcome.run_dir, study, record, settings, work["identity"])
-    found = {level["masker_name"] for level in levels}
-    missing = [level.name for level in study.levels if level.name not in found]
-    if missing:
-        first = next((t["error_message"] for t in record["trials"] if t["error_message"]), "no trial was evaluated")
-        outcome.failures[name] = f"nothing found for {', '.join(missing)}: {first}"
+        return str(record["error"])
+    levels = write_level_files(outcome.run_dir, study, record, settings, identity)
     outcome.levels.extend(levels)
+    failed = [trial for trial in record["trials"] if trial["status"] != "completed"]
+    if failed:
+        outcome.failed_trials[name] = len(failed)
+    missing = [level.name for level in study.levels if level.name not in {found["masker_name"] for found in levels}]
+    if missing:
+        first = next((trial["error_message"] for trial in failed), "no trial was evaluated")
+        outcome.failures[name] = f"nothing found for {', '.join(missing)}: {first}"
+    return outcome.failures.get(name)
 
 
 def _resources(settings: Settings) -> tuple[float, float]:
@@ -191,6 +276,16 @@ def _put_aside(folder: Path) -> None:
             number += 1
             target = folder.with_name(f"{folder.name}_{stamp}_{number}")
         folder.rename(target)
+
+
+def _make_run_folder(folder: Path, name: str) -> Path:
+    """A new folder of this name, or of a later one if another run took it meanwhile."""
+    while True:
+        try:
+            (folder / name).mkdir(parents=True)
+            return folder / name
+        except FileExistsError:
+            name = new_run_name(folder)
 
 
 def new_run_name(folder: Path) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from benchmark.results import fingerprint
 from benchmark.settings import Settings
 from benchmark.tasks import get_task
 from benchmark.tasks.base import Prompt, Sample, SampleRequest, build_prompt
+from benchmark.tasks.limits import within_model
 from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
 from sparse_attention_hub.errors import UserError
 
@@ -39,30 +41,32 @@ class TuningSample:
 
 
 def tuning_samples(tokenizer: Any, task_name: str, settings: Settings) -> list[TuningSample]:
-    """The samples Phase 1 tunes on: a split that Phase 2 never scores, at the search's context length.
+    """The samples Phase 1 tunes on: a split that Phase 2 never scores, at the search's context length or the model's.
 
     UserError if the task has none, or its question does not fit.
     """
     task = get_task(task_name)
-    own_length: int | None = getattr(task, "fixed_length", None)
-    length = min(own_length, settings.search_max_context_length) if own_length else None
-    request = SampleRequest(
-        tokenizer=tokenizer,
-        split="tuning",
-        seed=settings.seed,
-        max_samples=settings.search_max_requests,
-        max_context_length=settings.search_max_context_length,
-        data_dir=settings.data_dir,
-        trust_remote_code=settings.trust_remote_code,
-        length=length,
+    request = within_model(
+        SampleRequest(
+            tokenizer=tokenizer,
+            split="tuning",
+            seed=settings.seed,
+            max_samples=settings.search_max_requests,
+            max_context_length=settings.search_max_context_length,
+            data_dir=settings.data_dir,
+            trust_remote_code=settings.trust_remote_code,
+        )
     )
+    longest = request.max_context_length
+    if task.fixed_length is not None:
+        request = replace(request, length=min(task.fixed_length, longest))
     prepared = []
     for sample in task.samples(request):
         new_tokens = min(sample.max_new_tokens, settings.search_max_new_tokens)
         prompt = build_prompt(
             sample,
             tokenizer,
-            max_context_length=settings.search_max_context_length,
+            max_context_length=longest,
             max_new_tokens=new_tokens,
             use_chat_template=task.use_chat_template,
         )
@@ -72,21 +76,34 @@ def tuning_samples(tokenizer: Any, task_name: str, settings: Settings) -> list[T
     return prepared
 
 
+def samples_key(samples: list[TuningSample]) -> str:
+    """A hash of the samples' whole content, whatever file it came from: what is asked, how it is scored, the seeds."""
+    return fingerprint([repr(sample) for sample in samples])
+
+
 class TraceEvaluator:
-    """Evaluates configurations of one (model, task) on traces; rung 2 and 3 run the model on the traces' KV caches."""
+    """Evaluates configurations of one (model, task) on traces; rung 2 and 3 run the model on the traces' KV caches, or on the
+    samples prefilled again where the traces do not hold all layers."""
 
     def __init__(self, lm: LanguageModel, task_name: str, settings: Settings, traces_dir: Path) -> None:
-        """Nothing is recorded yet: iterate `record()` first. UserError as `tuning_samples`."""
+        """Nothing is recorded yet: iterate `record()` first. UserError as `tuning_samples`, for a model without a layer that
+        can be sparse, or a backend that cannot run here."""
+        from sparse_attention_hub.models.session import sparse_layers
         from sparse_attention_hub.models.trace import layer_bytes, thinned_layers, trace_key
         from sparse_attention_hub.replay import SharedStates
 
+        _check_backend(settings.attention_backend, lm)
         self.lm, self.task, self.settings = lm, get_task(task_name), settings
         self.samples = tuning_samples(lm.tokenizer, task_name, settings)
         self.traces: list[Trace] = []
         self._states = SharedStates()
-        tokens = max(len(s.prompt.context_ids) + len(s.prompt.question_ids) + s.max_new_tokens for s in self.samples)
-        self.bytes_per_layer = layer_bytes(lm, tokens) * len(self.samples)
-        self.layers = list(range(lm.num_layers))
+        self.bytes_per_layer = 0
+        for entry in self.samples:
+            rows = entry.max_new_tokens + (len(entry.prompt.question_ids) if settings.sparse_from == "question" else 0)
+            tokens = len(entry.prompt.context_ids) + len(entry.prompt.question_ids) + entry.max_new_tokens
+            self.bytes_per_layer += layer_bytes(lm, tokens, rows)
+        usable = sparse_layers(lm)
+        self.layers = usable
         if settings.trace_budget_gb is not None:
             fit = int(settings.trace_budget_gb * 1e9 / self.bytes_per_layer)
             if fit < 1:
@@ -94,23 +111,19 @@ class TraceEvaluator:
                     f"--trace-budget-gb {settings.trace_budget_gb:g} is less than one layer of {len(self.samples)} traces "
                     f"({self.bytes_per_layer / 1e9:.2f} GB): raise it, or lower --search-max-requests"
                 )
-            self.layers = thinned_layers(lm.num_layers, fit)
-        thinned = [] if len(self.layers) == lm.num_layers else self.layers
+            self.layers = [usable[place] for place in thinned_layers(len(usable), fit)]
+        thinned = [] if self.layers == usable else self.layers
         self._folders = []
         for entry in self.samples:
             key = trace_key(lm, entry.prompt.context_ids, entry.prompt.question_ids, entry.max_new_tokens, settings.sparse_from)
             self._folders.append(traces_dir / (f"{key}-{fingerprint(thinned)[:8]}" if thinned else key))
         self.key = fingerprint(
-            [
-                [folder.name for folder in self._folders],
-                [s.seed for s in self.samples],
-                [s.sample.sample_id for s in self.samples],
-            ]
+            [[folder.name for folder in self._folders], samples_key(self.samples), settings.attention_backend]
         )
 
     @property
     def trace_bytes(self) -> int:
-        """What all traces of this (model, task) take on disk, about."""
+        """What all traces of this (model, task) take on disk at most."""
         return self.bytes_per_layer * len(self.layers)
 
     def record(self) -> Iterator[str]:
@@ -143,7 +156,7 @@ class TraceEvaluator:
             entry.max_new_tokens,
             folder,
             sparse_from=self.settings.sparse_from,
-            layers=None if len(self.layers) == self.lm.num_layers else self.layers,
+            layers=self.layers,
         )
         return trace, "recorded"
 
@@ -152,9 +165,7 @@ class TraceEvaluator:
         if len(self.traces) < len(self.samples):
             for _ in self.record():
                 pass
-        from sparse_attention_hub.models.model_files import complete
-
-        attentions = [ResearchAttention(complete(config, self.lm)) for config in configs]
+        attentions = [self._attention(config) for config in configs]
         check = with_deadline(timeout * len(configs))
         started = time.perf_counter()
         measure = (self._replay_some, self._replay_all, self._force, self._generate)[rung]
@@ -163,6 +174,11 @@ class TraceEvaluator:
         for evaluation in evaluations:
             evaluation.seconds = seconds
         return evaluations
+
+    def _attention(self, config: ResearchAttentionConfig) -> ResearchAttention:
+        from sparse_attention_hub.models.model_files import complete
+
+        return ResearchAttention(replace(complete(config, self.lm), backend=self.settings.attention_backend))
 
     # -- rungs 0 and 1 -----------------------------------------------------------------------------------------------
 
@@ -180,24 +196,23 @@ class TraceEvaluator:
         per_sample = []
         for entry, trace in zip(self.samples, self.traces, strict=True):
             kept = None if rows is None else spread_rows(trace.rows, rows)
+            results = replay(
+                trace, attentions, rows=kept, layers=layers, seed=entry.seed, device=self.lm.device, states=self._states
+            )
             per_sample.append(
-                replay(trace, attentions, rows=kept, layers=layers, seed=entry.seed, device=self.lm.device, states=self._states)
+                [
+                    Evaluation(
+                        error=result.error,
+                        density=result.density,
+                        seconds=0.0,
+                        layer_errors=result.errors.mean(-1).tolist() if layers is None else None,
+                        layer_densities=result.densities.mean(-1).tolist() if layers is None else None,
+                    )
+                    for result in results
+                ]
             )
             check()
-        evaluations = []
-        for results in zip(*per_sample, strict=True):
-            errors = sum(r.errors.mean(-1) for r in results) / len(results)
-            densities = sum(r.densities.mean(-1) for r in results) / len(results)
-            evaluations.append(
-                Evaluation(
-                    error=_mean(r.error for r in results),
-                    density=_mean(r.density for r in results),
-                    seconds=0.0,
-                    layer_errors=errors.tolist() if layers is None else None,
-                    layer_densities=densities.tolist() if layers is None else None,
-                )
-            )
-        return evaluations
+        return [_over_samples(column) for column in zip(*per_sample, strict=True)]
 
     # -- rungs 2 and 3 -----------------------------------------------------------------------------------------------
 
@@ -226,38 +241,21 @@ class TraceEvaluator:
             )
             per_sample.append(
                 [
-                    Evaluation(
-                        error=meter.error,
-                        density=meter.density,
-                        kv_fraction=meter.kv_fraction,
-                        seconds=0.0,
-                        reference_nll=result.nll,
-                        reproduced=float(result.reproduced),
-                    )
+                    meter.evaluation(reference_nll=result.nll, reproduced=float(result.reproduced))
                     for meter, result in zip(meters, results, strict=True)
                 ]
             )
             check()
-        return [
-            Evaluation(
-                error=_mean(e.error for e in column),
-                density=_mean(e.density for e in column),
-                kv_fraction=_mean(e.kv_fraction or 0.0 for e in column),
-                seconds=0.0,
-                reference_nll=_mean(e.reference_nll or 0.0 for e in column),
-                reproduced=_mean(e.reproduced or 0.0 for e in column),
-            )
-            for column in zip(*per_sample, strict=True)
-        ]
+        return [_over_samples(column) for column in zip(*per_sample, strict=True)]
 
     def _generate(self, attentions: list[ResearchAttention], check: Any) -> list[Evaluation]:
         """Real sparse generation, scored as the task scores. Its error is attention's own, on the way it went."""
         from sparse_attention_hub.models import answer_many
 
-        meters = [ErrorMeter() for _ in attentions]
-        scores: list[list[float | None]] = [[] for _ in attentions]
+        per_sample: list[list[Evaluation]] = []
         for entry, trace in zip(self.samples, self.traces, strict=True):
             room = len(entry.prompt.question_ids) + entry.max_new_tokens
+            meters = [ErrorMeter() for _ in attentions]
             answers = answer_many(
                 self.lm,
                 self._prefilled(entry, trace, room),
@@ -268,24 +266,10 @@ class TraceEvaluator:
                 seed=entry.seed,
                 recorders=meters,
             )
-            for place, answer in enumerate(answers):
-                scores[place].append(self.task.score(answer.text, entry.sample).get(self.task.metric))
+            scores = [self.task.score(answer.text, entry.sample).get(self.task.metric) for answer in answers]
+            per_sample.append([meter.evaluation(score=score) for meter, score in zip(meters, scores, strict=True)])
             check()
-        evaluations = []
-        for meter, column in zip(meters, scores, strict=True):
-            told = [score for score in column if score is not None]
-            complete = len(told) == len(column)
-            evaluations.append(
-                Evaluation(
-                    error=meter.error,
-                    density=meter.density,
-                    kv_fraction=meter.kv_fraction,
-                    seconds=0.0,
-                    score=_mean(told) if complete else None,
-                    sample_scores=told if complete else None,
-                )
-            )
-        return evaluations
+        return [_over_samples(column) for column in zip(*per_sample, strict=True)]
 
 
 class ErrorMeter:
@@ -316,10 +300,56 @@ class ErrorMeter:
     def kv_fraction(self) -> float:
         return self._kv / self._rows if self._rows else float("nan")
 
+    def evaluation(self, **more: float | None) -> Evaluation:
+        return Evaluation(self.error, self.density, 0.0, self.kv_fraction, **more)  # type: ignore[arg-type]
 
-def _mean(values: Any) -> float:
+
+def _over_samples(column: Sequence[Evaluation]) -> Evaluation:
+    """One configuration's means over samples, which count alike however many rows they have. A sample without a sparse row
+    (its answer ended at once under "decode") tells no error; a score that one sample lacks is no score."""
+    told = [e for e in column if not math.isnan(e.density)]
+    scores = [e.score for e in column if e.score is not None]
+    scored = bool(scores) and len(scores) == len(column)
+    return Evaluation(
+        error=_mean(e.error for e in told),
+        density=_mean(e.density for e in told),
+        seconds=0.0,
+        kv_fraction=_mean_told(e.kv_fraction for e in told),
+        score=_mean(scores) if scored else None,
+        sample_scores=scores if scored else None,
+        reference_nll=_mean_told(e.reference_nll for e in column),
+        reproduced=_mean_told(e.reproduced for e in column),
+        layer_errors=_mean_layers(e.layer_errors for e in column),
+        layer_densities=_mean_layers(e.layer_densities for e in column),
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
     listed = list(values)
-    return sum(listed) / len(listed)
+    return sum(listed) / len(listed) if listed else float("nan")
+
+
+def _mean_told(values: Iterable[float | None]) -> float | None:
+    """The mean of a figure that all samples tell, or none."""
+    told = [value for value in values if value is not None]
+    return _mean(told) if told else None
+
+
+def _mean_layers(values: Iterable[list[float] | None]) -> list[float] | None:
+    told = [value for value in values if value is not None]
+    return [_mean(layer) for layer in zip(*told, strict=True)] if told else None
+
+
+def _check_backend(backend: str, lm: LanguageModel) -> None:
+    """UserError if the sparse kernel asked for cannot run where the model is: else every confirmation would fail alike."""
+    import torch
+
+    from sparse_attention_hub.kernels import choose_backend
+
+    try:
+        choose_backend(backend, torch.empty(0, dtype=lm.dtype, device=lm.device))
+    except ValueError as error:
+        raise UserError(f"--attention-backend {backend}: {error}; take auto") from None
 
 
 @contextmanager

@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
+import math
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from benchmark.results import safe_name
 from benchmark.settings import Settings, SparseConfig, as_sparse_configs
 from benchmark.tasks import expand_task, get_task
 from benchmark.tasks.base import ContextTooShortError, SampleRequest, build_prompt
+from benchmark.tasks.limits import fitted
 from sparse_attention_hub.errors import UserError
 
-#: Flags that must be above zero.
+if TYPE_CHECKING:
+    from .evaluation import TuningSample
+
+#: Flags that must be above zero, and finite.
 COUNTS = (
     "num_samples",
     "search_timeout",
@@ -34,6 +43,8 @@ CHOICES = {
     "attention_backend": ("auto", "reference", "gather", "triton"),
     "dense_backend": ("auto", "sdpa", "flash"),
 }
+#: Folders that are written into, and in which phase.
+FOLDERS = {"optimal_configs_dir": 1, "ray_results_dir": 1, "benchmark_results_dir": 2}
 OBJECTIVES = ("default", "sparsity_5", "sparsity_10", "sparsity_15", "sparsity_20", "sparsity_25", "sparsity_50")
 
 
@@ -46,13 +57,15 @@ def make_settings(options: argparse.Namespace, configuration: dict[str, Any]) ->
         if given is None or (given is False and name in configuration):
             given = configuration.get(name)
         if given is not None:
-            values[name] = tuple(given) if name in ("models", "tasks") else given
+            values[name] = tuple(dict.fromkeys(given)) if name in ("models", "tasks") else given
     values["phases"] = (options.phase,) if options.phase else (1, 2)
     settings = Settings(**values)
     for name in COUNTS:
         value = getattr(settings, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be greater than 0, got {value:g}")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number greater than 0, got {value:g}")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"--seed must be in 0 .. {2**32 - 1}, got {settings.seed}")
     for name, allowed in CHOICES.items():
         value = getattr(settings, name)
         if value not in allowed:
@@ -65,10 +78,17 @@ def make_settings(options: argparse.Namespace, configuration: dict[str, Any]) ->
         raise UserError("--rescore works on Phase 2 results: give --phase 2 with it")
     if settings.config_run is not None and 1 in settings.phases:
         raise UserError("--config-run chooses what Phase 2 runs: give --phase 2 with it")
-    for name in ("optimal_configs_dir", "benchmark_results_dir", "ray_results_dir"):
+    for name in FOLDERS:
         folder = getattr(settings, name)
-        if folder.exists() and not folder.is_dir():
+        if os.path.exists(folder) and not folder.is_dir():
             raise UserError(f"--{name.replace('_', '-')} {folder}: is a file, not a folder")
+    owners: dict[str, str] = {}
+    for model in settings.models:
+        if owners.setdefault(safe_name(model), model) != model:
+            raise UserError(
+                f"--models {owners[safe_name(model)]} and {model} would write into one folder, {safe_name(model)}: "
+                "run them one at a time, each with folders of its own"
+            )
     return settings
 
 
@@ -100,20 +120,57 @@ def expand_tasks(settings: Settings) -> tuple[list[str], list[str]]:
     return tasks, notes
 
 
+def check_folders(settings: Settings) -> None:
+    """The folders of the phases asked for can be written into. UserError otherwise.
+
+    It is tried: what permissions say does not hold for root, nor on a disk that is read-only.
+    """
+    for name, phase in FOLDERS.items():
+        folder: Path = getattr(settings, name)
+        if phase in settings.phases:
+            there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+            try:
+                with tempfile.TemporaryDirectory(dir=there, prefix=".probe_"):
+                    pass
+            except OSError as error:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {folder}: cannot be written ({error.strerror}); choose another folder"
+                ) from None
+
+
 def check_models(settings: Settings) -> None:
-    """Every model and the device can be had, before anything is written. UserError otherwise."""
+    """Every model, the device and its kernels can be had, before anything is written. UserError otherwise."""
     from sparse_attention_hub.models import check_place, load_tokenizer
 
-    if not settings.ray_address:  # a cluster's machines have their own devices
+    # A cluster's machines have their own devices, and re-scoring needs none.
+    if not settings.ray_address and not settings.rescore:
         check_place(settings.device, settings.dtype, settings.dense_backend)
+        _check_kernels(settings)
     for model in settings.models:
         load_tokenizer(model, trust_remote_code=settings.trust_remote_code)
+
+
+def _check_kernels(settings: Settings) -> None:
+    """On a CPU: the sparse kernels asked for run there. A tensor on a GPU would start CUDA in this process, which only the
+    workers may do."""
+    import torch
+
+    from sparse_attention_hub.kernels import choose_backend
+
+    wanted, device = settings.attention_backend, settings.device
+    if device.startswith(("cuda", "sharded")) or (device == "auto" and torch.cuda.is_available()):
+        return
+    try:
+        choose_backend(wanted, torch.empty(0))
+    except ValueError as error:
+        raise UserError(f"--attention-backend {wanted}: {error}; take auto, or a --device that has it") from None
 
 
 def check_samples(settings: Settings, tasks: list[str]) -> tuple[list[str], dict[str, str]]:
     """(tasks whose samples can be made, why the others cannot), before anything is written.
 
-    UserError if a context length holds no prompt of a task (the flag is at fault), or no task is left.
+    UserError if a context length holds no prompt of a task, or --trace-budget-gb no trace (the flag is at fault), or no
+    task is left.
     """
     from sparse_attention_hub.models import load_tokenizer
 
@@ -121,16 +178,16 @@ def check_samples(settings: Settings, tasks: list[str]) -> tuple[list[str], dict
 
     usable: list[str] = []
     missing: dict[str, str] = {}
+    tuned: dict[tuple[str, str], list[TuningSample]] = {}
     tokenizers = [load_tokenizer(model, trust_remote_code=settings.trust_remote_code) for model in settings.models]
     for name in tasks:
         try:
-            for tokenizer in tokenizers:
+            for model, tokenizer in zip(settings.models, tokenizers, strict=True):
                 if 2 in settings.phases:
-                    with _named("--max-context-length", settings.max_context_length):
-                        _check_one_prompt(name, tokenizer, settings)
+                    _check_one_prompt(name, model, tokenizer, settings)
                 if 1 in settings.phases:
                     with _named("--search-max-context-length", settings.search_max_context_length):
-                        tuning_samples(tokenizer, name, settings)
+                        tuned[model, name] = tuning_samples(tokenizer, name, settings)
             usable.append(name)
         except ContextTooShortError:
             raise
@@ -138,7 +195,22 @@ def check_samples(settings: Settings, tasks: list[str]) -> tuple[list[str], dict
             missing[name] = str(error)
     if not usable:
         raise UserError("; ".join(dict.fromkeys(missing.values())))
+    if settings.trace_budget_gb is not None:
+        _check_trace_budget(settings.trace_budget_gb, tuned, settings)
     return usable, missing
+
+
+def _check_trace_budget(budget: float, tuned: dict[tuple[str, str], list[TuningSample]], settings: Settings) -> None:
+    """UserError if the traces of a (model, task) do not fit with a single layer. A model of unknown shape is not judged."""
+    shapes = _shapes(settings)
+    for (model, task), samples in tuned.items():
+        tokens = max(len(s.prompt.context_ids) + len(s.prompt.question_ids) + s.max_new_tokens for s in samples)
+        layer = shapes[model][1] * tokens * len(samples) / 1e9 if model in shapes else 0.0
+        if layer > budget:
+            raise UserError(
+                f"--trace-budget-gb {budget:g} is less than one layer of {task}'s {len(samples)} traces on {model} "
+                f"({layer:.2g} GB): raise it, or lower --search-max-requests or --search-max-context-length"
+            )
 
 
 @contextmanager
@@ -150,8 +222,8 @@ def _named(flag: str, value: int) -> Iterator[None]:
         raise ContextTooShortError(f"{flag} {value}: {error}") from None
 
 
-def _check_one_prompt(name: str, tokenizer: Any, settings: Settings) -> None:
-    """The first test sample's prompt can be built within --max-context-length."""
+def _check_one_prompt(name: str, model: str, tokenizer: Any, settings: Settings) -> None:
+    """The first test sample's prompt can be built within --max-context-length and the model's positions."""
     task = get_task(name)
     request = SampleRequest(
         tokenizer=tokenizer,
@@ -161,14 +233,16 @@ def _check_one_prompt(name: str, tokenizer: Any, settings: Settings) -> None:
         data_dir=settings.data_dir,
         trust_remote_code=settings.trust_remote_code,
     )
-    for sample in task.samples(request)[:1]:
-        build_prompt(
-            sample,
-            tokenizer,
-            max_context_length=settings.max_context_length,
-            max_new_tokens=min(sample.max_new_tokens, settings.max_new_tokens),
-            use_chat_template=task.use_chat_template,
-        )
+    request = fitted(request, task, model)
+    with _named("--max-context-length", settings.max_context_length):
+        for sample in task.samples(request)[:1]:
+            build_prompt(
+                sample,
+                tokenizer,
+                max_context_length=request.max_context_length,
+                max_new_tokens=min(sample.max_new_tokens, settings.max_new_tokens),
+                use_chat_template=task.use_chat_template,
+            )
 
 
 def describe(settings: Settings, configs: list[SparseConfig], tasks: list[str], notes: list[str]) -> str:

@@ -90,26 +90,30 @@ def get_all_sparse_configs() -> list[tuple[str, Any, Any]]:
 
     configs: list[tuple[str, Any, Any]] = [("dense", None, None)]
     for level in LEVELS:
-        budget = level / 100
-        rest = budget - 0.02  # what sink and local leave of the budget
-        third = rest / 3
+        # Sizes are fractions of what the last row sees. Earlier rows see less and attend to as much, so that their density is
+        # higher: a twentieth is left for that, which keeps a template within its budget from 1k of context on.
+        size = 0.95 * level / 100
+        rest = size - 0.02  # what sink and local leave
         sink, local = SinkMaskerConfig(sink_size=0.01), LocalMaskerConfig(window_size=0.01)
-        adaptive = AdaptiveSamplingMaskerConfig(base_rate_sampling=third, epsilon=0.2, delta=0.2, init_offset=0, local_offset=0)
+        half = rest / 2  # base samples take a third, the samples that follow from them some of the last sixth
+        adaptive = AdaptiveSamplingMaskerConfig(rest / 3, epsilon=0.3, delta=0.3, init_offset=0, local_offset=0)
         top_p = OracleTopPMaskerConfig(top_p={5: 0.4, 10: 0.55, 25: 0.75, 50: 0.9}[level])
-        magic_pig = MagicPigConfig(lsh_l={5: 16, 10: 32, 25: 32, 50: 64}[level], lsh_k={5: 8, 10: 8, 25: 6, 50: 6}[level])
+        magic_pig = MagicPigConfig(lsh_l={5: 16, 10: 64, 25: 16, 50: 32}[level], lsh_k={5: 10, 10: 10, 25: 6, 50: 6}[level])
+        # At least three pages are kept: of 1k keys, larger ones would be more than 5%.
+        quest = QuestTopKMaskerConfig(heavy_size=rest, page_size=8 if level == 5 else 16)
         combinations: dict[str, list[Any]] = {
-            "sink_local": [sink, LocalMaskerConfig(window_size=budget - 0.01)],
+            "sink_local": [sink, LocalMaskerConfig(window_size=size - 0.01)],
             "sink_local_random_sampling": [sink, local, RandomSamplingMaskerConfig(sampling_rate=rest)],
             "sink_local_oracle_top_k": [sink, local, OracleTopKConfig(heavy_size=rest)],
             "sink_local_oracle_top_p": [sink, local, top_p],
-            "sink_local_quest_top_k": [sink, local, QuestTopKMaskerConfig(heavy_size=rest, page_size=16)],
+            "sink_local_quest_top_k": [sink, local, quest],
             "sink_local_double_sparsity_top_k": [sink, local, DoubleSparsityTopKMaskerConfig(rest, sorted_channel_file=None)],
             "sink_local_hash_attention_top_k": [sink, local, hash_attention(rest)],
             "sink_local_pq_cache": [sink, local, pq_cache(rest)],
             "sink_local_magic_pig": [sink, local, magic_pig],
-            "sink_local_oracle_top_k_adaptive_sampling": [sink, local, OracleTopKConfig(heavy_size=third), adaptive],
-            "sink_local_hash_attention_top_k_adaptive_sampling": [sink, local, hash_attention(third), adaptive],
-            "sink_local_pq_cache_adaptive_sampling": [sink, local, pq_cache(third), adaptive],
+            "sink_local_oracle_top_k_adaptive_sampling": [sink, local, OracleTopKConfig(heavy_size=half), adaptive],
+            "sink_local_hash_attention_top_k_adaptive_sampling": [sink, local, hash_attention(half), adaptive],
+            "sink_local_pq_cache_adaptive_sampling": [sink, local, pq_cache(half), adaptive],
         }
         for name, maskers in combinations.items():
             config = ResearchAttentionConfig(masker_configs=maskers)
@@ -141,22 +145,24 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(plan.describe(settings, configs, tasks, notes))
         return 0
+    plan.check_folders(settings)
     plan.check_models(settings)
+    named = frozenset(options.configs or ())
     if settings.phases == (2,):
-        story.check_found(settings, configs, tasks)
+        story.check_found(settings, configs, tasks, named)
     tasks, missing = plan.check_samples(settings, tasks)
     for name, why in missing.items():
         print(f"left out {name}: {why}", file=sys.stderr)
         notes.append(f"FAILED {name}: {why}")
-    config_run: str | None = None
+    search: story.SearchResult | None = None
     failed = bool(missing)
     if 1 in settings.phases:
         search = story.search(settings, configs, tasks, notes)
         if search.interrupted:
             return 130
-        config_run, failed = search.run_dir.name, failed or bool(search.failures)
+        failed = failed or bool(search.failures)
     if 2 in settings.phases:
-        outcome = story.benchmark(settings, configs, tasks, notes, config_run)
+        outcome = story.benchmark(settings, configs, tasks, notes, named, search)
         if outcome.interrupted:
             return 130
         failed = failed or bool(outcome.failures)
@@ -165,9 +171,9 @@ def run(options: argparse.Namespace) -> int:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line. None = not given: the run configuration, then the default in the help, decides."""
-    parser = argparse.ArgumentParser(
-        prog="run_full_benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from benchmark.command_line import Parser
+
+    parser = Parser(prog="run_full_benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to run")
     what.add_argument("--phase", type=int, choices=(1, 2), help="1 = search, 2 = benchmark (both)")
     what.add_argument("--debug", action="store_true", help="a small real run: embedded model, no GPU, no network")
@@ -190,8 +196,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     bench = parser.add_argument_group("Phase 2, benchmark")
     bench.add_argument("--config-run", metavar="RUN", help="which search's results to use (the newest), as run_20240315_143022")
-    bench.add_argument("--max-concurrent-benchmarks", type=int, help="worker processes at a time (4 at most; one a device)")
-    bench.add_argument("--benchmark-timeout", type=float, help="seconds a block of samples may take (7200)")
+    bench.add_argument("--max-concurrent-benchmarks", type=int, help="workers, one a GPU (4); on a CPU one for every two cores")
+    bench.add_argument(
+        "--benchmark-timeout", type=float, help="seconds a (model, task) may take, then its workers are killed (7200)"
+    )
     bench.add_argument("--max-new-tokens", type=int, help="answer tokens at most (200)")
     bench.add_argument("--max-context-length", type=int, help="prompt tokens at most; longer ones lose their middle (64000)")
     bench.add_argument("--max-requests", type=int, help="samples a task (all)")

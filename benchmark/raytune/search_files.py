@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmark.jobs import _weights_stamp as weights_stamp
 from benchmark.results import environment, result_key, write_json, write_text
 from benchmark.settings import Settings, hyperparameters
 
@@ -46,10 +48,12 @@ def write_level_files(
             "objective": objective_value(settings.objective, Evaluation(**figures)),
             "search_time": outcome["seconds"],
             "num_trials": len(outcome["trials"]),
+            "failed_trials": sum(trial["status"] != "completed" for trial in outcome["trials"]),
             "best_trial_id": trial_id(identity, trial["number"]),
             "confirmation": {
                 "confirmed": best["confirmed"],
                 "error_from": RUNGS[error_rung],
+                "density_from": RUNGS[error_rung],
                 "score_from": RUNGS[3] if generated is not None else None,
                 "samples": len(outcome["samples"]),
                 "sample_scores": None if generated is None else generated["sample_scores"],
@@ -64,6 +68,9 @@ def write_level_files(
                 "objective": settings.objective,
                 "dtype": outcome["model_dtype"],
                 "device": outcome["device"],
+                "attention_backend": settings.attention_backend,
+                "dense_backend": outcome["dense_backend"],
+                "weights": weights_stamp(study.model),
                 "max_context_length": settings.search_max_context_length,
                 "max_new_tokens": settings.search_max_new_tokens,
                 "num_samples": settings.num_samples,
@@ -130,24 +137,37 @@ def _of(trial: dict[str, Any], figure: str) -> float | None:
 
 
 def _analysis_csv(outcome: dict[str, Any], settings: Settings, identity: str) -> str:
+    """One row a trial; a rung is an iteration in Ray Tune's sense."""
     names = sorted({name for trial in outcome["trials"] for name in trial["params"]})
+    columns = ["trial_id", "training_iteration", "combined_score", "error", "density", "score", "rung", "pruned_at", "status"]
+    columns += ["time_this_iter_s", "time_total_s", "timestamp", "date", "done", "iterations_since_restore"]
+    columns += ["time_since_restore", *(f"config/{name}" for name in names)]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["trial_id", "training_iteration", "combined_score", "error", "density", "score", "rung", "pruned_at", "status"]
-        + ["time_total_s", "done"]
-        + [f"config/{name}" for name in names]
-    )
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
     for trial in outcome["trials"]:
-        error, density = _of(trial, "error"), _of(trial, "density")
-        combined = None
+        error, density, reached = _of(trial, "error"), _of(trial, "density"), _reached(trial)
+        seconds = [trial["rungs"][rung]["seconds"] for rung in sorted(trial["rungs"], key=int)]
+        iterations = None if reached is None else reached + 1
+        row = {
+            "trial_id": trial_id(identity, trial["number"]),
+            "training_iteration": iterations,
+            "error": error,
+            "density": density,
+            "score": trial["rungs"].get("3", {}).get("score"),
+            "rung": reached,
+            "pruned_at": trial["pruned_at"],
+            "status": trial["status"],
+            "time_this_iter_s": seconds[-1] if seconds else None,
+            "time_total_s": sum(seconds),
+            "done": True,
+            "iterations_since_restore": iterations,
+            "time_since_restore": sum(seconds),
+        }
         if error is not None and density is not None:
-            combined = objective_value(settings.objective, Evaluation(error=error, density=density, seconds=0.0))
-        reached = _reached(trial)
-        writer.writerow(
-            [trial_id(identity, trial["number"]), None if reached is None else reached + 1, combined, error, density]
-            + [trial["rungs"].get("3", {}).get("score"), reached, trial["pruned_at"], trial["status"]]
-            + [sum(figures["seconds"] for figures in trial["rungs"].values()), True]
-            + [trial["params"].get(name) for name in names]
-        )
+            row["combined_score"] = objective_value(settings.objective, Evaluation(error, density, 0.0))
+        if trial["finished"] is not None:
+            row["timestamp"] = int(trial["finished"])
+            row["date"] = datetime.fromtimestamp(trial["finished"]).strftime("%Y-%m-%d_%H-%M-%S")
+        writer.writerow(row | {f"config/{name}": value for name, value in trial["params"].items()})
     return out.getvalue()

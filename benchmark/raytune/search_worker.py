@@ -12,14 +12,14 @@ from ray import tune
 from benchmark.settings import Settings
 from sparse_attention_hub.errors import UserError
 
-from .study_spec import StudySpec, outcome_path, run_study, write_outcome
+from .study_spec import StudySpec, run_study, write_outcome
 
 #: One model and one evaluator a process: studies come ordered by model and task.
 _HELD: dict[str, Any] = {}
 
 
 class StudyTrainable(tune.Trainable):
-    """config["study"] names an entry of `work`. A step is one trace recorded or one batch evaluated."""
+    """config["study"] names an entry of `work`, the arguments of `_run`. A step is one trace recorded or one batch evaluated."""
 
     def setup(self, config: dict[str, Any], work: dict[str, dict[str, Any]]) -> None:
         self._work = work
@@ -31,9 +31,7 @@ class StudyTrainable(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         entry = self._work[config["study"]]
-        self._steps = self._run(
-            entry["study"], entry["settings"], entry["identity"], Path(entry["journals"]), Path(entry["traces"])
-        )
+        self._steps = self._run(**entry)
 
     def step(self) -> dict[str, Any]:
         progress = next(self._steps, None)
@@ -51,32 +49,37 @@ class StudyTrainable(tune.Trainable):
     _last: dict[str, Any] = {}
 
     def _run(
-        self, spec: StudySpec, settings: Settings, identity: str, journals: Path, traces: Path
+        self, study: StudySpec, settings: Settings, journal: Path, outcome: Path, traces: Path
     ) -> Iterator[dict[str, Any]]:
         started = time.time()
-        path = outcome_path(journals, spec, identity)
-        path.unlink(missing_ok=True)
-        evaluator = study = None
+        outcome.unlink(missing_ok=True)
+        evaluator = search = None
         try:
             yield {"stage": "loading"}
-            evaluator = _evaluator(spec, settings, traces)
+            evaluator = _evaluator(study, settings, traces)
             size = evaluator.trace_bytes / 1e6
             yield {"stage": f"recording {len(evaluator.samples)} traces, about {size:.0f} MB"}
             if not evaluator.traces:
                 for line in evaluator.record():
                     yield {"stage": line}
-            study = run_study(spec, settings, identity, journals, evaluator)
-            yield from study.run()
-            write_outcome(path, spec, study, evaluator, time.time() - started, None)
+            search = run_study(study, settings, evaluator, journal)
+            yield from search.run()
+            write_outcome(outcome, study, search, evaluator, time.time() - started, None)
         except UserError as error:
-            write_outcome(path, spec, study, evaluator, time.time() - started, str(error))
+            write_outcome(outcome, study, search, evaluator, time.time() - started, str(error))
 
 
 class SearchProgress(tune.Callback):
-    """Passes on what studies report, and keeps which of them ended how."""
+    """Passes on what studies report, has the files of each written as soon as it is finished (`collect`, which says what failed
+    in it as a whole), and keeps which of them ended how."""
 
-    def __init__(self, studies: dict[str, StudySpec], report: Callable[[str, StudySpec | None, dict[str, Any]], None]) -> None:
-        self._studies, self._report = studies, report
+    def __init__(
+        self,
+        studies: dict[str, StudySpec],
+        report: Callable[[str, StudySpec | None, dict[str, Any]], None],
+        collect: Callable[[str], str | None],
+    ) -> None:
+        self._studies, self._report, self._collect = studies, report, collect
         self.finished: set[str] = set()
         self.errors: dict[str, str] = {}
 
@@ -86,7 +89,11 @@ class SearchProgress(tune.Callback):
         self._report("progress", self._studies[name], progress)
         if result.get("finished"):
             self.finished.add(name)
-            self._report("finished", self._studies[name], progress)
+            problem = self._collect(name)
+            if problem is None:
+                self._report("finished", self._studies[name], progress)
+            else:
+                self._report("failed", self._studies[name], {"error": problem})
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         name = trial.config["study"]

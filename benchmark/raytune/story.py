@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.settings import Settings, SparseConfig
 
 from .config_search import SearchOutcome, new_run_name, run_search
-from .study_spec import StudySpec, plan_studies
+from .study_spec import StudySpec, plan_studies, study_id
 
 if TYPE_CHECKING:
     from benchmark.execution import BenchmarkOutcome
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What Phase 1 hands to Phase 2. run_dir: None if there was nothing to search. failures: records for the summary."""
+
+    run_dir: Path | None
+    failures: list[dict[str, Any]]
+    interrupted: bool = False
 
 
 class SearchReport:
@@ -89,18 +100,16 @@ class SearchReport:
         return f"{progress['trials']} trials, rungs {rungs}{failed}; best error {best}"
 
 
-def search(settings: Settings, configs: list[SparseConfig], tasks: list[str], notes: list[str]) -> SearchOutcome:
+def search(settings: Settings, configs: list[SparseConfig], tasks: list[str], notes: list[str]) -> SearchResult:
     """Phase 1, with its progress and its closing table."""
     studies, left_out = plan_studies(list(settings.models), tasks, configs)
     run_name = new_run_name(settings.optimal_configs_dir)
-    where = settings.optimal_configs_dir / run_name
-    print(f"Phase 1: {len(studies)} studies of {len(tasks)} tasks on {', '.join(settings.models)}, into {where}")
+    where = f"into {settings.optimal_configs_dir / run_name}" if studies else "nothing to search"
+    print(f"Phase 1: {len(studies)} studies of {len(tasks)} tasks on {', '.join(settings.models)}, {where}")
     for note in [*notes, *left_out]:
         print(f"note: {note}")
     if not studies:
-        settings.optimal_configs_dir.mkdir(parents=True, exist_ok=True)
-        (settings.optimal_configs_dir / run_name).mkdir()
-        return SearchOutcome(settings.optimal_configs_dir / run_name)
+        return SearchResult(None, [])
     report = SearchReport(studies, settings)
     try:
         outcome = run_search(studies, settings, run_name=run_name, report=report)
@@ -109,7 +118,34 @@ def search(settings: Settings, configs: list[SparseConfig], tasks: list[str], no
     print(search_table(outcome))
     if outcome.interrupted:
         print("interrupted: what was evaluated is kept; run the same command again to go on", file=sys.stderr)
-    return outcome
+    return SearchResult(outcome.run_dir, search_failures(outcome, studies), outcome.interrupted)
+
+
+def search_failures(outcome: SearchOutcome, studies: list[StudySpec]) -> list[dict[str, Any]]:
+    """One record a study that failed, as a whole or in some of its trials."""
+    problems = _problems(outcome)
+    return [
+        {
+            "phase": 1,
+            "model": study.model,
+            "task": study.task,
+            "configuration": None,  # it belongs to no row of results
+            "status": "failed",
+            "problem": f"search of {study.name}: {problems[study_id(study)]}",
+        }
+        for study in studies
+        if study_id(study) in problems
+    ]
+
+
+def _problems(outcome: SearchOutcome) -> dict[str, str]:
+    """Study -> what went wrong in it."""
+    trials = {
+        name: f"{count} of its trials failed or timed out: see error_message in its _trials.json"
+        for name, count in outcome.failed_trials.items()
+        if count
+    }
+    return {**trials, **outcome.failures}
 
 
 def search_table(outcome: SearchOutcome) -> str:
@@ -128,42 +164,58 @@ def search_table(outcome: SearchOutcome) -> str:
         lines.append(f"  {name} {level['error']:6.3f} {level['density']:7.3f} {score:>6}{mark}")
     if any(not level["meets_budget"] for level in levels):
         lines.append("over budget: no configuration of these met its budget; the closest is given")
-    lines += ["", *(f"FAILED {name}: {why}" for name, why in outcome.failures.items())]
+    lines += ["", *(f"FAILED {name}: {why}" for name, why in _problems(outcome).items())]
     lines.append("error and density: forced forward over question and dense answer; score: real answers to the tuning samples")
     lines.append(f"files: {outcome.run_dir}")
     return "\n".join(lines)
 
 
 def benchmark(
-    settings: Settings, configs: list[SparseConfig], tasks: list[str], notes: list[str], config_run: str | None
+    settings: Settings,
+    configs: list[SparseConfig],
+    tasks: list[str],
+    notes: list[str],
+    named: frozenset[str],
+    search: SearchResult | None,
 ) -> BenchmarkOutcome:
-    """Phase 2 with a search's results; config_run None = --config-run, or the newest run with finished configurations."""
+    """Phase 2 with what `search` found, however little; None = with --config-run, or the newest run that has something.
+
+    named: as check_found.
+    """
     from benchmark.execution import run_benchmarks
     from benchmark.report import write_report
     from benchmark.report_table import closing_table
 
-    from .found import find_run, load_units
+    from .found import find_units, load_units
 
-    sparse_wanted = any(config.config is not None for config in configs)
-    run = find_run(settings, config_run) if sparse_wanted else None
-    units = load_units(run, settings, configs, tasks)
+    if search is None:
+        run, units, left_out = find_units(settings, configs, tasks, named)
+    else:
+        run = search.run_dir
+        units, left_out = load_units(run, settings, configs, tasks)
+    for note in left_out:
+        print(f"note: {note}", file=sys.stderr)
     name = None if run is None else run.name
     pairs = sum(len(unit.configs) for unit in units)
     print(f"\nPhase 2: {pairs} (task, configuration) pairs, settings from {name or 'no search (dense only)'}")
-    outcome = run_benchmarks(units, settings, config_run=name, notes=notes)
+    failures = [] if search is None else search.failures
+    outcome = run_benchmarks(units, settings, config_run=name, notes=[*notes, *left_out], failures=failures)
     print("\n" + closing_table(outcome.summary))
+    for record in outcome.failures:
+        if record["configuration"] is None:  # no row of the table tells of it
+            print(f"FAILED {record['task']} on {record['model']}: {record['problem']}")
     print(f"files: {settings.benchmark_results_dir}, summary: {settings.benchmark_results_dir / 'benchmark_summary.json'}")
     if outcome.summary.get("results"):
         print(f"report: {write_report(settings.benchmark_results_dir)}")
     return outcome
 
 
-def check_found(settings: Settings, configs: list[SparseConfig], tasks: list[str]) -> None:
-    """UserError if Phase 2 alone would find nothing to run; nothing is written."""
-    from .found import find_run, load_units
+def check_found(settings: Settings, configs: list[SparseConfig], tasks: list[str], named: frozenset[str]) -> None:
+    """UserError if Phase 2 alone would find nothing to run, or nothing of a configuration that was asked for by name (in
+    `named`); nothing is written."""
+    from .found import find_units
 
-    sparse_wanted = any(config.config is not None for config in configs)
-    load_units(find_run(settings, None) if sparse_wanted else None, settings, configs, tasks)
+    find_units(settings, configs, tasks, named)
 
 
 def _fit(text: str, width: int) -> str:

@@ -3,6 +3,11 @@
 The ladder: every configuration is replayed on a few rows and layers (rung 0); the best go on to the full replay (1); at most
 six finalists are confirmed by a forced forward (2) and by real generation with the task's own score (3).
 
+A forced forward may measure more density than the replay did, and a level lose its finalists. So while a level's confirmed
+configurations that fit are clearly worse, as replayed, than one that is expected to fit (its density times the most that a
+forced forward has added so far), that one is confirmed too: at most three more a level. What fits a level only as replayed is
+its best where nothing confirmed fits.
+
 A study asks a seeded Optuna study for configurations and looks each up in a journal before evaluating it, so one that was
 killed goes on where it was by simply running again: what was journalled is not evaluated twice, and the outcome is the same.
 """
@@ -30,13 +35,15 @@ PROMOTED_SHARE = 0.1
 DENSITY_SLACK = 1.05
 DENSITY_MARGIN = 0.995
 ERROR_SLACK = 1.2
+CLEARLY = 1.1  # the ratio of errors below which replay does not tell two configurations apart
+MAX_REFILLS = 3
 MAX_DUPLICATES = 24
 SIGNIFICANT = 0.05
 RUNGS = ("replay of some rows and layers", "full replay", "forced forward", "generation")
 
 
 class TrialTimeout(Exception):
-    """A trial took longer than --search-timeout."""
+    """An evaluation took longer than it may."""
 
 
 @dataclass
@@ -76,7 +83,8 @@ class Level:
 
 @dataclass
 class Trial:
-    """One configuration. status: "completed", "failed" or "timeout"; rungs: what each rung said."""
+    """One configuration. status: "completed", "failed" or "timeout"; rungs: what each rung said; finished: when the last of
+    them did, in seconds since 1970."""
 
     number: int
     params: dict[str, Any]
@@ -84,6 +92,12 @@ class Trial:
     error_message: str | None = None
     rungs: dict[int, Evaluation] = field(default_factory=dict)
     pruned_at: int | None = None
+    finished: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What all its rungs took."""
+        return sum(figures.seconds for figures in self.rungs.values())
 
     @property
     def reached(self) -> int | None:
@@ -101,7 +115,8 @@ class Trial:
 
 @dataclass
 class Best:
-    """What was found for one level. meets_budget False: no configuration met it, this is the closest."""
+    """What was found for one level. meets_budget False: no configuration met it, this is the closest. confirmed False: its
+    figures are a replay's, since nothing confirmed met the budget."""
 
     level: str
     budget: float | None
@@ -133,7 +148,12 @@ class Study:
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Search, climb, confirm. Yields progress after every step; each step's figures are journalled before."""
-        self._known = {record["key"]: record for record in self.journal.read() if "key" in record}
+        # What ran out of time under another limit may be tried again.
+        self._known = {
+            record["key"]: record
+            for record in self.journal.read()
+            if "key" in record and record.get("limit") in (None, self.timeout)
+        }
         if self.space.domains:
             yield from self._search()
         else:
@@ -194,16 +214,45 @@ class Study:
         rung0 = self._alive(0)
         limit = max(MAX_FINALISTS, math.ceil(PROMOTED_SHARE * len(rung0)))
         promoted = self._promote(rung0, 0, limit)
-        for start in range(0, len(promoted), BATCH):
-            self._run_batch(promoted[start : start + BATCH], 1)
-            yield self.progress("full replay")
+        yield from self._ascend(promoted, (1,))
         finalists = self._promote([t for t in promoted if t.status == "completed"], 1, MAX_FINALISTS)
-        for rung in (2, 3):
-            self._run_batch([t for t in finalists if t.status == "completed"], rung)
-            yield self.progress(RUNGS[rung])
+        yield from self._ascend(finalists, (2, 3))
+        for _ in range(MAX_REFILLS):
+            yield from self._ascend(self._refills(), (1, 2, 3))
         for trial in self.trials:
             if trial.status == "completed" and trial.reached is not None and trial.reached < len(RUNGS) - 1:
                 trial.pruned_at = trial.reached
+
+    def _ascend(self, trials: list[Trial], rungs: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+        for rung in rungs:
+            waiting = [t for t in trials if t.status == "completed" and rung not in t.rungs]
+            for start in range(0, len(waiting), BATCH):
+                self._run_batch(waiting[start : start + BATCH], rung)
+                yield self.progress(RUNGS[rung])
+
+    def _refills(self) -> list[Trial]:
+        """One more to confirm for each level whose confirmed ones are clearly worse than one that is expected to fit."""
+        chosen: list[Trial] = []
+        for level in self.levels:
+            confirmed = [t for t in self._alive(3) if _fits(t.last.density, level)]
+            better: list[tuple[int, float, int]] = []
+            for trial in self._alive(0):
+                rung = min(1, trial.reached or 0)
+                value = self._value(trial.rungs[rung], level)
+                held = min((self._value(t.rungs[rung], level) for t in confirmed), default=math.inf)
+                if 2 not in trial.rungs and _fits(self._expected_density(trial), level) and CLEARLY * value < held:
+                    better.append((-rung, value, trial.number))
+            if better and (best := self.trials[min(better)[2]]) not in chosen:
+                chosen.append(best)
+        return chosen
+
+    def _expected_density(self, trial: Trial) -> float:
+        """What a forced forward would measure: the replayed density times the most that one added to another trial's."""
+        if 2 in trial.rungs:
+            return trial.last.density
+        rung = min(1, trial.reached or 0)
+        added = max((t.rungs[2].density / t.rungs[rung].density for t in self._alive(2)), default=1.0)
+        return trial.last.density * max(1.0, added)
 
     def _alive(self, rung: int) -> list[Trial]:
         return [trial for trial in self.trials if trial.status == "completed" and rung in trial.rungs]
@@ -247,32 +296,39 @@ class Study:
             if record is not None:
                 self._settle(trial, rung, record)
                 continue
+            if trial.seconds >= self.timeout:
+                self._fail(trial, rung, TrialTimeout())
+                continue
             try:
                 waiting.append((trial, self.space.build(trial.params)))
             except ValueError as error:
                 self._write(trial, rung, status="failed", error_message=str(error))
         if not waiting:
             return
+        left = sum(self.timeout - trial.seconds for trial, _ in waiting)
         try:
-            results = self.evaluator.evaluate([config for _, config in waiting], rung, self.timeout)
-            for (trial, _), evaluation in zip(waiting, results, strict=True):
-                self._write(trial, rung, evaluation=evaluation)
+            results = self.evaluator.evaluate([config for _, config in waiting], rung, left / len(waiting))
         except Exception as error:
             if len(waiting) == 1:
                 self._fail(waiting[0][0], rung, error)
-                return
-            for trial, config in waiting:
-                try:
-                    self._write(trial, rung, evaluation=self.evaluator.evaluate([config], rung, self.timeout)[0])
-                except Exception as error_of_one:
-                    self._fail(trial, rung, error_of_one)
+            else:
+                for trial, _ in waiting:
+                    self._run_batch([trial], rung)
+            return
+        for (trial, _), evaluation in zip(waiting, results, strict=True):
+            if trial.seconds + evaluation.seconds > self.timeout:
+                self._fail(trial, rung, TrialTimeout())
+            else:
+                self._write(trial, rung, evaluation=evaluation)
 
     def _fail(self, trial: Trial, rung: int, error: Exception) -> None:
         if isinstance(error, UserError):
             raise error
-        status = "timeout" if isinstance(error, TrialTimeout) else "failed"
-        message = str(error) if isinstance(error, TrialTimeout) else f"{type(error).__name__}: {error}"
-        self._write(trial, rung, status=status, error_message=message)
+        if isinstance(error, TrialTimeout):
+            late = f"took longer than {self.timeout:g} s over its rungs (--search-timeout), before the end of {RUNGS[rung]}"
+            self._write(trial, rung, status="timeout", error_message=f"{late}: raise it, or lower --search-max-requests")
+        else:
+            self._write(trial, rung, status="failed", error_message=f"{type(error).__name__}: {error}")
 
     def _write(
         self,
@@ -282,7 +338,7 @@ class Study:
         status: str = "completed",
         error_message: str | None = None,
     ) -> None:
-        if evaluation is not None and not (math.isfinite(evaluation.error) and math.isfinite(evaluation.density)):
+        if evaluation is not None and not _finite(evaluation):
             evaluation, status, error_message = None, "failed", f"not a number on rung {rung} ({RUNGS[rung]})"
         record = {
             "key": self._journal_key(trial, rung),
@@ -291,6 +347,7 @@ class Study:
             "status": status,
             "error_message": error_message,
             "evaluation": None if evaluation is None else asdict(evaluation),
+            "limit": self.timeout if status == "timeout" else None,
             "time": time.time(),
         }
         self.journal.append(record)
@@ -298,7 +355,7 @@ class Study:
         self._settle(trial, rung, record)
 
     def _settle(self, trial: Trial, rung: int, record: dict[str, Any]) -> None:
-        trial.status, trial.error_message = record["status"], record["error_message"]
+        trial.status, trial.error_message, trial.finished = record["status"], record["error_message"], record["time"]
         if record["evaluation"] is not None:
             trial.rungs[rung] = Evaluation(**record["evaluation"])
 
@@ -313,19 +370,22 @@ class Study:
 
     def best(self) -> list[Best]:
         """The best of each level: the smallest confirmed error within the budget, among finalists whose score is not
-        significantly worse than the best finalist's on the same samples. A level without any evaluated trial is left out."""
+        significantly worse than the best finalist's on the same samples. Where nothing confirmed fits, the smallest error of
+        what fits on its highest rung, what a forced forward is expected to keep within the budget before the rest. A level
+        without any evaluated trial is left out."""
         found: list[Best] = []
-        confirmed = self._alive(3)
-        for level in self.levels:
-            pool = confirmed or self._alive(0)
-            if not pool:
-                continue
-            fits = [t for t in pool if level.budget is None or t.last.density <= level.budget]
+        measured = self._alive(0)
+        for level in self.levels if measured else []:
+            fits = [t for t in measured if _fits(t.last.density, level)]
+            confirmed = [t for t in fits if 3 in t.rungs]
             if fits:
-                best = min(_not_worse(fits), key=lambda t, level=level: (self._value(t.last, level), t.number))  # type: ignore[misc]
+                _, _, number = min(
+                    (not _fits(self._expected_density(t), level), self._value(t.last, level), t.number)
+                    for t in _not_worse(confirmed) or fits
+                )
             else:
-                best = min(pool, key=lambda t: (t.last.density, t.number))
-            found.append(Best(level.name, level.budget, best.number, bool(fits), bool(confirmed)))
+                _, number = min((t.last.density, t.number) for t in self._alive(3) or measured)
+            found.append(Best(level.name, level.budget, number, bool(fits), 3 in self.trials[number].rungs))
         return found
 
     def progress(self, stage: str) -> dict[str, Any]:
@@ -355,7 +415,7 @@ OBJECTIVES = ("default", "sparsity_5", "sparsity_10", "sparsity_15", "sparsity_2
 def _not_worse(trials: list[Trial]) -> list[Trial]:
     """Trials whose sample scores are not significantly below the best-scoring trial's (sign test on the same samples)."""
     scored = [t for t in trials if 3 in t.rungs and t.rungs[3].score is not None]
-    if len(scored) < len(trials):
+    if not scored or len(scored) < len(trials):
         return trials
     leader = max(scored, key=lambda t: (t.rungs[3].score or 0.0, -t.last.error))
     reference = leader.rungs[3].sample_scores or []
@@ -381,6 +441,19 @@ def _moves_front(trial: Trial, before: list[Trial]) -> bool:
     )
 
 
+def _fits(density: float, level: Level) -> bool:
+    return level.budget is None or density <= level.budget
+
+
+def _finite(evaluation: Evaluation) -> bool:
+    """Whether every figure is a number."""
+    try:
+        json.dumps(asdict(evaluation), allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
 def _canonical(params: dict[str, Any]) -> str:
     return json.dumps(params, sort_keys=True, default=str)
 
@@ -391,6 +464,6 @@ def with_deadline(seconds: float) -> Callable[[], None]:
 
     def check() -> None:
         if time.monotonic() > end:
-            raise TrialTimeout(f"took longer than {seconds:g} s (--search-timeout)")
+            raise TrialTimeout(f"took longer than {seconds:g} s")
 
     return check

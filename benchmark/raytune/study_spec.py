@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmark.jobs import _weights_stamp as weights_stamp
 from benchmark.results import Journal, environment, fingerprint, result_key, write_json
 from benchmark.settings import Settings, SparseConfig
+from sparse_attention_hub.errors import UserError
 
 from .optimizer_factory import CombinationSpace
 from .study import Level, Study
 
 #: Raised when the meaning of what a search writes changes, so that older results are not reused.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -28,38 +31,61 @@ class StudySpec:
     def space(self) -> CombinationSpace:
         return CombinationSpace(self.levels[0].template, self.task)
 
-    def identity(self, settings: Settings) -> str:
-        """A hash of everything that determines what this study finds."""
-        space = self.space()
+    def journal_identity(self, settings: Settings, samples: str) -> str:
+        """A hash of everything but its parameters that determines an evaluation; samples: evaluation.samples_key.
+
+        Searches that differ in levels, numbers of trials or the objective ask the same of a configuration: they share a
+        journal.
+        """
         return fingerprint(
             {
                 "format": FORMAT,
                 "version": environment()["sparse-attention-hub"],
                 "model": self.model,
+                "weights": weights_stamp(self.model),
                 "task": self.task,
+                "samples": samples,
+                "fixed": self.space().fixed_fields(),
+                "sparse_from": settings.sparse_from,
+                "place": resolved_place(settings),
+                "backends": [settings.attention_backend, settings.dense_backend],
+            }
+        )
+
+    def identity(self, settings: Settings, samples: str) -> str:
+        """A hash of everything that determines what this study finds."""
+        return fingerprint(
+            {
+                "journal": self.journal_identity(settings, samples),
                 "levels": [(level.name, level.budget, level.template.to_dict()) for level in self.levels],
-                "space": {name: repr(domain) for name, domain in space.domains.items()},
+                "space": {name: repr(domain) for name, domain in self.space().domains.items()},
                 "settings": [
                     settings.seed,
-                    settings.sparse_from,
-                    settings.dtype,
-                    settings.device,
                     settings.num_samples,
                     settings.search_timeout,
-                    settings.search_max_new_tokens,
-                    settings.search_max_context_length,
-                    settings.search_max_requests,
                     settings.objective,
                     settings.trace_budget_gb,
-                    str(settings.data_dir) if settings.data_dir else None,
                 ],
             }
         )
 
 
+def resolved_place(settings: Settings) -> list[str]:
+    """Kind of device and dtype that evaluations run with; as they were asked for where the machines of a cluster decide."""
+    if settings.ray_address not in (None, "local"):
+        return ["cluster", settings.device, settings.dtype]
+    from sparse_attention_hub.models.load import _pick_device, _pick_dtype
+
+    device = _pick_device(settings.device)
+    return [device.type, str(_pick_dtype(settings.dtype, device))]
+
+
 def plan_studies(models: list[str], tasks: list[str], configs: list[SparseConfig]) -> tuple[list[StudySpec], list[str]]:
     """(the studies of a run, those of one (model, task) together; notes on what is left out). Levels of a family share a
-    study if their fixed fields agree; a combination that needs weights which a model does not have is left out."""
+    study if their fixed fields agree; a combination that needs weights which a model does not have is left out.
+
+    UserError if two studies or two levels would write the same files.
+    """
     from sparse_attention_hub.models.model_files import fit_template
 
     studies: list[StudySpec] = []
@@ -78,12 +104,23 @@ def plan_studies(models: list[str], tasks: list[str], configs: list[SparseConfig
                     continue
                 fixed = fingerprint(CombinationSpace(template, task).fixed_fields())
                 groups.setdefault((config.family, fixed), []).append(Level(config.name, config.budget, template))
-            numbers: dict[str, int] = {}
+            families = [family for family, _ in groups]
             for (family, _), levels in groups.items():
-                numbers[family] = numbers.get(family, 0) + 1
-                name = family if numbers[family] == 1 else f"{family}_{numbers[family]}"
+                # A family in several studies has no file of its own name: each takes its first level's.
+                name = family if families.count(family) == 1 else levels[0].name
                 studies.append(StudySpec(model, task, name, tuple(levels)))
+    _check_names([study_id(study) for study in studies])
+    _check_names([result_key(study.model, study.task, level.name) for study in studies for level in study.levels])
     return studies, notes
+
+
+def _check_names(names: list[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(
+                f"two searches of this run would write the same files, {name}*: rename a configuration, or give each model or "
+                "task a run of its own"
+            )
 
 
 def study_id(study: StudySpec) -> str:
@@ -91,20 +128,22 @@ def study_id(study: StudySpec) -> str:
 
 
 def journal_path(folder: Path, study: StudySpec, identity: str) -> Path:
-    return folder / f"{study_id(study)}-{identity}.jsonl"
+    """In Ray's results folder, by the study's journal identity."""
+    return folder / "journals" / f"{study_id(study)}-{identity}.jsonl"
 
 
 def outcome_path(folder: Path, study: StudySpec, identity: str) -> Path:
-    return folder / f"{study_id(study)}-{identity}.json"
+    """Beside the journals, by the study's own identity."""
+    return folder / "journals" / f"{study_id(study)}-{identity}.json"
 
 
-def run_study(spec: StudySpec, settings: Settings, identity: str, journals: Path, evaluator: Any) -> Study:
-    """The Study of a spec, journalling into `journals`."""
+def run_study(spec: StudySpec, settings: Settings, evaluator: Any, journal: Path) -> Study:
+    """The Study of a spec, journalling into `journal`."""
     return Study(
         spec.space(),
         list(spec.levels),
         evaluator,
-        Journal(journal_path(journals, spec, identity)),
+        Journal(journal),
         num_samples=settings.num_samples,
         timeout=settings.search_timeout,
         seed=settings.seed,
@@ -123,6 +162,7 @@ def write_outcome(path: Path, spec: StudySpec, study: Study | None, evaluator: A
                 "status": trial.status,
                 "error_message": trial.error_message,
                 "pruned_at": trial.pruned_at,
+                "finished": trial.finished,
                 "rungs": {str(rung): asdict(evaluation) for rung, evaluation in trial.rungs.items()},
             }
             for trial in study.trials
@@ -136,4 +176,5 @@ def write_outcome(path: Path, spec: StudySpec, study: Study | None, evaluator: A
         record["evaluated"] = study.evaluated
         record["model_dtype"] = str(evaluator.lm.dtype)
         record["device"] = str(evaluator.lm.device)
+        record["dense_backend"] = evaluator.lm.dense_backend
     write_json(path, record)

@@ -98,11 +98,20 @@ def expand_task(name: str, data_dir: Path | None = None) -> TaskSelection:
 
 
 def score_prediction(
-    task_name: str, prediction: str, references: Any, all_classes: list[str] | None = None
+    task_name: str, prediction: str | None, references: Any, all_classes: list[str] | None = None
 ) -> dict[str, float]:
     """The original benchmark's scores of one answer, every value in 0..1.
 
-    `references`: the gold answers, a list of texts or the value the benchmark's own data hold (an int for
-    infinite_bench/code_run).
+    `task_name`: also a benchmark alone, where all of its tasks are scored alike ("aime2024", "longbenchv2").
+    `prediction`: None counts as an empty answer. `references`: the gold answers, a list of texts or the value the
+    benchmark's own data hold (an int for infinite_bench/code_run); None is no reference, which scores 0. UserError for an
+    unknown name, ValueError for gold answers that the benchmark cannot have.
     """
-    return get_task(task_name).score_answer(prediction, references, all_classes)
+    task = _alike(task_name) or get_task(task_name)
+    return task.score_answer(prediction or "", [] if references is None else references, all_classes)
+
+
+def _alike(benchmark: str) -> Task | None:
+    """Any task of a benchmark whose tasks are all scored alike; None if they are not, or the name is not a benchmark's."""
+    tasks = list(_listed(benchmark).values()) if benchmark in MODULES else []
+    return tasks[0] if len({task.description.metric for task in tasks}) == 1 else None

@@ -2,7 +2,8 @@
 
 python -m benchmark.tasks list                                            every task: samples, length, source, metric
 python -m benchmark.tasks show ruler/4096/vt --model embedded/SmolLM2-135M-Instruct
-                                                                          one sample exactly as the model sees it
+                                                                          one sample exactly as the model sees it; of a
+                                                                          group, one of its first task
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmark.command_line import Parser
 from benchmark.tasks import available_tasks, expand_task, get_task
 from benchmark.tasks.base import SampleRequest, UserError, build_prompt
+from benchmark.tasks.limits import fitted
 
 
 def list_tasks() -> None:
@@ -28,7 +31,8 @@ def list_tasks() -> None:
 
 
 def show(options: argparse.Namespace) -> None:
-    task = get_task(expand_task(options.task, options.data_dir).names[0])
+    selection = expand_task(options.task, options.data_dir)
+    task = get_task(selection.names[0])
     if options.index < 0:
         raise UserError(f"--index counts from 0, got {options.index}")
     from sparse_attention_hub.models import load_tokenizer
@@ -42,6 +46,7 @@ def show(options: argparse.Namespace) -> None:
         max_context_length=options.max_context_length,
         data_dir=options.data_dir,
     )
+    request = fitted(request, task, options.model)
     samples = task.samples(request)
     if options.index >= len(samples):
         raise UserError(f"--index {options.index}: {task.name} has {len(samples)} samples here")
@@ -50,7 +55,7 @@ def show(options: argparse.Namespace) -> None:
     prompt = build_prompt(
         sample,
         tokenizer,
-        max_context_length=max(options.max_context_length, task.fixed_length or 0),
+        max_context_length=request.max_context_length,
         max_new_tokens=room,
         use_chat_template=task.use_chat_template,
     )
@@ -61,12 +66,14 @@ def show(options: argparse.Namespace) -> None:
         f"= {total}, cut {prompt.truncated_tokens}, answer up to {room} tokens; references: {sample.references}",
         file=sys.stderr,
     )
+    if len(selection.names) > 1:
+        print(f"--- {options.task} is a group, this is its first: {', '.join(selection.names)}", file=sys.stderr)
+    if selection.note:
+        print(f"--- {options.task}: {selection.note}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m benchmark.tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every task with its samples, length, source and metric")
     shown = commands.add_parser("show", help="one sample exactly as the model sees it")

@@ -1,8 +1,8 @@
 r"""AIME 2024 and 2025 (American Invitational Mathematics Examination): 30 problems each, integers from 0 to 999.
 
 There is no official grader; one serves both years: the text after the last "boxed{" up to its matching brace, stripped
-of `$`, `\text{}`, commas and degree signs, must be the answer, written without leading zeros. No other number in the
-text counts.
+of `$`, `\text{}` (around a number, or with the unit after it), commas and degree signs, must be the answer, written
+without leading zeros. No other number in the text counts.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from benchmark.tasks.base import Sample, SampleRequest, Task, TaskDescription, UserError, take_split
-from benchmark.tasks.data import Row
+from benchmark.tasks.base import Sample, SampleRequest, Task, TaskDescription, take_split
+from benchmark.tasks.data import Row, shown
 from benchmark.tasks.sources import Form, Place, as_texts, read_samples
 
 _PROBLEM = (
@@ -45,9 +45,14 @@ def extract_integer(text: str) -> int | None:
     content = boxed(text)
     if content is None:
         return None
-    content = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mathit)\s*\{([^{}]*)\}", r"\1", content)
-    content = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\[,;:! ]|[$,]", "", content).strip()
+    content = re.sub(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}", _number_or_blank, content)
+    content = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\(?:text)?degree|°|\\[,;:! ]|[$,]", "", content).strip()
     return int(content) if re.fullmatch(r"0|[1-9][0-9]{0,2}", content) else None
+
+
+def _number_or_blank(wrapped: re.Match[str]) -> str:
+    # A unit leaves a blank, so that numbers on both sides of it do not become one.
+    return wrapped[1] if re.search("[0-9]", wrapped[1]) else " "
 
 
 class AimeTask(Task):
@@ -81,23 +86,23 @@ class AimeTask(Task):
         return take_split(samples, request, lambda sample: sample.context)
 
     def _original(self, row: Row, number: int) -> Iterator[Sample]:
-        columns = {name.lower(): value for name, value in row.items()}
-        context = _PROBLEM.replace("{problem}", columns["problem"]) + _INSTRUCTIONS[self.year]
-        yield self._sample(row, number, context, columns.get("id"), columns["answer"])
+        named = {name.lower(): name for name in row}
+        context = _PROBLEM.replace("{problem}", row[named["problem"]]) + _INSTRUCTIONS[self.year]
+        yield self._sample(row, number, context, row.get(named.get("id", "id")), named["answer"])
 
     def _prompted(self, row: Row, number: int) -> Iterator[Sample]:
         # The 2024 copy has a stray line "f" between the problem and the instructions.
         context = row["context"].replace("\nf\nInstructions:", "\n\nInstructions:")
-        yield self._sample(row, number, context, row.get("id"), row["answer"])
+        yield self._sample(row, number, context, row.get("id"), "answer")
 
-    def _sample(self, row: Row, number: int, context: str, identity: Any, answer: Any) -> Sample:
-        texts = as_texts(answer)
+    def _sample(self, row: Row, number: int, context: str, identity: Any, column: str) -> Sample:
+        texts = as_texts(row[column])
         try:
             value = int(texts[0])
         except (IndexError, ValueError):
             value = -1
         if len(texts) != 1 or not 0 <= value <= 999:
-            raise UserError(f"{self.name} row {number + 1}: the answer must be an integer from 0 to 999, got {answer!r}")
+            raise ValueError(f"column {column!r} must be an integer from 0 to 999, got {shown(row[column])}")
         return Sample(
             sample_id=f"{self.name}:{identity if identity is not None else number}",
             task=self.name,

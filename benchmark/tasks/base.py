@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class ContextTooShortError(UserError):
-    """The context length asked for holds no prompt of this task: the flag is at fault, not the data."""
+    """The context length, asked for or the model's, holds no prompt of this task: the data are not at fault."""
 
 
 TUNING_SHARE = 0.2
@@ -127,8 +127,8 @@ class Task(ABC):
     name: str
     metric: str
     use_chat_template: bool = True  # as the original benchmark does, for a tokenizer that has a template
-    # Tokens that a generated task fills, prompt and answer together, whatever --max-context-length says. build_prompt
-    # needs at least this bound, or it cuts the sample.
+    # Tokens that a generated task fills, prompt and answer together. It is not run where fewer are allowed (limits.py):
+    # a cut sample may have lost what it asks for.
     fixed_length: int | None = None
 
     @property

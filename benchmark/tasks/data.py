@@ -56,7 +56,10 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a subset's rows are. `columns`: name -> one of KINDS; a kind with a leading "?" may be absent or null."""
+    """Where a subset's rows are.
+
+    `columns`: name -> one of KINDS; a kind with a leading "?" may be absent, null or "".
+    """
 
     benchmark: str
     subset: str
@@ -70,15 +73,21 @@ class Source:
         return f"{self.benchmark}/{self.subset}"
 
 
+class DataMissingError(UserError):
+    """There are no data to read. `reason`: why the hub gave none."""
+
+    reason = ""
+
+
 def load_rows(source: Source, data_dir: Path | None) -> Iterator[Row]:
     """The rows in order, read lazily.
 
-    Raises UserError when they cannot be had, and with row number and column (while reading) when one is malformed.
+    Raises DataMissingError when they cannot be had, UserError with row number and column (while reading) when one is
+    malformed.
     """
     path = data_file(source, data_dir)
-    if path is not None:
-        return _checked(_read_file(path, source), source, str(path))
-    return _checked(_read_hub(source, data_dir), source, f"{source.hub_id} ({source.name})")
+    rows = _read_hub(source, data_dir) if path is None else _read_file(path, source)
+    return checked(rows, source, place_of(source, data_dir))
 
 
 def data_file(source: Source, data_dir: Path | None) -> Path | None:
@@ -89,22 +98,33 @@ def data_file(source: Source, data_dir: Path | None) -> Path | None:
     return next((path for path in (stem.with_name(stem.name + suffix) for suffix in SUFFIXES) if path.is_file()), None)
 
 
-def _checked(rows: Iterator[Row], source: Source, where: str) -> Iterator[Row]:
+def place_of(source: Source, data_dir: Path | None) -> str:
+    """What a message about a row says of where it is: the user's file, or the hub data set."""
+    path = data_file(source, data_dir)
+    return f"{source.hub_id} ({source.name})" if path is None else str(path)
+
+
+def checked(rows: Iterator[Row], source: Source, place: str) -> Iterator[Row]:
+    """The rows, read lazily; UserError with row number and column at the first that does not fit `source.columns`."""
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise UserError(f"{where} row {number}: a row must be an object of columns, got {type(row).__name__}")
+            raise UserError(f"{place} row {number}: a row must be an object of columns, got {type(row).__name__}")
         for column, kind in source.columns.items():
             optional, kind = kind.startswith("?"), kind.lstrip("?")
+            if optional and row.get(column) in (None, ""):
+                continue
             if row.get(column) is None:
-                if optional:
-                    continue
                 what = "is empty" if column in row else f"is missing (there are {', '.join(map(str, row))})"
-                raise UserError(f"{where} row {number}: column {column!r} {what}; it must be {kind}")
+                raise UserError(f"{place} row {number}: column {column!r} {what}; it must be {kind}")
             if not KINDS[kind](row[column]):
-                shown = repr(row[column])
-                shown = shown if len(shown) <= 40 else shown[:37] + "..."
-                raise UserError(f"{where} row {number}: column {column!r} must be {kind}, got {shown}")
+                raise UserError(f"{place} row {number}: column {column!r} must be {kind}, got {shown(row[column])}")
         yield row
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it, at most 40 characters."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _read_file(path: Path, source: Source) -> Iterator[Row]:
@@ -133,7 +153,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
             yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
+        raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
 def _read_csv(path: Path, source: Source) -> Iterator[Row]:
@@ -165,32 +185,34 @@ def _cell(value: str | None, kind: str) -> Any:
 def _read_hub(source: Source, data_dir: Path | None) -> Iterator[Row]:
     reachable = hub_reachable()
     if not reachable and not _in_hub_cache(source.hub_id):
-        raise UserError(_cannot_be_had(source, data_dir, "the hub cannot be reached from here"))
+        raise cannot_be_had(source, data_dir, "the hub cannot be reached from here")
     import datasets
 
     with contextlib.nullcontext() if reachable else _offline():
         try:
             rows = datasets.load_dataset(source.hub_id, source.config, split=source.split)
         except Exception as error:  # of many kinds: gated, not found, broken download, no such config
-            reason = f"{type(error).__name__}: {_first_line(error)}"
-            raise UserError(_cannot_be_had(source, data_dir, reason)) from error
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise cannot_be_had(source, data_dir, reason) from error
     return iter(rows)
 
 
-def _cannot_be_had(source: Source, data_dir: Path | None, reason: str) -> str:
+def cannot_be_had(source: Source, data_dir: Path | None, reason: str, task: str | None = None) -> DataMissingError:
+    """What was tried for a task (by default the source's) and why it failed, and the two ways out, in one line."""
     hub = f"hub data set {source.hub_id}" + (f" ({source.config})" if source.config else "")
     folder = Path(data_dir) if data_dir is not None else Path("DIR")
     file = folder / source.benchmark / f"{source.subset}.jsonl"
     tried = f"{file} (.parquet, .csv): not there; {hub}" if data_dir is not None else hub
-    way = f"put it there as {file}" if data_dir is None else "put it there"
-    given = "give --data-dir DIR and " if data_dir is None else ""
-    return (
-        f"{source.name}: its data cannot be had. Tried {tried}: {reason}. "
-        f"Either {given}{way}, in the hub's columns, or run once where the hub can be reached (it is then cached)"
+    way = f"give --data-dir DIR and put it there as {file}" if data_dir is None else "put it there"
+    error = DataMissingError(
+        f"{task or source.name}: its data cannot be had. Tried {tried}: {reason}. "
+        f"Either {way}, in the hub's columns, or run once where the hub can be reached (it is then cached)"
     )
+    error.reason = reason
+    return error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else "no message"
 

@@ -7,14 +7,17 @@ write an answer. One formula is wider than the original, which stops with an err
 from __future__ import annotations
 
 import json
+import numbers
 import re
 from collections.abc import Callable
 from typing import Any
 
 from benchmark.tasks import metrics
+from benchmark.tasks.data import shown
+from benchmark.tasks.sources import as_texts
 
 LETTERS = "ABCD"
-NUMBER = re.compile(r"\d+\.\d+|\d+", re.ASCII)
+NUMBER = re.compile(r"\d+\.\d+|\d+")  # of any script, as float() reads them
 Scorer = Callable[[str, Any], float]
 
 
@@ -40,21 +43,22 @@ def first_digits(prediction: str, label: Any) -> float:
 
 def kv_retrieval(prediction: str, label: Any) -> float:
     """The label, not unwrapped from a list, is one of the words."""
-    return float(label in _blank(prediction, "\n:\"'.,?!{}").split())
+    return float(str(label) in _blank(prediction, "\n:\"'.,?!{}").split())
 
 
 def code_run(prediction: str, label: Any) -> float:
     """The last word is the integer."""
     words = _blank(prediction.strip(), "\n.`'\":").split()
     try:
-        return float(bool(words) and int(words[-1]) == int(_first(label)))
+        answer = int(words[-1]) if words else None
     except ValueError:
-        return 0.0
+        answer = None
+    return float(answer == _integer(label))
 
 
 def code_debug(prediction: str, label: Any) -> float:
     """Label [function, letter]: starts with "X." or "X:", or names either after the first of four lead-ins."""
-    function, letter = label
+    function, letter = _choice(as_texts(label), None)
     prediction = prediction.strip()
     if prediction[:2] in (f"{letter}.", f"{letter}:"):
         return 1.0
@@ -69,16 +73,15 @@ def code_debug(prediction: str, label: Any) -> float:
 def math_find(prediction: str, label: Any) -> float:
     """The first number, without its sign, equals the label."""
     match = NUMBER.search(prediction)
-    return float(match is not None and float(match.group()) == float(_first(label)))
+    return float(match is not None and float(match.group()) == _number(label))
 
 
 def math_calc(prediction: str, label: Any) -> float:
     """Length of the correct leading run of numbers, signs lost, over the number of values."""
-    values = label[0] if label and isinstance(label[0], list) else label
-    numbers = re.findall(r"[0-9]+", prediction)
+    values = _values(label)
     correct = 0
-    for number, value in zip(numbers, values, strict=False):
-        if int(number) != int(value):
+    for number, value in zip(re.findall(r"[0-9]+", prediction), values, strict=False):
+        if (number.lstrip("0") or "0") != str(value):  # as text: a model may write more digits than int() takes
             break
         correct += 1
     return correct / len(values)
@@ -87,12 +90,12 @@ def math_calc(prediction: str, label: Any) -> float:
 def longdialogue(prediction: str, label: Any) -> float:
     """Only the first name counts, as written, among the upper-cased words."""
     words = _blank(prediction.strip(), "\n:\"'.,?!{}").split()
-    return float(_first(label) in [word.upper() for word in words])
+    return float(str(_first(label)) in [word.upper() for word in words])
 
 
 def longbook_choice(prediction: str, label: Any) -> float:
     """Label [option text, letter]: the first letter, the whole text, after a lead-in, or the first A-D word."""
-    text = prediction.strip()
+    text, label = prediction.strip(), as_texts(label)
     if not text:
         return 0.0
     if text[0] in LETTERS:
@@ -112,19 +115,15 @@ def longbook_choice(prediction: str, label: Any) -> float:
 
 
 def longbook_qa(prediction: str, label: Any) -> float:
-    return max((metrics.word_f1(prediction, text) for text in _texts(label)), default=0.0)
+    return max((metrics.word_f1(prediction, text) for text in as_texts(label)), default=0.0)
 
 
 def longbook_qa_chn(prediction: str, label: Any) -> float:
-    return max((metrics.character_f1_zh(prediction, text) for text in _texts(label)), default=0.0)
+    return max((metrics.character_f1_zh(prediction, text) for text in as_texts(label)), default=0.0)
 
 
 def longbook_sum(prediction: str, label: Any) -> float:
-    return max((metrics.rouge_lsum(prediction, text) for text in _texts(label)), default=0.0)
-
-
-def _texts(label: Any) -> list[str]:
-    return [label] if isinstance(label, str) else [str(text) for text in label]
+    return max((metrics.rouge_lsum(prediction, text) for text in as_texts(label)), default=0.0)
 
 
 # subset -> (metric's name, formula)
@@ -150,35 +149,59 @@ def label_of(subset: str, answer: Any, options: list[str] | None) -> Any:
     Raises ValueError, saying what is wrong, when that cannot be.
     """
     if subset == "code_run":
-        return int(_first(answer))
+        return _integer(answer)
     if subset == "math_find":
-        value = _first(answer)
-        if isinstance(value, str):
-            return float(value) if "." in value else int(value)
-        return value
+        return _number(answer)
     if subset == "math_calc":
-        values = answer
-        while isinstance(values, str) or (isinstance(values, list) and len(values) == 1):
-            values = json.loads(values) if isinstance(values, str) else values[0]
-        if not isinstance(values, list) or not values:
-            raise ValueError("math_calc needs a list of numbers")
-        return [int(value) for value in values]
+        return _values(answer)
     if subset in ("passkey", "number_string", "kv_retrieval"):
         return str(_first(answer))
     if subset in ("code_debug", "longbook_choice_eng"):
-        return _choice(_texts(answer), options)
-    return _texts(answer)
+        return _choice(as_texts(answer), options)
+    return as_texts(answer)
+
+
+def _integer(answer: Any) -> int:
+    try:
+        return int(_first(answer))
+    except (ValueError, TypeError):
+        raise ValueError(f"the answer must be an integer, got {shown(answer)}") from None
+
+
+def _number(answer: Any) -> int | float:
+    value = _first(answer)
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value.strip()):
+        return float(value) if "." in value else int(value)
+    if not isinstance(value, numbers.Real):
+        raise ValueError(f"the answer must be a number, got {shown(answer)}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _values(answer: Any) -> list[int]:
+    """A list, its JSON text, or a list holding either."""
+    values = answer
+    try:
+        while isinstance(values, str) or (len(values) == 1 and isinstance(values[0], (str, list))):
+            values = json.loads(values) if isinstance(values, str) else values[0]
+        integers = [int(value) for value in values]
+    except (ValueError, TypeError):
+        integers = []
+    if not integers:
+        raise ValueError(f"the answer must be a list of integers, got {shown(answer)}")
+    return integers
 
 
 def _choice(answer: list[str], options: list[str] | None) -> list[str]:
     """[option text, letter] from either of them."""
-    if len(answer) == 2 and answer[1] in LETTERS:
+    if len(answer) == 2 and answer[1] in list(LETTERS):
         return answer
+    if len(answer) != 1:
+        raise ValueError(f"the answer must be an option's text and letter, or one of them, got {shown(answer)}")
     given = answer[0]
     if not options or len(options) > len(LETTERS):
-        raise ValueError("the options A to D are missing, which tell the answer's letter")
+        raise ValueError(f"the answer must be an option's text and letter, got {shown(given)} and no options A to D")
     if given in options:
         return [given, LETTERS[options.index(given)]]
-    if given in LETTERS[: len(options)]:
+    if given in list(LETTERS[: len(options)]):
         return [options[LETTERS.index(given)], given]
-    raise ValueError(f"the answer {given!r} is none of the options")
+    raise ValueError(f"the answer {shown(given)} is none of the options")

@@ -234,7 +234,7 @@ class LongBenchTask(Task):
     def _sample(self, row: Row, number: int, context: str, question: str, prefix: str) -> Sample:
         classes = row.get("all_classes")
         if self.metric == "classification" and not classes:
-            raise UserError(f"{self.name} row {number + 1}: column 'all_classes' is empty; it must name the classes")
+            raise ValueError("column 'all_classes' is empty; it must name the classes")
         return Sample(
             sample_id=f"{self.name}:{row.get('_id') or number}",
             task=self.name,

@@ -33,8 +33,8 @@ def extract_answer(prediction: str) -> str | None:
 class LongBenchV2Task(Task):
     """longbenchv2/0shot and longbenchv2/cot.
 
-    The authors ask cot in two calls, the second one without the text. Here it is one: the format of the answer is asked
-    for with the question, and the answer has room for the reasoning and the verdict together.
+    The authors ask cot in two calls, the second one without the text. Here it is one: the format of the answer and the
+    reasoning are asked for with the question, and the answer has room for the reasoning and the verdict together.
     """
 
     metric = "accuracy"
@@ -66,17 +66,17 @@ class LongBenchV2Task(Task):
         yield self._sample(row, number, context, _QUESTION.format(Q=row["question"].strip(), **choices))
 
     def _prompted(self, row: Row, number: int) -> Iterator[Sample]:
-        # These copies keep the instruction in the answer prefix; it belongs to the user's turn.
+        # These copies keep what is asked for in the answer prefix; it belongs to the user's turn.
         yield self._sample(row, number, row["context"], row["question"])
 
     def _sample(self, row: Row, number: int, context: str, question: str) -> Sample:
-        reasoning = self.mode == "cot"
+        asked_for = _INSTRUCTION if self.mode == "0shot" else f"{_INSTRUCTION}\n\n{_REASONING}"
         return Sample(
             sample_id=f"{self.name}:{row.get('_id') or number}",
             task=self.name,
             context=context,
-            question=question + _INSTRUCTION + ("\n\n" if reasoning else ""),
-            answer_prefix=_REASONING if reasoning else "",
+            question=question + asked_for,
+            answer_prefix="",
             references=[row["answer"]],
             max_new_tokens=self.max_new_tokens,
             columns=dict(row),

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmark.tasks import metrics
 from benchmark.tasks.base import Sample, SampleRequest, Task, TaskDescription, UserError, take_split
-from benchmark.tasks.data import Row
+from benchmark.tasks.data import Row, shown
 from benchmark.tasks.sources import Form, Place, as_texts, read_samples
 
 _ANSWER = ("Please answer the question based on the long texts below. \n{input}", "\nQuestion: {Q}\n", "Answer: ")
@@ -67,32 +67,32 @@ def parse_literal_dict(text: str) -> dict[Any, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def cloze_hits(prediction: str, reference: dict[str, str]) -> tuple[int, int, int]:
+def cloze_hits(prediction: str, reference: dict[str, Any]) -> tuple[int, int, int]:
     """(masks with the very same value, masks that share a word with it, masks).
 
-    An answer that is not a dict hits none.
+    An answer that is not a dict hits none; a value that is not a text shares with its equal alone.
     """
     answer = parse_literal_dict(prediction) or {}
     exact = partial = 0
-    for mask, value in reference.items():
-        given = answer.get(mask)
+    for mask in reference.keys() & answer.keys():
+        given, value = answer[mask], reference[mask]
         exact += given == value
-        partial += isinstance(given, str) and not set(given.split()).isdisjoint(value.split())
+        texts = isinstance(given, str) and isinstance(value, str)
+        partial += not set(given.split()).isdisjoint(value.split()) if texts else given == value
     return exact, partial, len(reference)
 
 
-def _masks(references: Any) -> dict[str, str]:
-    """The gold masks from a dict, its JSON text or a list holding either."""
-    if isinstance(references, (list, tuple)) and len(references) == 1:
-        references = references[0]
-    if isinstance(references, str):
+def _masks(references: Any) -> dict[str, Any]:
+    """The gold masks from a dict, its JSON text or a list holding either. UserError for anything else."""
+    masks = references[0] if isinstance(references, (list, tuple)) and len(references) == 1 else references
+    if isinstance(masks, str):
         try:
-            references = json.loads(references)
+            masks = json.loads(masks)
         except json.JSONDecodeError:
-            references = parse_literal_dict(references)
-    if not isinstance(references, dict) or not references:
-        raise UserError(f"a cloze reference must be a dict of masks such as {{'<mask-0>': 'Bob'}}, got {references!r}")
-    return {str(mask): str(value) for mask, value in references.items()}
+            masks = parse_literal_dict(masks)
+    if not isinstance(masks, dict) or not masks:
+        raise UserError(f"a cloze reference must be a dict of masks such as {{'<mask-0>': 'Bob'}}, got {shown(references)}")
+    return {str(mask): value for mask, value in masks.items()}
 
 
 class LoogleTask(Task):
@@ -134,12 +134,14 @@ class LoogleTask(Task):
         if pairs == "none":
             yield self._asked(row["input"], "", row["output"], f"{number}", columns)
             return
-        for index, pair in enumerate(self._pairs(pairs, number)):
+        for index, pair in enumerate(self._pairs(pairs)):
             asked = {**columns, "question": pair["Q"], "answer": pair["A"]}
-            yield self._asked(row["input"], pair["Q"], pair["A"], f"{number}.{index}", asked)
+            yield self._asked(row["input"], pair["Q"], pair["A"], f"{number}.{index}", asked, "qa_pairs")
 
-    def _pairs(self, pairs: Any, number: int) -> list[dict[str, Any]]:
+    @staticmethod
+    def _pairs(column: Any) -> list[dict[str, Any]]:
         """The questions of a document: a list, or its text as JSON or as a Python literal."""
+        pairs = column
         if isinstance(pairs, str):
             try:
                 pairs = json.loads(pairs)
@@ -149,29 +151,34 @@ class LoogleTask(Task):
                 except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                     pairs = None
         if not isinstance(pairs, list) or not all(isinstance(pair, dict) and "Q" in pair and "A" in pair for pair in pairs):
-            raise UserError(f"{self.name} row {number + 1}: column 'qa_pairs' must be a list of questions with Q and A")
+            raise ValueError(f"column 'qa_pairs' must be a list of questions with Q and A, got {shown(column)}")
         return pairs
 
     def _prompted(self, row: Row, number: int) -> Iterator[Sample]:
         parts = (row["context"], row["question"], row["answer_prefix"])
         yield self._sample(parts, row["answer"], f"{number}", dict(row))
 
-    def _asked(self, text: str, question: str, answer: Any, identity: str, columns: dict[str, Any]) -> Sample:
+    def _asked(
+        self, text: str, question: str, answer: Any, identity: str, columns: dict[str, Any], column: str = "answer"
+    ) -> Sample:
         context, asked, prefix = self.spec.prompt
         # The list of a cloze's answers is in the order of its masks.
         if self.cloze and isinstance(answer, list):
             answer = {f"<mask-{index}>": value for index, value in enumerate(answer)}
         return self._sample(
-            (context.replace("{input}", text), asked.replace("{Q}", question), prefix), answer, identity, columns
+            (context.replace("{input}", text), asked.replace("{Q}", question), prefix), answer, identity, columns, column
         )
 
-    def _sample(self, parts: tuple[str, str, str], answer: Any, identity: str, columns: dict[str, Any]) -> Sample:
+    def _sample(
+        self, parts: tuple[str, str, str], answer: Any, identity: str, columns: dict[str, Any], column: str = "answer"
+    ) -> Sample:
+        """`column`: where the answer stands, for a message."""
         references = as_texts(answer)
         if self.cloze:
             try:
-                references = [json.dumps(_masks(answer), ensure_ascii=False)]
+                references = [json.dumps(_masks(answer), ensure_ascii=False, default=str)]
             except UserError as error:
-                raise UserError(f"{self.name} row {int(identity.partition('.')[0]) + 1}: {error}") from None
+                raise ValueError(f"column {column!r}: {error}") from None
         return Sample(
             sample_id=f"{self.name}:{identity}",
             task=self.name,
@@ -184,16 +191,16 @@ class LoogleTask(Task):
         )
 
     def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
-        """Scores against the reference (the best over several).
+        """Scores against the reference (the best over several; with none, as against an empty one).
 
         An empty prediction counts as the word "None", as the authors have it.
         """
         prediction = prediction or "None"
         if self.cloze:
-            exact, partial, masks = cloze_hits(prediction, _masks(references))
+            exact, partial, masks = cloze_hits(prediction, _masks(references)) if references else (0, 0, 1)
             return {"exact_match": exact / masks, "partial_match": partial / masks}
-        scored = [self._similarity(prediction, reference) for reference in as_texts(references)]
-        return {name: max(scores[name] for scores in scored) for name in (scored[0] if scored else ())}
+        scored = [self._similarity(prediction, reference) for reference in as_texts(references) or [""]]
+        return {name: max(scores[name] for scores in scored) for name in scored[0]}
 
     @staticmethod
     def _similarity(prediction: str, reference: str) -> dict[str, float]:

@@ -243,9 +243,9 @@ def retrieval_zh(prediction: str, reference: str) -> float:
 
 
 def similarity_percent(first: str, second: str) -> int:
-    """fuzzywuzzy's `ratio` with its pure-Python backend, difflib: a whole percent, 0 if a text is empty."""
-    if not first or not second:
-        return 0
+    """fuzzywuzzy's `ratio` with its pure-Python backend, difflib: a whole percent, 100 for equal texts, empty ones too."""
+    if first == second:  # difflib finds nothing in long texts of few different characters
+        return 100
     return int(round(100 * difflib.SequenceMatcher(None, first, second).ratio()))
 
 

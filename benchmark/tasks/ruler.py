@@ -10,12 +10,13 @@ as published comparisons of sparse attention do. A sample's length counts every 
 BOS, question, answer prefix and the answer's room.
 
 Score, 0..1: control characters become newlines, then `string_match` is the share of references that occur in the
-prediction, whatever their case (qa: 1 if any occurs).
+prediction, whatever their case (qa: 1 if any occurs); 0 without references.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ from benchmark.tasks.ruler_sources import (
     load_squad,
     own_essays_file,
 )
+from benchmark.tasks.sources import as_texts
+
+logger = logging.getLogger(__name__)
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 PUBLISHED_LENGTHS = (4096, 8192, 16384, 32768)
@@ -76,13 +80,10 @@ PUBLISHED_COLUMNS = {
 
 
 def string_match(task: str, prediction: str, references: Any) -> dict[str, float]:
-    """{"string_match": 0..1}; nothing without references. `task`: one of the 13 names; for qa any reference will do."""
-    texts = [references] if isinstance(references, str) else [str(reference) for reference in references]
-    if not texts:
-        return {}
+    """{"string_match": 0..1}. `task`: one of the 13 names; for qa any reference will do."""
     cleaned = CONTROL.sub("\n", prediction.strip()).strip().lower()
-    found = [reference.lower() in cleaned for reference in texts]
-    score = float(any(found)) if task.startswith("qa_") else sum(found) / len(found)
+    found = [reference.lower() in cleaned for reference in as_texts(references)]
+    score = float(any(found)) if task.startswith("qa_") else sum(found) / max(len(found), 1)
     return {"string_match": score}
 
 
@@ -129,14 +130,21 @@ class GeneratedTask(_RulerTask):
             corpus = CORPORA[self.kind](request.data_dir)
             questions = [q for q in corpus.questions if in_tuning_split(q.id) == (request.split == "tuning")]
             count = min(count, len(questions))
-        made = []
+        made, short = [], 0
         for index in range(count):
             seed = sample_seed(request.seed, request.split, self.kind, length, index)
             if corpus is not None:
                 generator = make.question_answering(seed, corpus, questions[index])
             else:
                 generator = self._generator(seed, length, essays, request.tokenizer)
-            made.append(self._fill(generator, index, length, request))
+            sample, ran_out = self._fill(generator, index, length, request)
+            made.append(sample)
+            short += ran_out
+        if short:
+            logger.warning(
+                "%s: %d of %d samples do not fill %d tokens: there are no more words or documents for them",
+                self.name, short, count, length,
+            )  # fmt: skip
         return made
 
     def _generator(self, seed: int, length: int, essays: Essays | None, tokenizer: Any) -> make.Generator:
@@ -148,21 +156,28 @@ class GeneratedTask(_RulerTask):
             return make.common_words(seed, length)
         return make.frequent_words(seed, length - ANSWER_TOKENS[self.kind])
 
-    def _fill(self, generator: make.Generator, index: int, length: int, request: SampleRequest) -> Sample:
+    def _fill(self, generator: make.Generator, index: int, length: int, request: SampleRequest) -> tuple[Sample, bool]:
+        """The sample, and whether its haystack is the largest there is."""
+        largest: list[Sample] = []
+
         def sample(n: int) -> Sample:
-            return self._sample(generator.build(n), index, length, request)
+            made = self._sample(generator.build(n), index, length, request)
+            if n == generator.largest:
+                largest.append(made)
+            return made
 
         def measure(made: Sample) -> int:
             return prompt_length(made, request.tokenizer, self.use_chat_template)
 
         room = ANSWER_TOKENS[self.kind]
         try:
-            return make.fill(sample, measure, length - room, generator.smallest, generator.largest, generator.slack)
+            best = make.fill(sample, measure, length - room, generator.smallest, generator.largest, generator.slack)
         except make.TooShort as error:
             raise ContextTooShortError(
                 f"{self.name}: a length of {length} tokens is too short: the smallest prompt has {error} tokens "
                 f"and the answer needs {room}; take a longer one"
             ) from None
+        return best, any(made is best for made in largest)
 
     def _sample(self, parts: Parts, index: int, length: int, request: SampleRequest) -> Sample:
         mark = "" if request.split == "test" else "tuning-"

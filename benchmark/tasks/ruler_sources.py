@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.tasks.base import UserError
-from benchmark.tasks.data import Source, load_rows
+from benchmark.tasks.data import DataMissingError, Source, load_rows
 from benchmark.tasks.ruler_generators import Corpus, Essays, Question
 
 
@@ -100,9 +100,7 @@ def load_own_essays(data_dir: Path | None) -> Essays:
 def _hub_rows(source: Source, data_dir: Path | None, files: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
         return list(load_rows(source, data_dir))
-    except UserError as error:
-        if "cannot be had" not in str(error):
-            raise
+    except DataMissingError as error:
         raise UserError(
             f"ruler needs {source.subset.removesuffix('_hub')}: hub data set {source.hub_id} cannot be had here. "
             f"Either put {' or '.join(files)} under DIR/ruler and give --data-dir DIR, or run once where the hub"

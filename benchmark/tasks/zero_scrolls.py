@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmark.tasks import metrics
 from benchmark.tasks.base import Sample, SampleRequest, Task, TaskDescription, TaskSelection, UserError, take_split
-from benchmark.tasks.data import Row, Source, data_file
+from benchmark.tasks.data import DataMissingError, Row, Source, cannot_be_had, data_file
 from benchmark.tasks.sources import Form, Place, as_texts, read_samples
 
 logger = logging.getLogger(__name__)
@@ -165,22 +165,24 @@ class ZeroScrollsAllTask(Task):
     def samples(self, request: SampleRequest) -> list[Sample]:
         """In turn one of each task, so that the first few samples are of many tasks.
 
-        UserError if no task's data can be had.
+        DataMissingError if no task's data can be had.
         """
         if _own_file("default", request.data_dir):
             rows = read_samples("zero_scrolls", "default", [Place(HUB_ID)], _forms(None), request.data_dir)
             samples = take_split(_merge_references(rows), request, lambda sample: sample.context)
             return samples
         each: list[list[Sample]] = []
-        missing: list[UserError] = []
+        missing: dict[str, str] = {}  # task -> why its data cannot be had
         for subset in _available(request.data_dir):
             try:
                 each.append(ZeroScrollsTask(subset).samples(request))
-            except UserError as error:
-                missing.append(error)
-                logger.warning("%s goes on without zero_scrolls/%s: %s", self.name, subset, error)
+            except DataMissingError as error:
+                missing[subset] = error.reason
         if not each:
-            raise missing[0]
+            raise cannot_be_had(_source("<task>"), request.data_dir, next(iter(missing.values())), self.name)
+        if missing:
+            reasons = "; ".join(dict.fromkeys(missing.values()))
+            logger.warning("%s goes on without %s: %s", self.name, ", ".join(missing), reasons)
         turns = max(map(len, each))
         samples = [samples[turn] for turn in range(turns) for samples in each if turn < len(samples)]
         return samples[: request.max_samples]
@@ -211,7 +213,11 @@ class ZeroScrollsAllTask(Task):
 
 
 def _own_file(subset: str, data_dir: Path | None) -> Path | None:
-    return data_file(Source("zero_scrolls", subset, HUB_ID, {}), data_dir)
+    return data_file(_source(subset), data_dir)
+
+
+def _source(subset: str) -> Source:
+    return Source("zero_scrolls", subset, HUB_ID, {})
 
 
 def _available(data_dir: Path | None) -> list[str]:
@@ -223,10 +229,10 @@ def _forms(subset: str | None) -> list[Form]:
     """`subset` None: a file of several tasks, whose column `task` says which."""
     task = {} if subset else {"task": "text"}
 
-    def of_row(row: Row, number: int) -> str:
-        name = subset or str(row["task"]).removeprefix("zero_scrolls/")
+    def of_row(row: Row) -> str:
+        name = subset or row["task"].removeprefix("zero_scrolls/")
         if name not in SUBSETS:
-            raise UserError(f"zero_scrolls row {number + 1}: column 'task' must be one of {', '.join(SUBSETS)}, got {name!r}")
+            raise ValueError(f"column 'task' must be one of {', '.join(SUBSETS)}, got {name!r}")
         return name
 
     def original(row: Row, number: int) -> Iterator[Sample]:
@@ -235,10 +241,10 @@ def _forms(subset: str | None) -> list[Form]:
             max(query_end, document_end), len(text)
         )  # tasks without a query give an index before the document's end
         parts = (text[:document_end], text[document_end:query_end], text[query_end:])
-        yield _sample(of_row(row, number), row, number, parts, row["output"])
+        yield _sample(of_row(row), row, number, parts, row["output"])
 
     def prompted(row: Row, number: int) -> Iterator[Sample]:
-        yield _sample(of_row(row, number), row, number, (row["context"], row["question"], row["answer_prefix"]), row["answer"])
+        yield _sample(of_row(row), row, number, (row["context"], row["question"], row["answer_prefix"]), row["answer"])
 
     indices = {"document_end_index": "integer", "query_end_index": "integer"}
     parts = {"context": "text", "question": "text", "answer_prefix": "text"}

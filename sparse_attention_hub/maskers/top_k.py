@@ -34,7 +34,7 @@ def _choose_above(scores: Tensor, residual: Tensor, size: int, inputs: Attention
     if inputs.viewers > 2 and scores is inputs.scores() and residual.shape[1] == 1:
         threshold = _threshold_of_shared(scores, inputs.allowed & ~residual, size, inputs)
     else:
-        eligible = np.add(scores.numpy(), _forbidding(residual.numpy(), scores))
+        eligible = np.where(residual.numpy(), scores.numpy(), scores.numpy().dtype.type(NEVER))
         place = scores.shape[-1] - min(size, scores.shape[-1])
         threshold = torch.from_numpy(np.partition(eligible, place, axis=-1)[..., place : place + 1])
     threshold = threshold.clamp(min=torch.finfo(scores.dtype).min)  # a score of -inf is never chosen

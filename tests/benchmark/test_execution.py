@@ -311,6 +311,30 @@ def test_rescoring_says_what_is_missing(
     assert len(counted) == 2
 
 
+def test_rescoring_leaves_alone_what_has_no_recorded_answers(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any]
+) -> None:
+    settings = make_settings(max_requests=2)
+    run_benchmarks([toy_unit], settings, in_process=True)
+    before = result_files(settings.benchmark_results_dir)
+    with pytest.raises(UserError, match="--rescore.*seed: 0 -> 5"):
+        run_benchmarks([toy_unit], replace(settings, rescore=True, seed=5), in_process=True)
+    with pytest.raises(UserError, match="--rescore"):  # answers of other lengths in the same journal
+        run_benchmarks([toy_unit], replace(settings, rescore=True, max_new_tokens=3), in_process=True)
+    assert result_files(settings.benchmark_results_dir) == before
+
+    from sparse_attention_hub import ResearchAttentionConfig, SinkMaskerConfig
+
+    other = SparseConfig("sink_local_25pct", ResearchAttentionConfig([SinkMaskerConfig(sink_size=9)]), (SinkMaskerConfig,))
+    unit = replace(toy_unit, configs=(toy_unit.configs[0], other))
+    outcome = run_benchmarks([unit, replace(unit, task="toy/other")], replace(settings, rescore=True), in_process=True)
+    assert [entry["configuration"] for entry in outcome.summary["results"]] == ["dense"] and len(counted) == 2
+    told = [(entry["task"], entry["configuration"]) for entry in outcome.failures]
+    assert told == [("toy/count", "sink_local_25pct"), ("toy/other", None)]
+    after = result_files(settings.benchmark_results_dir)
+    assert after.pop("benchmark_summary.json") != before.pop("benchmark_summary.json") and after == before
+
+
 def _request() -> Any:
     from benchmark.tasks.base import SampleRequest
 
@@ -379,6 +403,32 @@ def test_changed_data_and_changed_configurations_are_noticed(
     other = SparseConfig("sink_local_25pct", ResearchAttentionConfig([SinkMaskerConfig(sink_size=9)]), (SinkMaskerConfig,))
     run_benchmarks([replace(toy_unit, configs=(toy_unit.configs[0], other))], settings, in_process=True)
     assert [len(configs) for _, configs in counted[4:]] == [1, 1]
+
+
+def test_results_of_changed_data_keep_their_files_and_fewer_samples_are_no_change(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any]
+) -> None:
+    settings = make_settings()
+    run_benchmarks([toy_unit], settings, in_process=True)
+    for count in (2, 4):
+        outcome = run_benchmarks([toy_unit], replace(settings, max_requests=count), in_process=True)
+        assert outcome.summary["notes"] == [] and len(counted) == 4
+    base = settings.benchmark_results_dir / safe_name(toy_unit.model) / "dense"
+    first = (base / "toy_count" / "raw_results.csv").read_text()
+    good = toy_task.samples
+
+    def edited(request: Any) -> Any:  # a reference that no answer depends on
+        samples = good(request)
+        return [*samples[:-1], replace(samples[-1], references=[*samples[-1].references, "7"])]
+
+    toy_task.samples = edited  # type: ignore[method-assign]
+    outcome = run_benchmarks([toy_unit], settings, in_process=True)
+    assert len(counted) == 4 and all("other data" in note for note in outcome.summary["notes"])
+    (aside,) = (path for path in base.iterdir() if path.name != "toy_count")
+    assert (aside / "raw_results.csv").read_text() == first
+    toy_task.context += 1
+    run_benchmarks([toy_unit], settings, in_process=True)
+    assert len(list(base.iterdir())) == 3  # the second change displaces nothing of the first
 
 
 def test_a_torn_journal_and_half_files_do_not_count_as_done(
@@ -513,6 +563,14 @@ def test_a_task_without_data_is_a_failure_and_the_rest_goes_on(
     assert outcome.summary["phase2_results"] == {"total": 6, "completed": 3, "partial": 0, "failed": 3, "skipped": 0}
 
 
+def test_what_failed_in_the_search_is_in_the_summary(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
+    failed = {"phase": 1, "model": "m", "task": "t", "configuration": None, "status": "failed", "problem": "a trial"}
+    outcome = run_benchmarks([toy_unit], make_settings(max_requests=1), failures=[failed], in_process=True)
+    assert outcome.failures == outcome.summary["failures"] == [failed] and len(outcome.summary["results"]) == 3
+    outcome = run_benchmarks([], make_settings(), failures=[failed], in_process=True)
+    assert outcome.failures == [failed] and outcome.summary["results"] == []
+
+
 def test_nothing_to_do_and_bad_models_are_user_errors(toy_unit: BenchmarkUnit, make_settings: Make) -> None:
     settings = make_settings()
     with pytest.raises(UserError, match="nothing to benchmark"):
@@ -588,6 +646,8 @@ def test_slots_follow_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = plan_slots("auto", None)
     assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["2", "5", "7"]
     assert [slot.device for slot in plan_slots("auto", 2)] == ["cuda", "cuda"]
+    monkeypatch.setattr(pools, "visible_gpus", lambda: [str(i) for i in range(8)])
+    assert [len(plan_slots(device, limit)) for device, limit in (("auto", None), ("cuda", 8), ("cpu", None))] == [4, 8, 4]
     assert [slot.device for slot in plan_slots("cpu", None)] == ["cpu"] * 4
     assert [(slot.device, slot.env) for slot in plan_slots("sharded", None)] == [("sharded", {})]
 

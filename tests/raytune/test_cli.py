@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmark.raytune import run_full_benchmark
-from benchmark.raytune.plan import choose_configs
+from benchmark import report
+from benchmark.raytune import analyze_trials, run_full_benchmark
+from benchmark.raytune.plan import choose_configs, make_settings
 from benchmark.raytune.run_full_benchmark import get_all_sparse_configs, main, parse_arguments
 from benchmark.settings import Settings, as_sparse_configs, combination_name, snake_case
 from sparse_attention_hub import OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
@@ -26,6 +29,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+RECORD = {"model": "n", "task": "t", "masker_name": "x", "sparse_config": {}, "masker_classes": [], "provenance": {}}
 BAD = {
     "unknown task": (["--tasks", "rulr/4096"], "rulr"),
     "task without a subset": (["--tasks", "loogle"], "needs a subset"),
@@ -44,12 +48,29 @@ BAD = {
     "unknown config run": (["--phase", "2", "--config-run", "run_20240315_143022"], "run_20240315_143022"),
     "nothing searched": (["--phase", "2"], "--phase 1"),
     "no GPU": (["--device", "cuda:7"], "cuda:7"),
+    "no GPU for the kernels": (["--device", "cpu", "--attention-backend", "triton"], "--attention-backend triton"),
+    "negative seed": (["--seed", "-1"], "--seed"),
+    "seed of too many bits": (["--seed", str(2**32)], "--seed"),
+    "endless timeout": (["--search-timeout", "nan"], "--search-timeout"),
+    "boundless traces": (["--trace-budget-gb", "inf"], "--trace-budget-gb"),
+    "traces smaller than a layer": (
+        ["--phase", "1", "--tasks", "infinite_bench/passkey", "--trace-budget-gb", "1e-6"],
+        "--trace-budget-gb",
+    ),
+    "models of one folder": (["--models", "some/model", "some_model"], "some_model"),
+    "a folder that cannot be made": (["--phase", "1", "--optimal-configs-dir", "/proc/found"], "--optimal-configs-dir"),
+    "a folder in a file": (["--phase", "1", "--ray-results-dir", f"{__file__}/ray"], "--ray-results-dir"),
+    "a folder that is read-only": (["--phase", "2", "--benchmark-results-dir", "/proc/results"], "--benchmark-results-dir"),
+    "rescoring without answers": (["--phase", "2", "--rescore", "--configs", "dense"], "--rescore"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_writes_nothing(case: str, empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line_and_writes_nothing(
+    case: str, empty_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments, named = BAD[case]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     code = main(["--debug", *arguments])
     printed = capsys.readouterr().err.strip()
     assert code == 2, printed
@@ -58,10 +79,26 @@ def test_bad_input_is_one_line_and_writes_nothing(case: str, empty_folder: Path,
 
 
 def test_bad_choices_of_argparse_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--phase", "3"], ["--num-samples", "many"], ["--sparse-from", "prefill"]):
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-        assert stopped.value.code == 2 and arguments[0] in capsys.readouterr().err
+    for arguments in (["--phase", "3"], ["--num-samples", "many"], ["--sparse-from", "prefill"], ["--modles", "x"]):
+        assert_one_line_and_2(main, arguments, capsys)
+    assert_one_line_and_2(analyze_trials.main, ["--rnu", "x"], capsys)
+    assert_one_line_and_2(report.main, ["folder", "--outptu", "x"], capsys)
+
+
+def assert_one_line_and_2(command: Callable[[list[str]], int], arguments: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command(arguments)
+    printed = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and len(printed.splitlines()) == 1
+    assert printed.startswith("error: ") and arguments[-2] in printed and "--help" in printed
+
+
+def test_what_is_listed_twice_is_run_once() -> None:
+    options = parse_arguments(["--models", "a", "b", "a", "--tasks", "ruler/4096/vt", "ruler/4096/vt"])
+    settings = make_settings(options, {})
+    assert settings.models == ("a", "b") and settings.tasks == ("ruler/4096/vt",)
+    chosen = choose_configs(get_all_sparse_configs(), ["dense", "dense"])
+    assert [config.name for config in chosen] == ["dense"]
 
 
 def test_a_context_too_short_for_the_question(empty_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +113,8 @@ def test_a_context_too_short_for_the_question(empty_folder: Path, capsys: pytest
     [
         ("{", "cannot be read as JSON"),
         ("[1]", "no search result"),
-        (json.dumps({"model": "m", "task": "t", "masker_name": "x", "sparse_config": None}), "another model"),
+        (json.dumps({"model": "m", "task": "t", "masker_name": "x", "sparse_config": None}), "sparse_config"),
+        (json.dumps(RECORD | {"model": "m"}), "another model"),
     ],
 )
 def test_foreign_files_among_the_results(

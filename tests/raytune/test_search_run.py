@@ -96,6 +96,18 @@ def test_phase_2_alone_uses_the_newest_run_and_reuses_its_answers(finished: Path
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_another_objective_reads_the_same_trials(finished: Path, model: str) -> None:
+    journals = finished / "ray_results" / "journals"
+    before = {path.name: path.read_bytes() for path in journals.glob("*.jsonl")}
+    run(model, finished, "--phase", "1", "--objective", "sparsity_5")
+    assert before == {path.name: path.read_bytes() for path in journals.glob("*.jsonl")}
+    first, last = runs(finished)[0], runs(finished)[-1]
+    for path in last.glob("*pct.json"):
+        found, known = json.loads(path.read_text()), json.loads((first / path.name).read_text())
+        assert found["provenance"]["objective"] == "sparsity_5" and found["objective"] != known["objective"]
+        assert found["hyperparams"] == known["hyperparams"]  # a level with a budget is chosen by that
+
+
 def test_a_killed_search_goes_on_and_ends_as_an_undisturbed_one(finished: Path, model: str, tmp_path: Path) -> None:
     """SIGKILL to the whole process group in the middle of the search; the journalled trials are not evaluated again."""
     process = subprocess.Popen(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +135,57 @@ def test_a_slow_trial_is_recorded_as_timed_out(tmp_path: Path) -> None:
     assert {"timeout", "completed"} == {trial.status for trial in study.trials}
 
 
+def test_the_limit_bounds_a_trial_over_all_its_rungs(tmp_path: Path) -> None:
+    class Timed(FormulaEvaluator):
+        limits: list[tuple[int, int, float]] = []
+
+        def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
+            self.limits.append((rung, len(configs), timeout))
+            return [dataclasses.replace(found, seconds=4.0) for found in super().evaluate(configs, rung, timeout)]
+
+    study = run(make_study(tmp_path / "j", Timed(), (10,), timeout=10.0))
+    assert {limit for rung, _, limit in Timed.limits if rung == 0} == {10.0}
+    assert {limit for rung, _, limit in Timed.limits if rung == 2} == {2.0}
+    late = [trial for trial in study.trials if trial.status == "timeout"]
+    assert late and all(
+        trial.reached == 1 and "longer than 10 s over its rungs" in (trial.error_message or "") for trial in late
+    )
+    assert not any(rung == 3 for rung, _, _ in Timed.limits)
+    # With a higher limit they are tried again; what was measured is not.
+    Timed.limits = []
+    again = run(make_study(tmp_path / "j", Timed(), (10,), timeout=100.0))
+    assert {rung for rung, _, _ in Timed.limits} == {2, 3} and again.best()[0].confirmed
+
+
+def test_a_journal_that_cannot_be_written_stops_the_study_at_once(tmp_path: Path) -> None:
+    class Full(Journal):
+        left = 3
+
+        def append(self, record: dict[str, Any]) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError("no space left on device")
+            super().append(record)
+
+    evaluator = FormulaEvaluator()
+    study = make_study(tmp_path / "j", evaluator)
+    study.journal = Full(tmp_path / "j")
+    with pytest.raises(OSError, match="no space"):
+        run(study)
+    assert evaluator.calls == [(0, 8)], "what was written is not evaluated again"
+    assert len(Journal(tmp_path / "j").read()) == 3
+
+
+def test_another_objective_or_number_of_trials_reads_the_same_journal(tmp_path: Path) -> None:
+    run(make_study(tmp_path / "j", FormulaEvaluator(), num_samples=40))
+    silent = FormulaEvaluator()
+    other = run(make_study(tmp_path / "j", silent, num_samples=40, objective="sparsity_5"))
+    assert silent.calls == [] and other.best()
+    more = FormulaEvaluator()
+    longer = run(make_study(tmp_path / "j", more, num_samples=50))
+    assert sum(size for rung, size in more.calls if rung == 0) <= len(longer.trials) - 80
+
+
 def test_a_budget_that_nothing_meets_reports_the_closest_and_says_so(tmp_path: Path) -> None:
     class Dense(FormulaEvaluator):
         def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
@@ -162,6 +215,52 @@ def test_a_higher_rung_that_measures_a_little_more_density_leaves_someone_within
 
     study = run(make_study(tmp_path / "j", Grid(), (5, 10, 25, 50), num_samples=16))
     assert all(best.meets_budget for best in study.best())
+
+
+class Drifting(FormulaEvaluator):
+    """From the forced forward on, density is higher by a factor; error falls slowly, so that sparser finalists are no match."""
+
+    drift = 1.03
+
+    def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+        sink, local, heavy = config.masker_configs
+        density = sink.sink_size + local.window_size + heavy.heavy_size
+        score = 1.0 if rung == 3 else None
+        error = 1.0 - heavy.heavy_size - 0.1 * local.window_size
+        return Evaluation(error, min(1.0, density * (self.drift if rung >= 2 else 1.0)), 0.1, None, score, score and [score])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("drift", [1.0, 1.01, 1.03, 1.1])
+def test_a_level_that_loses_its_finalists_confirms_others(tmp_path: Path, drift: float) -> None:
+    evaluator = Drifting()
+    evaluator.drift = drift
+    study = run(make_study(tmp_path / "j", evaluator, (5, 10, 25, 50), num_samples=50))
+    for best in study.best():
+        assert best.meets_budget and best.confirmed and best.budget is not None
+        fits = [t.rungs[0].error for t in study.trials if 0 in t.rungs and t.rungs[0].density * drift <= best.budget]
+        assert study.trials[best.trial].last.error <= 1.1 * min(fits)
+    confirmed = study.progress("")["rungs"][3]
+    assert confirmed == 6 if drift == 1.0 else confirmed <= 6 + 3 * 4
+
+
+def test_what_fits_only_as_replayed_is_better_than_nothing(tmp_path: Path) -> None:
+    class Unconfirmable(Drifting):
+        """Sparse configurations fail on the forced forward."""
+
+        drift = 1.0
+
+        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+            found = super().figures(config, rung)
+            if rung == 2 and found.density <= 0.11:
+                raise RuntimeError("no forced forward")
+            return found
+
+    study = run(make_study(tmp_path / "j", Unconfirmable(), (10, 25), num_samples=60))
+    sparse, denser = study.best()
+    assert sparse.meets_budget and not sparse.confirmed
+    alive = [t for t in study.trials if t.status == "completed" and t.last.density <= 0.1]
+    assert study.trials[sparse.trial].last.error == min(t.last.error for t in alive)
+    assert denser.meets_budget and denser.confirmed
 
 
 def test_significantly_worse_scores_lose_against_a_larger_error(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -14,6 +16,7 @@ class FakeTokenizer:
         bos: str | None = None,
         adds_bos: bool = False,
     ) -> None:
+        self.name_or_path = ""
         self.template = template
         self.chat_template = "yes" if template else None
         self.adds_bos = adds_bos
@@ -45,6 +48,14 @@ class FakeTokenizer:
         (message,) = messages
         assert message["role"] == "user"
         return self.template(message["content"])
+
+
+def tokenizer_of(folder: Path, positions: int) -> FakeTokenizer:
+    """The tokenizer of a model with so many positions, whose configuration is written into the folder."""
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": positions}), "utf-8")
+    tokenizer = FakeTokenizer()
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
 
 
 def chatml(content: str) -> str:

@@ -46,10 +46,12 @@ def test_the_prepared_copies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("answer", ["1000", "x", "-1", [], ["1", "2"]])
-def test_an_answer_must_be_an_integer_from_0_to_999(answer: object, tmp_path: Path) -> None:
-    rows = [{**read_rows("aime2025/aime2025")[0], "answer": answer}]
-    with pytest.raises(UserError, match="row 1: the answer must be an integer from 0 to 999"):
-        samples("aime2025/aime2025", write_rows(tmp_path, "aime2025/aime2025", rows))
+@pytest.mark.parametrize(("year", "column"), [("aime2024", "Answer"), ("aime2025", "answer")])
+def test_an_answer_must_be_an_integer_from_0_to_999(answer: object, year: str, column: str, tmp_path: Path) -> None:
+    rows = [{**read_rows(f"{year}/{year}")[0], column: answer}]
+    message = rf"{tmp_path}.*{year}\.jsonl row 1: column '{column}' must be an integer from 0 to 999, got"
+    with pytest.raises(UserError, match=message):
+        samples(f"{year}/{year}", write_rows(tmp_path, f"{year}/{year}", rows))
 
 
 def test_an_answer_is_written_without_leading_zeros(tmp_path: Path) -> None:

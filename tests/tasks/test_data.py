@@ -63,6 +63,13 @@ def test_csv_holds_lists_and_numbers_as_json(folder):
     assert list(load_rows(SOURCE, folder)) == [{**row, "extra": None} for row in ROWS]
 
 
+@pytest.mark.parametrize("value", [None, ""])
+@pytest.mark.parametrize("kind", ["?text", "?list of texts", "?integer"])
+def test_an_optional_column_may_be_null_or_empty(folder, kind, value):
+    write_jsonl(folder, [{"extra": value}])
+    assert list(load_rows(Source("bench", "sub", "someone/bench", {"extra": kind}), folder)) == [{"extra": value}]
+
+
 def test_a_cell_is_never_evaluated(folder):
     (folder / "bench" / "sub.csv").write_text("context,answer,length\nx,\"__import__('os').getcwd()\",3\n", "utf-8")
     with pytest.raises(UserError, match="row 1: column 'answer' must be list of texts"):
@@ -113,6 +120,7 @@ def test_data_that_cannot_be_had(folder, offline, given):
     assert message.startswith("bench/sub: its data cannot be had. Tried ") and "\n" not in message
     assert "someone/bench (sub): the hub cannot be reached from here" in message
     assert ("sub.jsonl (.parquet, .csv): not there" in message) == given
+    assert ("give --data-dir DIR and put it there as DIR/bench/sub.jsonl" in message) == (not given)
     assert ("--data-dir DIR" in message) == (not given) and "run once where the hub can be reached" in message
 
 

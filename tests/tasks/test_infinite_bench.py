@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from benchmark_data import read_rows, write_rows
 from fakes import FakeTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -203,8 +204,28 @@ def test_an_answer_that_is_no_option_says_the_row(tmp_path):
     (tmp_path / "infinite_bench").mkdir()
     row = {"id": 0, "context": "c", "input": "i", "answer": ["x"], "options": ["a", "b", "c", "d"]}
     (tmp_path / "infinite_bench" / "code_debug.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
-    with pytest.raises(UserError, match="infinite_bench/code_debug row 1: column 'answer': the answer 'x' is none of"):
+    with pytest.raises(UserError, match=r"/code_debug\.jsonl row 1: column 'answer': the answer 'x' is none of"):
         make("code_debug", None, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("options", ["", None, []])
+def test_no_options_are_written_in_several_ways(tmp_path, options):
+    rows = [{**row, "options": options} for row in read_rows("infinite_bench_hf/code_run")]
+    samples = make("infinite_bench_hf/code_run", None, data_dir=write_rows(tmp_path, "infinite_bench_hf/code_run", rows))
+    assert [sample.label for sample in samples] == [s.label for s in make("infinite_bench_hf/code_run", None, data_dir=DATA)]
+
+
+@pytest.mark.parametrize(
+    ("subset", "answer"),
+    [("code_run", "x"), ("code_run", []), ("math_find", "x"), ("math_find", []), ("math_calc", "[1, 4"), ("math_calc", []),
+     ("code_debug", []), ("code_debug", "BC")],
+)  # fmt: skip
+def test_an_answer_that_cannot_be_one_says_the_row(tmp_path, subset, answer):
+    rows = [{"id": 0, "context": "c", "input": "i", "answer": answer, "options": ["a", "b", "c", "d"]}]
+    name = f"infinite_bench_hf/{subset}"
+    with pytest.raises(UserError, match=rf"/{subset}\.jsonl row 1: column 'answer': the answer ") as caught:
+        make(name, None, data_dir=write_rows(tmp_path, name, rows))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +278,31 @@ def test_a_whole_number_with_a_point_counts():
     """The authors' code stops with an error on "88.0" for 88; the number is right."""
     assert score_prediction("infinite_bench/math_find", "88.0", 88) == {"accuracy": 1.0}
     assert score_prediction("infinite_bench/math_find", "88.5", 88) == {"accuracy": 0.0}
+
+
+def test_digits_of_any_script_are_a_number():
+    assert score_prediction("infinite_bench/math_find", "It is ８８.", 88) == {"accuracy": 1.0}
+
+
+def test_a_number_of_many_digits_is_compared():
+    """More than int() reads (4300)."""
+    assert score_prediction("infinite_bench/math_calc", "1, " + "9" * 5000, [1, 4, 8]) == {"leading_run": 1 / 3}
+    assert score_prediction("infinite_bench/math_calc", "0" * 5000 + "1, 04 0", [1, 4, 0]) == {"leading_run": 1.0}
+
+
+@pytest.mark.parametrize("label", [[1, 4, 8], [[1, 4, 8]], "[1, 4, 8]", ["[1, 4, 8]"], ["1", "4", "8"]])
+def test_a_list_may_be_written_in_several_ways(label):
+    assert score_prediction("infinite_bench/math_calc", "1, 4, 9", label) == {"leading_run": 2 / 3}
+
+
+@pytest.mark.parametrize(
+    ("subset", "label"),
+    [("code_run", "x"), ("math_find", ["x"]), ("math_calc", "[1, 4"), ("math_calc", "x"),
+     ("code_debug", ["C"]), ("code_debug", "C"), ("code_debug", ["a", "b", "C"])],
+)  # fmt: skip
+def test_a_label_that_cannot_be_one_says_so(subset, label):
+    with pytest.raises(ValueError, match="the answer must be an? .*, got "):
+        score_prediction(f"infinite_bench/{subset}", "C. 1", label)
 
 
 LABELS = {

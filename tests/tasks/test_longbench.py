@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from benchmark_data import both_splits, read_rows
+from fakes import FakeTokenizer, chatml
 
 from benchmark.tasks import get_task, score_prediction
-from benchmark.tasks.base import UserError
+from benchmark.tasks.base import UserError, build_prompt
 from benchmark.tasks.longbench import SUBSETS, length_bucket
 
 STORY = "as concisely as you can, using a single phrase if possible. Do not provide any explanation."
@@ -97,9 +98,10 @@ def test_longbenchv2_asks_in_the_users_turn() -> None:
     direct = both_splits("longbenchv2/0shot")[0]
     assert direct.context + direct.question == whole and direct.answer_prefix == ""
     reasoned = both_splits("longbenchv2/cot")[0]
-    assert (
-        reasoned.question.rstrip().endswith('(insert answer here)".') and reasoned.answer_prefix == "Let’s think step by step:"
-    )
+    assert reasoned.question.endswith('(insert answer here)".\n\nLet’s think step by step:') and reasoned.answer_prefix == ""
+    tokenizer = FakeTokenizer(chatml)
+    prompt = build_prompt(reasoned, tokenizer, max_context_length=10**6, max_new_tokens=9, use_chat_template=True)
+    assert tokenizer.decode(prompt.question_ids).endswith("step:<|im_end|>\n<|im_start|>assistant\n")
     assert "answer the questions below" in reasoned.context
     assert (direct.max_new_tokens, reasoned.max_new_tokens) == (128, 1152)
 

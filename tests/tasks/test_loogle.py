@@ -58,10 +58,13 @@ def test_rows_of_whole_documents(as_text: bool | str, tmp_path: Path) -> None:
 
 def test_code_in_the_data_is_not_run(tmp_path: Path) -> None:
     rows = [{"input": "text", "qa_pairs": "[__import__('os').abort()]", "output": "none"}]
-    with pytest.raises(UserError, match="row 1: column 'qa_pairs' must be a list of questions"):
+    with pytest.raises(UserError, match=r"longdep_qa\.jsonl row 1: column 'qa_pairs' must be a list of questions"):
         samples("loogle/longdep_qa", write_rows(tmp_path, "loogle/longdep_qa", rows))
     rows = [{**read_rows("loogle/shortdep_cloze")[0], "answer": "Bob"}]
-    with pytest.raises(UserError, match="row 1: a cloze reference must be a dict of masks"):
+    with pytest.raises(UserError, match=r"cloze\.jsonl row 1: column 'answer': a cloze reference must be .* got 'Bob'"):
+        samples("loogle/shortdep_cloze", write_rows(tmp_path, "loogle/shortdep_cloze", rows))
+    rows = [{"input": "text", "qa_pairs": [{"Q": "who?", "A": 3}], "output": "none"}]
+    with pytest.raises(UserError, match=r"cloze\.jsonl row 1: column 'qa_pairs': a cloze reference must be .* got 3"):
         samples("loogle/shortdep_cloze", write_rows(tmp_path, "loogle/shortdep_cloze", rows))
 
 
@@ -81,3 +84,26 @@ def test_references_of_a_cloze_may_be_a_dict_or_its_text() -> None:
     masks = {"<mask-0>": "Bob"}
     for references in (masks, [masks], json.dumps(masks), [json.dumps(masks)], str(masks)):
         assert score_prediction("loogle/shortdep_cloze", "{'<mask-0>': 'Bob'}", references)["exact_match"] == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "prediction", "exact", "partial"),
+    [
+        (5, "{'<mask-0>': 5}", 1, 1),
+        (5, "{'<mask-0>': '5'}", 0, 0),
+        ("5", "{'<mask-0>': 5}", 0, 0),
+        (["Bob"], "{'<mask-0>': ['Bob']}", 1, 1),
+        (None, "{}", 0, 0),
+    ],
+)
+def test_a_cloze_compares_values_not_their_texts(value: object, prediction: str, exact: int, partial: int) -> None:
+    for references in ({"<mask-0>": value}, [json.dumps({"<mask-0>": value})]):
+        score = score_prediction("loogle/shortdep_cloze", prediction, references)
+        assert score == {"exact_match": exact, "partial_match": partial}
+
+
+def test_a_cloze_of_numbers_is_asked_and_scored(tmp_path: Path) -> None:
+    rows = [{**row, "answer": {"<mask-0>": 1887}} for row in read_rows("loogle/shortdep_cloze")]
+    sample = samples("loogle/shortdep_cloze", write_rows(tmp_path, "loogle/shortdep_cloze", rows))[0]
+    assert sample.references == ['{"<mask-0>": 1887}']
+    assert get_task("loogle/shortdep_cloze").score("{'<mask-0>': 1887}", sample)["exact_match"] == 1

@@ -112,6 +112,12 @@ def test_aime_golden(case: dict[str, Any]) -> None:
         (r"\boxed{\frac{1}{2}}", None),
         (r"\boxed{a=1, b=2}", None),
         (r"\boxed{}", None),
+        (r"\boxed{070}", None),
+        (r"\boxed{70\text{ degrees}}", 70),
+        (r"\boxed{\textrm{70}}", 70),
+        (r"\boxed{70^\circ\mathrm{C}}", 70),
+        (r"\boxed{7\text{ or }8}", None),
+        (r"\boxed{\text{none}}", None),
         ("the answer is 204", None),
     ],
 )
@@ -127,7 +133,13 @@ def test_box_ends_at_its_own_brace() -> None:
 
 def test_code_sim_is_the_difflib_ratio_of_the_first_line_of_code() -> None:
     assert metrics.code_sim("# a comment\nreturn x\nmore", "return x") == 1.0
-    assert metrics.code_sim("", "") == 0.0
+    assert metrics.code_sim("", "x") == metrics.code_sim("x", "") == 0.0
+
+
+def test_equal_code_is_equal_whatever_its_length() -> None:
+    """fuzzywuzzy looks for equality first: difflib finds no similarity in long texts of few different characters."""
+    assert score_prediction("longbench/lcc", "", [""]) == score_prediction("longbench/lcc", "#", [""]) == {"code_sim": 1.0}
+    assert metrics.similarity_percent("x" * 300, "x" * 300) == 100
 
 
 def test_long_texts_without_a_full_stop_score_zero_in_longbench_and_count_in_loogle() -> None:

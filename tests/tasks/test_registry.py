@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
-from fakes import FakeTokenizer
+from fakes import FakeTokenizer, tokenizer_of
 
 from benchmark.tasks import __main__ as command
 from benchmark.tasks import available_tasks, data, expand_task, get_task, score_prediction
@@ -79,6 +81,53 @@ def test_any_length_works():
     assert score_prediction("ruler/qa_1", "ABCDE", ["ABCDE", "FGHIJ"]) == {"string_match": 1.0}
 
 
+@pytest.mark.parametrize("name", ["aime2024", "aime2025", "longbenchv2"])
+def test_a_benchmark_whose_tasks_score_alike_scores_under_its_own_name(name):
+    listed = next(task for task in available_tasks() if task.startswith(f"{name}/"))
+    for prediction in (r"\boxed{70}", "The correct answer is (B)"):
+        for reference in ("70", "B"):
+            assert score_prediction(name, prediction, [reference]) == score_prediction(listed, prediction, [reference])
+    with pytest.raises(UserError, match=f"task '{name}' needs a subset"):
+        expand_task(name)
+
+
+@pytest.mark.parametrize("name", ["ruler", "ruler_hf", "ruler16k", "infinite_bench", "loogle", "zero_scrolls", "longbench"])
+def test_a_benchmark_of_several_scores_needs_a_subset(name):
+    with pytest.raises(UserError, match=f"task '{name}' needs a subset"):
+        score_prediction(name, "a", ["a"])
+
+
+LABELS = {
+    "infinite_bench/code_run": 3,
+    "infinite_bench/math_find": 3,
+    "infinite_bench/math_calc": [1, 2],
+    "infinite_bench/code_debug": ["f", "A"],
+    "loogle/shortdep_cloze": {"<mask-0>": "Bob"},
+}
+# One task a score.
+SCORED = [
+    *(f"ruler/4096/{kind}" for kind in ("vt", "qa_1")),
+    *(name for name in available_tasks() if name.startswith(("infinite_bench/", "loogle/", "longbenchv2/", "aime"))),
+    *(name for name in available_tasks() if name.startswith(("longbench/", "zero_scrolls/")) and not name.endswith("default")),
+]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_no_answer_is_an_empty_answer_and_no_reference_scores_zero(name):
+    label = LABELS.get(name, ["3"])
+    assert score_prediction(name, None, label, ["3", "5"]) == score_prediction(name, "", label, ["3", "5"])
+    for references in (None, []):
+        scores = score_prediction(name, "A. 5, The correct answer is (A) \\boxed{5}", references, ["3", "5"])
+        assert scores and set(scores.values()) == {0.0}
+
+
+@pytest.mark.parametrize("name", [name for name in SCORED if name not in LABELS])
+def test_one_value_is_one_reference(name):
+    answer = "5, \\boxed{5}"
+    same = "5" if name == "infinite_bench/kv_retrieval" else ["5"]  # its authors do not take the label out of a list
+    assert score_prediction(name, answer, 5, ["3", "5"]) == score_prediction(name, answer, same, ["3", "5"])
+
+
 def test_list(capsys):
     assert command.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -94,7 +143,37 @@ def test_show_prints_what_the_model_sees(capsys, monkeypatch):
     assert command.main(["show", "ruler/1500/vt", "--model", "any"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("Memorize and track the chain(s)") and out.rstrip("\n").endswith("they are: ")
-    assert "references: [" in err and "cut 0" in err
+    assert "references: [" in err and "cut 0" in err and len(err.strip().splitlines()) == 1
+
+
+def test_show_says_that_a_group_is_more_than_its_first_task(capsys, monkeypatch):
+    import sparse_attention_hub.models as models
+
+    monkeypatch.setattr(models, "load_tokenizer", lambda model: FakeTokenizer(), raising=False)
+    assert command.main(["show", "ruler/1500", "--model", "any"]) == 0
+    err = capsys.readouterr().err
+    assert "--- ruler/1500/niah_single_1:0: " in err
+    assert "--- ruler/1500 is a group, this is its first: ruler/1500/niah_single_1, ruler/1500/niah_multikey_2, " in err
+    assert "--- ruler/1500: 6 of 13 tasks: needs essays" in err
+
+
+@pytest.mark.parametrize(
+    ("positions", "flags", "message"),
+    [
+        (8192, ["--max-context-length", "1024"], "4096 tokens, more than --max-context-length 1024: give --max-context-length 4096"),
+        (2048, [], "ruler/4096/vt fills 4096 tokens, any takes 2048 at most: take a shorter task or another model"),
+    ],
+)  # fmt: skip
+def test_show_cuts_no_generated_sample(positions, flags, message, capsys, monkeypatch, tmp_path):
+    import sparse_attention_hub.models as models
+
+    monkeypatch.setattr(models, "load_tokenizer", lambda model: tokenizer_of(tmp_path, positions), raising=False)
+    assert command.main(["show", "ruler/4096/vt", "--model", "any", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and len(err.strip().splitlines()) == 1
+    assert command.main(["show", "infinite_bench/passkey", "--model", "any", *flags]) == 0
+    shown = re.search(r"= (\d+), cut 0, answer up to 6 tokens", capsys.readouterr().err)
+    assert min(positions, 1024 if flags else 64000) - 60 <= int(shown[1]) + 6 <= min(positions, 1024 if flags else 64000)
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,17 @@ def test_common_words(length, common, rest):
         assert not set(_count(shown)) & set(counts)
 
 
+def test_words_that_run_out_are_told_once(monkeypatch, caplog):
+    monkeypatch.setattr(ruler_generators, "english_words", lambda: tuple(f"word{i}" for i in range(300)))
+    make("ruler/1500/cwe", 3)
+    assert caplog.messages == []
+    samples = make("ruler/30000/cwe", 3)
+    assert [prompt_length(sample, FakeTokenizer(), True) < 20000 for sample in samples] == [True] * 3
+    assert caplog.messages == [
+        "ruler/30000/cwe: 3 of 3 samples do not fill 30000 tokens: there are no more words or documents for them"
+    ]
+
+
 def _count(numbered: str) -> dict[str, int]:
     words = re.split(r"(?:^| )\d+\. ", numbered)[1:]
     return {word: words.count(word) for word in words}

@@ -64,13 +64,20 @@ def test_fixture_rows_become_samples_that_can_be_scored(name: str) -> None:
     assert task.description.metric == task.metric
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "zero_scrolls/default"])
+@pytest.mark.parametrize("name", TASKS)
 def test_data_that_cannot_be_had_stop_the_task_with_one_line(name: str, no_hub: None, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         samples(name, tmp_path)
     message = str(caught.value)
     assert "\n" not in message and message.startswith(name)
     assert get_task(name).description.source.split(" ")[0] in message and str(tmp_path) in message
+    assert "run once where the hub can be reached" in message
+
+
+def test_every_place_that_was_tried_is_named(no_hub: None, tmp_path: Path) -> None:
+    with pytest.raises(data.DataMissingError) as caught:
+        samples("longbench/qasper", tmp_path)
+    assert "hub data set THUDM/LongBench or Xnhyacinth/LongBench or xAlg-AI/att-hub-longbench: the hub" in str(caught.value)
 
 
 def test_a_malformed_row_is_named(tmp_path: Path) -> None:
@@ -81,6 +88,9 @@ def test_a_malformed_row_is_named(tmp_path: Path) -> None:
     rows = [{name: value for name, value in row.items() if name != "difficulty"} for row in read_rows("longbenchv2/0shot")]
     with pytest.raises(UserError, match="row 1: column 'difficulty' is missing"):
         samples("longbenchv2/0shot", write_rows(tmp_path, "longbenchv2/0shot", rows))
+    rows = [{**row, "all_classes": []} for row in read_rows("longbench/trec")]
+    with pytest.raises(UserError, match=r"trec\.jsonl row 1: column 'all_classes' is empty"):
+        samples("longbench/trec", write_rows(tmp_path, "longbench/trec", rows))
 
 
 def zipped(folder: Path, member: str, rows: list[dict[str, Any]]) -> Path:
