@@ -271,7 +271,7 @@ def shared_settings(unit: BenchmarkUnit, settings: Settings, place: str) -> dict
     return {
         "record_version": RECORD_VERSION,
         "model": unit.model,
-        "weights": _weights_stamp(unit.model),
+        "weights": weights_stamp(unit.model),
         "task": unit.task,
         "seed": settings.seed,
         "sparse_from": settings.sparse_from,
@@ -284,7 +284,7 @@ def shared_settings(unit: BenchmarkUnit, settings: Settings, place: str) -> dict
     }
 
 
-def _weights_stamp(model: str) -> list[list[Any]] | None:
+def weights_stamp(model: str) -> list[list[Any]] | None:
     """Names, sizes and times of a local model's files, so that new weights in the old folder are noticed."""
     folder = Path(model).expanduser()
     if not folder.is_dir():

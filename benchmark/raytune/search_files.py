@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.jobs import _weights_stamp as weights_stamp
+from benchmark.jobs import weights_stamp
 from benchmark.results import environment, result_key, write_json, write_text
 from benchmark.settings import Settings, hyperparameters
 

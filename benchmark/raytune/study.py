@@ -50,7 +50,7 @@ class TrialTimeout(Exception):
 class Evaluation:
     """Figures of one configuration on one rung, means over the tuning samples. None = this rung does not tell it."""
 
-    error: float
+    error: float | None
     density: float
     seconds: float
     kv_fraction: float | None = None

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark.jobs import _weights_stamp as weights_stamp
+from benchmark.jobs import weights_stamp
 from benchmark.results import Journal, environment, fingerprint, result_key, write_json
 from benchmark.settings import Settings, SparseConfig
 from sparse_attention_hub.errors import UserError
@@ -74,10 +74,10 @@ def resolved_place(settings: Settings) -> list[str]:
     """Kind of device and dtype that evaluations run with; as they were asked for where the machines of a cluster decide."""
     if settings.ray_address not in (None, "local"):
         return ["cluster", settings.device, settings.dtype]
-    from sparse_attention_hub.models.load import _pick_device, _pick_dtype
+    from sparse_attention_hub.models.load import pick_device, pick_dtype
 
-    device = _pick_device(settings.device)
-    return [device.type, str(_pick_dtype(settings.dtype, device))]
+    device = pick_device(settings.device)
+    return [device.type, str(pick_dtype(settings.dtype, device))]
 
 
 def plan_studies(models: list[str], tasks: list[str], configs: list[SparseConfig]) -> tuple[list[StudySpec], list[str]]:

@@ -82,8 +82,8 @@ def load_model(
     dense_backend: "auto", "sdpa", "flash".
     UserError, one line, for whatever keeps the model from loading.
     """
-    place = _pick_device(device)
-    number = _pick_dtype(dtype, place)
+    place = pick_device(device)
+    number = pick_dtype(dtype, place)
     _pick_dense(dense_backend, place, number)  # a wish that cannot be met fails before minutes of loading
     source = _Source(model_id, trust_remote_code)
     with source.explained(), quiet_transformers():
@@ -106,8 +106,8 @@ def load_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> Any:
 
 def check_place(device: str, dtype: str, dense_backend: str) -> None:
     """UserError if this machine lacks the device, or it cannot do what was asked for by name."""
-    place = _pick_device(device)
-    _pick_dense(dense_backend, place, _pick_dtype(dtype, place))
+    place = pick_device(device)
+    _pick_dense(dense_backend, place, pick_dtype(dtype, place))
 
 
 def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[int, int]:
@@ -121,7 +121,7 @@ def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = 
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    number = _pick_dtype(dtype, _pick_device("auto"))
+    number = pick_dtype(dtype, pick_device("auto"))
     return config.num_hidden_layers, 2 * kv_heads * width * torch.tensor([], dtype=number).element_size()
 
 
@@ -278,7 +278,7 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(token) for token in found if token is not None)
 
 
-def _pick_device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "sharded":
@@ -300,7 +300,7 @@ def _pick_device(device: str) -> torch.device:
     return place
 
 
-def _pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
