@@ -287,7 +287,7 @@ def _trace_sizes(settings: Settings) -> list[str]:
     for model, (layers, token_bytes) in _shapes(settings).items():
         size = layers * token_bytes * settings.search_max_context_length * settings.search_max_requests
         bound = "" if settings.trace_budget_gb is None else f", thinned to {settings.trace_budget_gb:g} GB"
-        lines.append(f"{model}: at most {size / 1e9:.2f} GB a task{bound}")
+        lines.append(f"{model}: about {size / 1e9:.2f} GB of keys and values a task{bound}")
     return lines
 
 

@@ -38,6 +38,7 @@ class SearchReport:
         self._studies = len(studies)
         self._tty = sys.stderr.isatty()
         self._last_line = 0.0
+        self._started = time.monotonic()
         self._bar = tqdm(
             total=sum(self._total.values()), unit="trial", desc="Phase 1", disable=not self._tty, dynamic_ncols=True
         )
@@ -62,7 +63,15 @@ class SearchReport:
             self._say(f"[{self._ended}/{self._studies} studies] {name}: {self._figures(progress)}", always=True)
         else:
             self._advance(name, progress.get("trials", 0))
-            self._say(f"[{self._ended}/{self._studies} studies] {name}: {self._figures(progress)}")
+            self._say(f"[{self._ended}/{self._studies} studies] {name}: {self._figures(progress)}{self._left()}")
+
+    def _left(self) -> str:
+        """How long the rest takes at the pace so far; the bar of a terminal says so by itself."""
+        done = sum(self._done.values())
+        if self._tty or not done:
+            return ""
+        seconds = (time.monotonic() - self._started) / done * (sum(self._total.values()) - done)
+        return f"; {done} of {sum(self._total.values())} trials, about {seconds / 60:.0f} min left"
 
     def close(self) -> None:
         self._bar.close()
@@ -159,11 +168,13 @@ def search_table(outcome: SearchOutcome) -> str:
             heading = here
             lines += ["", f"{_fit(heading, 58)} {'error':>6} {'density':>7} {'score':>6}"]
         score = "-" if level["score"] is None else f"{level['score']:.2f}"
-        mark = "" if level["meets_budget"] else "  over budget"
+        mark = "  over budget" if not level["meets_budget"] else "" if level["confirmation"]["confirmed"] else "  replayed"
         name = _fit(level["masker_name"], 56)
         lines.append(f"  {name} {level['error']:6.3f} {level['density']:7.3f} {score:>6}{mark}")
     if any(not level["meets_budget"] for level in levels):
         lines.append("over budget: no configuration of these met its budget; the closest is given")
+    if any(level["meets_budget"] and not level["confirmation"]["confirmed"] for level in levels):
+        lines.append("replayed: nothing that was confirmed fits; these are figures of the replay")
     lines += ["", *(f"FAILED {name}: {why}" for name, why in _problems(outcome).items())]
     lines.append("error and density: forced forward over question and dense answer; score: real answers to the tuning samples")
     lines.append(f"files: {outcome.run_dir}")

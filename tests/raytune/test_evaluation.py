@@ -58,7 +58,7 @@ def test_every_rung_looks_at_the_layers_that_can_be_sparse(architecture: str, la
     assert made.layers == sparse_layers(lm) == layers and all(trace.layers == layers for trace in made.traces)
     for rung in range(4):
         for found in made.evaluate(CONFIGS, rung, 60.0):
-            assert found.error > 0 and 0 < found.density < 1
+            assert 0 < found.density < 1 and (found.error is None if rung == 3 else found.error > 0)
     full = made.evaluate(CONFIGS[:1], 1, 60.0)[0]
     assert full.layer_errors is not None and len(full.layer_errors) == len(layers)
 
@@ -93,7 +93,7 @@ def test_samples_count_alike_however_many_rows_they_have(samples: list[TuningSam
         ids, limit = entry.prompt.question_ids, entry.max_new_tokens
         answer_many(lm, prefilled, ids, [attention], limit, seed=entry.seed, recorders=[meter])
         alone.append(meter)
-    assert found.error == pytest.approx(sum(meter.error for meter in alone) / 2, rel=1e-4)
+    assert found.error is None
     assert found.density == pytest.approx(sum(meter.density for meter in alone) / 2, rel=1e-4)
 
 
