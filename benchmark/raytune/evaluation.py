@@ -20,7 +20,7 @@ from benchmark.tasks.limits import within_model
 from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
 from sparse_attention_hub.errors import UserError
 
-from .study import Evaluation, with_deadline
+from .trial import Evaluation, with_deadline
 
 if TYPE_CHECKING:
     from sparse_attention_hub.models import LanguageModel, Prefilled

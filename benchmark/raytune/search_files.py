@@ -12,7 +12,7 @@ from benchmark.jobs import weights_stamp
 from benchmark.results import environment, result_key, write_json, write_text
 from benchmark.settings import Settings, hyperparameters
 
-from .study import RUNGS, Evaluation, objective_value
+from .trial import RUNGS, Evaluation, objective_value
 
 if TYPE_CHECKING:
     from .study_spec import StudySpec

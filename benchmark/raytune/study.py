@@ -18,9 +18,9 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 from benchmark.results import Journal
 from benchmark.statistics import sign_test
@@ -28,6 +28,7 @@ from sparse_attention_hub import ResearchAttentionConfig
 from sparse_attention_hub.errors import UserError
 
 from .optimizer_factory import CombinationSpace
+from .trial import RUNGS, Best, Evaluation, Evaluator, Level, Trial, TrialTimeout, finite, objective_value
 
 BATCH = 8
 MAX_FINALISTS = 6
@@ -39,90 +40,6 @@ CLEARLY = 1.1  # the ratio of errors below which replay does not tell two config
 MAX_REFILLS = 3
 MAX_DUPLICATES = 24
 SIGNIFICANT = 0.05
-RUNGS = ("replay of some rows and layers", "full replay", "forced forward", "generation")
-
-
-class TrialTimeout(Exception):
-    """An evaluation took longer than it may."""
-
-
-@dataclass
-class Evaluation:
-    """Figures of one configuration on one rung, means over the tuning samples. None = this rung does not tell it."""
-
-    error: float | None
-    density: float
-    seconds: float
-    kv_fraction: float | None = None
-    score: float | None = None
-    sample_scores: list[float] | None = None
-    reference_nll: float | None = None
-    reproduced: float | None = None
-    layer_errors: list[float] | None = None
-    layer_densities: list[float] | None = None
-
-
-class Evaluator(Protocol):
-    """What a study needs of the world. `key` changes whenever its figures might."""
-
-    key: str
-
-    def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
-        """Evaluations in order. TrialTimeout if it takes longer than timeout * len(configs) seconds."""
-        ...
-
-
-@dataclass(frozen=True)
-class Level:
-    """One budget of a combination: its full name, the budget (None = no budget, the objective decides), its template."""
-
-    name: str
-    budget: float | None
-    template: ResearchAttentionConfig
-
-
-@dataclass
-class Trial:
-    """One configuration. status: "completed", "failed" or "timeout"; rungs: what each rung said; finished: when the last of
-    them did, in seconds since 1970."""
-
-    number: int
-    params: dict[str, Any]
-    status: str = "completed"
-    error_message: str | None = None
-    rungs: dict[int, Evaluation] = field(default_factory=dict)
-    pruned_at: int | None = None
-    finished: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        """What all its rungs took."""
-        return sum(figures.seconds for figures in self.rungs.values())
-
-    @property
-    def reached(self) -> int | None:
-        """The highest rung evaluated."""
-        return max(self.rungs, default=None)
-
-    def at_most(self, rung: int) -> Evaluation:
-        return self.rungs[max(r for r in self.rungs if r <= rung)]
-
-    @property
-    def last(self) -> Evaluation:
-        """The figures of the highest rung that measures error and density."""
-        return self.at_most(2)
-
-
-@dataclass
-class Best:
-    """What was found for one level. meets_budget False: no configuration met it, this is the closest. confirmed False: its
-    figures are a replay's, since nothing confirmed met the budget."""
-
-    level: str
-    budget: float | None
-    trial: int
-    meets_budget: bool
-    confirmed: bool
 
 
 class Study:
@@ -338,7 +255,7 @@ class Study:
         status: str = "completed",
         error_message: str | None = None,
     ) -> None:
-        if evaluation is not None and not _finite(evaluation):
+        if evaluation is not None and not finite(evaluation):
             evaluation, status, error_message = None, "failed", f"not a number on rung {rung} ({RUNGS[rung]})"
         record = {
             "key": self._journal_key(trial, rung),
@@ -400,18 +317,6 @@ class Study:
         return {"stage": stage, "trials": len(self.trials), "limit": limit, "rungs": rungs, "failed": failed, "best": best}
 
 
-def objective_value(objective: str, figures: Evaluation) -> float:
-    """A trial's one number under --objective, smaller is better. "default": error + 0.1 density, above half the keys + 5;
-    "sparsity_T": 0.99 error + 0.01 density, + 10 for each unit of density above T percent."""
-    if objective == "default":
-        return figures.error + 0.1 * figures.density + (5.0 if figures.density > 0.5 else 0.0)
-    target = int(objective.removeprefix("sparsity_")) / 100
-    return 0.99 * figures.error + 0.01 * figures.density + 10 * max(0.0, figures.density - target)
-
-
-OBJECTIVES = ("default", "sparsity_5", "sparsity_10", "sparsity_15", "sparsity_20", "sparsity_25", "sparsity_50")
-
-
 def _not_worse(trials: list[Trial]) -> list[Trial]:
     """Trials whose sample scores are not significantly below the best-scoring trial's (sign test on the same samples)."""
     scored = [t for t in trials if 3 in t.rungs and t.rungs[3].score is not None]
@@ -445,25 +350,5 @@ def _fits(density: float, level: Level) -> bool:
     return level.budget is None or density <= level.budget
 
 
-def _finite(evaluation: Evaluation) -> bool:
-    """Whether every figure is a number."""
-    try:
-        json.dumps(asdict(evaluation), allow_nan=False)
-    except ValueError:
-        return False
-    return True
-
-
 def _canonical(params: dict[str, Any]) -> str:
     return json.dumps(params, sort_keys=True, default=str)
-
-
-def with_deadline(seconds: float) -> Callable[[], None]:
-    """A check that raises TrialTimeout once `seconds` have passed."""
-    end = time.monotonic() + seconds
-
-    def check() -> None:
-        if time.monotonic() > end:
-            raise TrialTimeout(f"took longer than {seconds:g} s")
-
-    return check

@@ -13,7 +13,8 @@ from benchmark.settings import Settings, SparseConfig
 from sparse_attention_hub.errors import UserError
 
 from .optimizer_factory import CombinationSpace
-from .study import Level, Study
+from .study import Study
+from .trial import Level
 
 #: Raised when the meaning of what a search writes changes, so that older results are not reused.
 FORMAT = 2

@@ -65,7 +65,8 @@ def nsga2() -> Iterator[None]:
 def two_objectives(evaluator: Remembering, family: str, num_samples: int, seed: int) -> tuple[list[float], int]:
     """(the smallest error within each level, trials)."""
     from benchmark.raytune.optimizer_factory import CombinationSpace
-    from benchmark.raytune.study import Level, Study
+    from benchmark.raytune.study import Study
+    from benchmark.raytune.trial import Level
     from benchmark.results import Journal
 
     levels = [Level(f"{family}_{level}pct", level / 100, template(family, level / 100)) for level in LEVELS]

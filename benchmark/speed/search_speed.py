@@ -201,7 +201,8 @@ def whole_search(options: argparse.Namespace) -> dict[str, Any]:
 
     from benchmark.raytune.evaluation import TraceEvaluator
     from benchmark.raytune.optimizer_factory import CombinationSpace
-    from benchmark.raytune.study import Level, Study
+    from benchmark.raytune.study import Study
+    from benchmark.raytune.trial import Level
     from benchmark.results import Journal
     from sparse_attention_hub.models import load_model, prefill
 

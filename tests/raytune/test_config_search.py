@@ -14,8 +14,9 @@ from filelock import FileLock
 
 from benchmark.raytune import config_search, search_files
 from benchmark.raytune.config_search import SearchOutcome, find_finished, run_search
-from benchmark.raytune.study import Level, Study
+from benchmark.raytune.study import Study
 from benchmark.raytune.study_spec import StudySpec, outcome_path, write_outcome
+from benchmark.raytune.trial import Level
 from benchmark.results import Journal, result_key, write_json
 from benchmark.settings import Settings
 from sparse_attention_hub import LocalMaskerConfig, OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
@@ -152,7 +153,7 @@ def _record(failing: bool) -> dict[str, Any]:
     import tempfile
     from types import SimpleNamespace
 
-    from benchmark.raytune.study import Evaluation
+    from benchmark.raytune.trial import Evaluation
 
     class Formula:
         key = "formula"

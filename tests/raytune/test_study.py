@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmark.raytune.optimizer_factory import CombinationSpace, nearest, parameter_name
-from benchmark.raytune.study import Evaluation, Level, Study, TrialTimeout, objective_value
+from benchmark.raytune.study import Study
+from benchmark.raytune.trial import Evaluation, Level, TrialTimeout, objective_value
 from benchmark.results import Journal
 from sparse_attention_hub import (
     Choice,
