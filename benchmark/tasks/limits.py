@@ -42,7 +42,7 @@ def _positions(request: SampleRequest) -> int | None:
 def _positions_of(path: str, trust_remote_code: bool) -> int | None:
     if not path:
         return None
-    from sparse_attention_hub.models.load import quiet_transformers
+    from sparse_attention_hub.models.notices import quiet_transformers
 
     try:
         with quiet_transformers():

