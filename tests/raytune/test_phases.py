@@ -61,7 +61,14 @@ def _write(run_dir: Path, study: StudySpec, level: Any, sparse_from: str) -> dic
         "masker_name": level.name,
         "sparse_config": level.template.to_dict(),
         "masker_classes": [type(masker).__name__ for masker in level.template.masker_configs],
-        **{"budget": level.budget, "meets_budget": True, "error": 0.1, "density": 0.1, "score": None},
+        **{
+            "budget": level.budget,
+            "meets_budget": True,
+            "confirmation": {"confirmed": True},
+            "error": 0.1,
+            "density": 0.1,
+            "score": None,
+        },
         "provenance": {"identity": "abc", "sparse_from": sparse_from},
     }
     write_json(run_dir / f"{result_key(study.model, study.task, level.name)}.json", record)
