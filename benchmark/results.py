@@ -15,8 +15,9 @@ from typing import Any
 
 
 def safe_name(text: str) -> str:
-    """A model or task name as a file name: "/" and other separators become "_"."""
-    return "".join("_" if c in '/\\:*?"<>|' else c for c in text)
+    """A model or task name as a file name: "/" and other separators become "_"; "." and ".." would be other folders."""
+    name = "".join("_" if c in '/\\:*?"<>|' else c for c in text)
+    return name.replace(".", "_") if set(name) == {"."} else name
 
 
 def result_key(model: str, task: str, name: str) -> str:

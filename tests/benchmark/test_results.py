@@ -27,6 +27,7 @@ Make = Callable[..., Settings]
 
 def test_names_become_one_folder() -> None:
     assert safe_name("meta-llama/Llama-3.1-8B") == "meta-llama_Llama-3.1-8B"
+    assert safe_name("..") == "__" and safe_name("v1..2") == "v1..2"
     assert safe_name('a\\b:c*d?e"f<g>h|i') == "a_b_c_d_e_f_g_h_i"
 
 
