@@ -40,7 +40,7 @@ def get_run_configuration(debug: bool) -> dict[str, Any]:
             "tasks": ["infinite_bench/passkey", "ruler/1024/niah_single_1", "ruler/1024/fwe"],
             "configs": DEBUG_CONFIGS,
             "num_samples": 12,
-            "search_max_requests": 3,
+            "search_max_requests": 2,
             "search_max_context_length": 1024,
             "search_max_new_tokens": 16,
             "max_requests": 4,
