@@ -43,7 +43,7 @@ def get_run_configuration(debug: bool) -> dict[str, Any]:
             "search_max_requests": 2,
             "search_max_context_length": 1024,
             "search_max_new_tokens": 16,
-            "max_requests": 4,
+            "max_requests": 3,
             "max_context_length": 1024,
             "max_new_tokens": 32,
         }
