@@ -58,18 +58,16 @@ class AttentionResult:
         allowed = self._allowed_counts()
         return counts / allowed.masked_fill(allowed == 0, float("nan"))
 
-    @property
+    @cached_property
     def density(self) -> float:
         """Attended allowed keys / allowed keys, mean over heads and rows that may attend to anything."""
-        return float(self.density_rows.nanmean())
+        return self._inputs.share_of_allowed(self.mask.counts())
 
     @cached_property
     def kv_fraction(self) -> float:
         """Share of the dense KV bytes that the method reads, its selectors included; a key wanted by several query heads
         of a group is read once."""
-        allowed = self._allowed_counts()
-        share = self.mask.group_counts().float().mean(1) / allowed.masked_fill(allowed == 0, float("nan"))
-        return float(share.nanmean()) + self._selector
+        return self._inputs.share_of_allowed(self.mask.group_counts()) + self._selector
 
     @cached_property
     def dead_rows(self) -> int:

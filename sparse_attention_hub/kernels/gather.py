@@ -31,14 +31,21 @@ def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scal
     # Lists shared by the heads of a group are gathered once a kv head, otherwise once a query head.
     lists = kv_heads if indices.shape[1] in (1, kv_heads) else heads
     indices = expand_heads(indices, lists)[:, :, 0]
+    # Known without a look at the lists themselves, and most often true: no entry is padding, no row is without a key.
+    full = indices.shape[-1] > 0 and int(mask.counts().min()) == indices.shape[-1]
     # Padding reads a key of its own row with weight 0: what stands elsewhere may be anything, NaN too.
-    safe = torch.where(indices < 0, indices.amax(-1, keepdim=True), indices).clamp(min=0) if indices.shape[-1] else indices
+    safe = (
+        indices
+        if full or indices.shape[-1] == 0
+        else torch.where(indices < 0, indices.amax(-1, keepdim=True), indices).clamp(min=0)
+    )
     grouped = (queries.to(wide) * scaling).view(batch, lists, heads // lists, dim)
     picked = gather_rows(keys, safe).to(wide)
     logits = grouped @ picked.transpose(-1, -2)
     if probability is not None:
         logits = logits - expand_heads(probability, lists)[:, :, 0].clamp(min=1e-30).log().unsqueeze(2)
-    logits = logits.masked_fill((indices < 0).unsqueeze(2), NEVER)
+    if not full:
+        logits = logits.masked_fill((indices < 0).unsqueeze(2), NEVER)
     if lists == heads and logits.shape[-1] and values.dtype == wide == torch.float32 and not values.is_cuda:
         # One row a list: summing the values as a weighted bag reads them in place, without the gathered copy.
         rows, places = _addressed(values, safe)
@@ -47,7 +54,9 @@ def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scal
     else:
         picked_values = gather_rows(values, safe).to(wide)
         output, lse = _softmax_times(logits, lambda w: w @ picked_values)
-    output = output.view(batch, 1, heads, -1).masked_fill(lse.view(batch, 1, heads, 1) == NEVER, 0.0)
+    output = output.view(batch, 1, heads, -1)
+    if not full:
+        output = output.masked_fill(lse.view(batch, 1, heads, 1) == NEVER, 0.0)
     return output, lse.view(batch, heads, 1)
 
 
@@ -87,16 +96,12 @@ def _softmax_times(logits: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[T
     log-sum-exp; rows of -inf alone give 0 and -inf."""
     if logits.shape[-1] == 0:
         return weigh(logits), logits.new_full(logits.shape[:-1], NEVER)
-    top = logits.amax(-1, keepdim=True)
-    top = top.masked_fill(top == NEVER, 0.0)
+    top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)  # finite in a row of -inf alone too
     weights = (logits - top).exp_()
     total = weights.sum(-1, keepdim=True)
     lse = (total.log() + top).squeeze(-1)
-    weights = (
-        weights / total.masked_fill(total == 0, 1.0)
-        if weights.requires_grad
-        else weights.div_(total.masked_fill(total == 0, 1.0))
-    )
+    share = total.clamp(min=1.0)  # the highest logit alone weighs 1; less only if there is none
+    weights = weights / share if weights.requires_grad else weights.div_(share)
     return weigh(weights), lse
 
 

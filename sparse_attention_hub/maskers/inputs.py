@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -35,6 +34,9 @@ class AttentionInputs:
     queries (B, H, Q, D), keys and values (B, Hkv, N, D), H a multiple of Hkv. `allowed` is bool (B, 1, Q, N): what the
     causal and padding masks permit. Everything memoised here is shared by the maskers of a call, and by all
     configurations that are replayed on the same call.
+
+    common: a dictionary that calls of the same shape, attention mask, layer and seeds may share: what follows from these
+    alone (positions, random order) is then computed once for all of them.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class AttentionInputs:
         scaling: float | None = None,
         layer_idx: int = 0,
         seeds: list[int] | None = None,
+        common: dict[Hashable, object] | None = None,
     ) -> None:
         if queries.dim() != 4 or keys.dim() != 4 or values.dim() != 4:
             raise ValueError(
@@ -60,6 +63,8 @@ class AttentionInputs:
         if attention_mask is None and queries.shape[2] > keys.shape[2]:
             raise ValueError(f"{queries.shape[2]} queries cannot be the last of {keys.shape[2]} keys; pass attention_mask")
         self.queries, self.keys, self.values = queries, keys, values
+        #: (B, H, Q, N)
+        self.shape: tuple[int, int, int, int] = (*queries.shape[:3], keys.shape[2])
         self.scaling = queries.shape[-1] ** -0.5 if scaling is None else float(scaling)
         self.layer_idx = layer_idx
         self.state: MaskerState | None = None
@@ -68,10 +73,12 @@ class AttentionInputs:
         self.viewers = 1
         self._attention_mask = attention_mask
         self._memo: dict[Hashable, object] = {}
+        self._common: dict[Hashable, object] = {} if common is None else common
 
     def for_masker(self, state: MaskerState | None) -> AttentionInputs:
         """The same call with one masker's own state; all memoised sums stay shared."""
-        view = copy.copy(self)
+        view = object.__new__(AttentionInputs)  # copy.copy takes ten times as long, and this is done for every masker
+        view.__dict__.update(self.__dict__)
         view.state = state
         return view
 
@@ -81,12 +88,13 @@ class AttentionInputs:
             self._memo[name] = make()
         return self._memo[name]  # type: ignore[return-value]
 
-    # -- sizes -------------------------------------------------------------------------------------------------------
+    def _for_all(self, name: Hashable, make: Callable[[], T]) -> T:
+        """`memo` for what follows from shape, attention mask, layer and seeds alone."""
+        if name not in self._common:
+            self._common[name] = make()
+        return self._common[name]  # type: ignore[return-value]
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(B, H, Q, N)."""
-        return (*self.queries.shape[:3], self.keys.shape[2])
+    # -- sizes -------------------------------------------------------------------------------------------------------
 
     @property
     def kv_heads(self) -> int:
@@ -104,21 +112,21 @@ class AttentionInputs:
     @property
     def allowed(self) -> Tensor:
         """bool (B, 1, Q, N)."""
-        return self.memo("allowed", self._make_allowed)
+        return self._for_all("allowed", self._make_allowed)
 
     @property
     def all_allowed(self) -> bool:
         """True if every query may attend to every key (plain decoding)."""
         if self._attention_mask is None:
             return self.shape[2] == 1
-        return self.memo("all_allowed", lambda: bool(self.allowed.all()))
+        return self._for_all("all_allowed", lambda: bool(self.allowed.all()))
 
     @property
     def n_allowed(self) -> list[int]:
         """N of each item: the allowed keys of its last query row. Sizes given as a fraction are fractions of it."""
         if self._attention_mask is None:
             return [self.shape[3]] * self.shape[0]
-        return self.memo("n_allowed", lambda: self.allowed[:, 0, -1].sum(-1).tolist())
+        return self._for_all("n_allowed", lambda: self.allowed[:, 0, -1].sum(-1).tolist())
 
     @property
     def has_bias(self) -> bool:
@@ -126,7 +134,7 @@ class AttentionInputs:
         mask = self._attention_mask
         if mask is None or mask.dtype == torch.bool:
             return False
-        return self.memo("has_bias", lambda: bool(self._bias.any()))
+        return self._for_all("has_bias", lambda: bool(self._bias.any()))
 
     @property
     def key_positions(self) -> Tensor:
@@ -137,12 +145,12 @@ class AttentionInputs:
             usable = self.allowed[:, 0].any(1)
             return (usable.cumsum(-1) - 1).masked_fill(~usable, -1)
 
-        return self.memo("key_positions", make)
+        return self._for_all("key_positions", make)
 
     @property
     def row_positions(self) -> Tensor:
         """Position of each query row, that of the last key it may attend to: int64 (B, Q), -1 without allowed keys."""
-        return self.memo(
+        return self._for_all(
             "row_positions",
             lambda: self.key_positions.unsqueeze(1).masked_fill(~self.allowed[:, 0], -1).amax(-1),
         )
@@ -150,7 +158,16 @@ class AttentionInputs:
     @property
     def row_lengths(self) -> Tensor:
         """Allowed keys of each query row: int64 (B, Q)."""
-        return self.memo("row_lengths", lambda: self.allowed[:, 0].sum(-1))
+        return self._for_all("row_lengths", lambda: self.allowed[:, 0].sum(-1))
+
+    def share_of_allowed(self, counts: Tensor) -> float:
+        """Keys counted for each row, (B, h, Q), over those it may attend to: mean over heads, and over rows that may attend
+        to anything; NaN if none may."""
+        if self.all_allowed:
+            return float(counts.sum()) / (counts.numel() * self.shape[3])
+        lengths = self.row_lengths.float()
+        shares = counts.float().mean(1) / lengths.masked_fill(lengths == 0, float("nan"))
+        return float(shares.nanmean())
 
     def resolve(self, size: int | float) -> list[int]:
         """A size in tokens (int) or as a fraction of N (float, floored, at least 1), for each item: B integers."""
@@ -270,7 +287,7 @@ class AttentionInputs:
 
         The query heads of a group share them, so that what they sample overlaps.
         """
-        return self.memo(
+        return self._for_all(
             "uniform",
             lambda: keyed_uniforms(self.seeds, self.layer_idx, self.kv_heads, self.row_positions, self.key_positions),
         )
@@ -287,7 +304,7 @@ class AttentionInputs:
                 ranks.numpy().sort(axis=-1)
             return ranks & 0xFFFFFFFF
 
-        return self.memo("random_order", make)
+        return self._for_all("random_order", make)
 
     def random_places(self) -> np.ndarray:
         """Each key's place in the random order, (B, Hkv, Q, N), uint16 or uint32 with the highest bit free. On a CPU only."""
@@ -300,7 +317,7 @@ class AttentionInputs:
             places.scatter_(-1, order, torch.arange(keys, dtype=signed).expand(order.shape))
             return places.numpy().view(np.uint16 if keys < 2**15 else np.uint32)
 
-        return self.memo("random_places", make)
+        return self._for_all("random_places", make)
 
     def _make_allowed(self) -> Tensor:
         batch, _, rows, keys = self.shape

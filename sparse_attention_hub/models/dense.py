@@ -1,7 +1,8 @@
 """Dense attention on a filled cache, causal at the lower right, without copies of the cache for each query head.
 
 torch's `is_causal` aligns at the upper left, and its masked path repeats keys and values for every query head of a
-group: both are wrong or slow for a question on a long prefix. Here the query heads of a group are rows of one product.
+group: both are wrong or slow for a question on a long prefix. Here the kv heads are the batch on a CPU, and the query heads
+of a group are rows of one product on a GPU.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 #: Scores held at once, in numbers: 128 MiB in float32.
 _BLOCK_SCORES = 32 * 2**20
-#: Rows a block of a windowed prefill.
-_WINDOW_ROWS = 512
+#: Rows a block, on a CPU and under a window.
+_ROWS = 512
 
 
 def dense_rows(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None = None) -> Tensor:
@@ -33,7 +34,9 @@ def dense_rows(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, wi
         grouped = queries.shape[1] != keys.shape[1]
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2)
-    if window is None and queries.is_cuda and queries.dtype != torch.float32:
+    if not queries.is_cuda:
+        return _masked(queries, keys, values, scaling, window)
+    if window is None and queries.dtype != torch.float32:
         bias = causal_lower_right(length, total)
         grouped = queries.shape[1] != keys.shape[1]
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scaling, enable_gqa=grouped)
@@ -48,11 +51,33 @@ def _one_row(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> T
     return out.reshape(1, 1, heads, values.shape[3])
 
 
+def _masked(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
+    """For a CPU, whose fused kernel takes masks at little cost: blocks of rows, each with the keys that it may see."""
+    _, heads, length, width = queries.shape
+    kv_heads, total = keys.shape[1], keys.shape[2]
+    step = min(length, _ROWS)
+    out = queries.new_empty((1, heads, length, values.shape[3]))
+    for start in range(0, length, step):
+        stop = min(length, start + step)
+        last = total - length + stop  # keys up to the block's last row, itself included
+        first = 0 if window is None else max(0, total - length + start - window + 1)
+        position = torch.arange(last - (stop - start), last)[:, None]
+        key = torch.arange(first, last)[None]
+        allowed = key <= position
+        if window is not None:
+            allowed &= key > position - window
+        grouped = queries[0, :, start:stop].view(kv_heads, heads // kv_heads, stop - start, width)
+        own_keys, own_values = (t[0, :, None, first:last].expand(-1, heads // kv_heads, -1, -1) for t in (keys, values))
+        part = F.scaled_dot_product_attention(grouped, own_keys, own_values, attn_mask=allowed, scale=scaling)
+        out[0, :, start:stop] = part.view(heads, stop - start, -1)
+    return out.transpose(1, 2)
+
+
 def _blocks(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
     heads, length, total = queries.shape[1], queries.shape[2], keys.shape[2]
     step = max(1, min(length, _BLOCK_SCORES // (heads * total)))
     if window is not None:
-        step = min(length, _WINDOW_ROWS)
+        step = min(length, _ROWS)
     out = queries.new_empty((1, length, heads, values.shape[3]))
     for start in range(0, length, step):
         stop = min(length, start + step)

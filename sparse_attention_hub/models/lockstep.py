@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import UserError
+from ..maskers.inputs import AttentionInputs
 from .cache import SharedPrefixCache
 from .dense import dense_rows
 from .load import LanguageModel
@@ -88,11 +89,13 @@ class Lockstep:
         layer_idx: int = module.layer_idx
         self.windows[layer_idx] = window
         layer = self.cache.layers[layer_idx]
+        common: dict[int, dict[Hashable, object]] = {}  # of the rows of each seed, whose calls differ in their tensors alone
         outputs = []
         for index, row in enumerate(self.rows):
             keys, values = layer.view(index)
             own = queries if len(self.rows) == 1 else queries[index : index + 1]
-            outputs.append(self._attend_row(row, layer_idx, own, keys, values, scaling, window))
+            shared = common.setdefault(row.seed, {})
+            outputs.append(self._attend_row(row, layer_idx, own, keys, values, scaling, window, shared))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_row(
@@ -104,6 +107,7 @@ class Lockstep:
         values: Tensor,
         scaling: float,
         window: int | None,
+        common: dict[Hashable, object],
     ) -> Tensor:
         result: AttentionResult | None = None
         if row.attention is None or row.memory is None or window is not None:
@@ -112,9 +116,9 @@ class Lockstep:
             if layer_idx not in row.memory.prepared:
                 row.attention.prepare(keys[:, :, : self.context_length], layer_idx, row.memory.state)
                 row.memory.prepared.add(layer_idx)
-            result = row.attention(
-                queries, keys, values, scaling=scaling, layer_idx=layer_idx, state=row.memory.state, seeds=row.seed
-            )
+            seeds = [row.seed]
+            inputs = AttentionInputs(queries, keys, values, None, scaling, layer_idx, seeds, common)
+            result = row.attention.attend_inputs(inputs, row.memory.state)
             output = result.output.to(queries.dtype)
             length = queries.shape[2]
             row.weight += length

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 SparseFrom = Literal["question", "decode"]
 
 
+#: Tokens of a context that go through the layers at once: activations then stay small beside the cache.
+_CHUNKS = {"cpu": 512, "gpu": 8192}
+
+
 @dataclass(frozen=True)
 class Answer:
     """token_ids end with the EOS token if stopped == "eos"; text leaves special tokens out. seconds: from asking to
@@ -98,14 +102,20 @@ def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
     if lm.dense_backend == "sdpa":
         session = Lockstep(cache, 0, [Row(None, None, 0, ())])
         with running(lm, session):
-            base(input_ids=ids, past_key_values=cache, use_cache=True)
-            check_calls(lm, session, 0)
+            for part in ids.split(_prefill_chunk(lm), dim=1):
+                before = session.calls
+                base(input_ids=part, past_key_values=cache, use_cache=True)
+                check_calls(lm, session, before)
     else:
         with switched(lm.attention_configs, lm.dense_backend), torch.no_grad():
             base(input_ids=ids, past_key_values=cache, use_cache=True)
     if cache.length != len(context_ids):
         raise UserError(f"model {lm.id!r} does not keep its keys in the cache it is given: take another model")
     return Prefilled(cache, len(context_ids), time.perf_counter() - started)
+
+
+def _prefill_chunk(lm: LanguageModel) -> int:
+    return _CHUNKS["cpu"] if lm.device.type == "cpu" else _CHUNKS["gpu"]
 
 
 def sparse_layers(lm: LanguageModel) -> list[int]:
@@ -363,7 +373,8 @@ def estimate_bytes(lm: LanguageModel, context_tokens: int, room: int, forks: int
     token = 2 * lm.num_layers * kv_heads * width * number
     tails = forks * room * token if forks > 1 else 0
     row = (6 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)) * number
-    activations = max(context_tokens, forks * room) * row
+    at_once = context_tokens if lm.dense_backend != "sdpa" else min(context_tokens, _prefill_chunk(lm))
+    activations = max(at_once, forks * room) * row
     scores = 4 * heads * min(room, 64) * (context_tokens + room) * 4
     logits = forks * config.vocab_size * (number + 4)
     return int((context_tokens + room) * token + tails + activations + scores + logits)

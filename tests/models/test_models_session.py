@@ -10,7 +10,17 @@ from tiny_models import all_keys, attention, build, few_keys, tokens, wrap
 
 from sparse_attention_hub import SinkMaskerConfig
 from sparse_attention_hub.errors import UserError
-from sparse_attention_hub.models import LanguageModel, answer, answer_many, estimate_bytes, forced, forced_many, prefill
+from sparse_attention_hub.models import (
+    LanguageModel,
+    answer,
+    answer_many,
+    dense,
+    estimate_bytes,
+    forced,
+    forced_many,
+    prefill,
+    session,
+)
 
 CONTEXT, QUESTION, NEW = tokens(90), tokens(11, seed=2), 7
 
@@ -58,9 +68,8 @@ def test_prefill_cache_equals_the_models_own(any_model: LanguageModel) -> None:
     assert prefilled.room == 5
 
 
-def test_question_longer_than_one_block_of_scores(any_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_attention_hub.models.dense._BLOCK_SCORES", 8 * 101 * 3)
-    monkeypatch.setattr("sparse_attention_hub.models.dense._WINDOW_ROWS", 5)
+def test_question_longer_than_one_block(any_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "_ROWS", 5)
     found = answer(any_model, prefill(any_model, CONTEXT, 40), QUESTION, None, NEW)
     assert found.token_ids == greedy(any_model.model, CONTEXT + QUESTION, NEW)
 
@@ -207,8 +216,8 @@ def test_states_are_prepared_on_the_context_and_rewound(llama: LanguageModel) ->
         def prepare(self, keys: Any, layer_idx: int, state: Any) -> None:
             self.prepared.append((layer_idx, keys.shape[2]))
 
-        def __call__(self, *args: Any, state: Any, **kwargs: Any) -> Any:
-            return self.inner(*args, **kwargs)
+        def attend_inputs(self, inputs: Any, state: Any) -> Any:
+            return self.inner.attend_inputs(inputs)
 
     for sparse_from in ("question", "decode"):
         spy: Any = Spy()
@@ -235,6 +244,40 @@ def test_a_failure_inside_leaves_the_prefill_usable(llama: LanguageModel) -> Non
         answer_many(llama, prefilled, QUESTION, [way, None], NEW, recorders=[fail, None])
     assert llama.model.config._attn_implementation == "sdpa"
     assert answer(llama, prefilled, QUESTION, way, NEW).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32])
+def test_a_prefill_in_chunks_equals_one_as_a_whole(
+    any_model: LanguageModel, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prefill(any_model, CONTEXT, 5)
+    monkeypatch.setitem(session._CHUNKS, "cpu", chunk)
+    parts = prefill(any_model, CONTEXT, 5)
+    for layer in range(any_model.num_layers):
+        for one, other in zip(parts.context_keys(layer), whole.context_keys(layer), strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 9, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dense_rows_is_softmax_over_what_each_row_may_see(
+    window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "_ROWS", 8)
+    monkeypatch.setattr(dense, "_BLOCK_SCORES", 6 * 45 * 3)  # rows a block on a GPU
+    for length, total in [(1, 40), (20, 20), (13, 40), (16, 45)]:
+        queries = torch.randn(1, 6, length, 16).to(dtype)
+        buffer = torch.randn(2, 1, 2, total + 5, 16).to(dtype)  # a cache hands over the front of its buffers
+        keys, values = buffer[0, :, :, :total], buffer[1, :, :, :total]
+        age = torch.arange(total - length, total)[:, None] - torch.arange(total)
+        seen = (age >= 0) & (age < (window or total))
+        wide = keys.double().repeat_interleave(3, 1), values.double().repeat_interleave(3, 1)
+        scores = (queries.double() @ wide[0].mT * 0.3).masked_fill(~seen, float("-inf"))
+        expected = (scores.softmax(-1) @ wide[1]).transpose(1, 2)
+        for way in (dense.dense_rows, dense._blocks):  # and the way of a GPU
+            found = way(queries, keys, values, 0.3, window)
+            assert found.dtype == dtype
+            assert torch.allclose(found.double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_bad_input_is_told(llama: LanguageModel) -> None:
