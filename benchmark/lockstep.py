@@ -6,17 +6,14 @@ failure record in the place of its answer.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmark.blocks import Block, Request, failure
+from benchmark.memory import free_memory, free_unused, is_out_of_memory
 from benchmark.tasks.base import Prompt
 
 if TYPE_CHECKING:
@@ -244,38 +241,6 @@ def reference_ids(tokenizer: Any, prompt: Prompt, reference: str) -> list[int]:
     end = tokenizer.decode(list(prompt.question_ids[-1:]), skip_special_tokens=True)
     text = reference if not end or end[-1:].isspace() else " " + reference.lstrip()
     return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-# -- memory ----------------------------------------------------------------------------------------------------------
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """An allocation failed, on a GPU or on the CPU."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-
-
-def free_memory(device: Any, workers: int) -> int | None:
-    """Bytes that one of `workers` may still take on a device; None if that is not known."""
-    import torch
-
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // max(1, workers)
-    return None
-
-
-def free_unused() -> None:
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _check_device(error: BaseException) -> None:

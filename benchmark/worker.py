@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmark.blocks import Block, Request
-from benchmark.lockstep import LoadedModel, Prefix, answer_sample, free_unused
+from benchmark.lockstep import LoadedModel, Prefix, answer_sample
+from benchmark.memory import free_unused
 from benchmark.results import Journal
 from benchmark.tasks.base import Prompt, build_prompt
 

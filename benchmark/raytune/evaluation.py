@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.blocks import sample_seed
+from benchmark.memory import trim_heap
 from benchmark.results import fingerprint
 from benchmark.settings import Settings
 from benchmark.tasks import get_task
@@ -158,6 +159,7 @@ class TraceEvaluator:
             sparse_from=self.settings.sparse_from,
             layers=self.layers,
         )
+        trim_heap()
         return trace, "recorded"
 
     def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
@@ -170,6 +172,7 @@ class TraceEvaluator:
         started = time.perf_counter()
         measure = (self._replay_some, self._replay_all, self._force, self._generate)[rung]
         evaluations = measure(attentions, check)
+        trim_heap()
         seconds = (time.perf_counter() - started) / len(configs)
         for evaluation in evaluations:
             evaluation.seconds = seconds
@@ -245,6 +248,7 @@ class TraceEvaluator:
                     for meter, result in zip(meters, results, strict=True)
                 ]
             )
+            trim_heap()
             check()
         return [_over_samples(column) for column in zip(*per_sample, strict=True)]
 
@@ -277,6 +281,7 @@ class TraceEvaluator:
                     for answer in answers
                 ]
             )
+            trim_heap()
             check()
         return [_over_samples(column) for column in zip(*per_sample, strict=True)]
 

@@ -198,6 +198,7 @@ def marginal_costs(options: argparse.Namespace) -> dict[str, Any]:
 def whole_search(options: argparse.Namespace) -> dict[str, Any]:
     """A whole study, from the start of the process to the confirmed best of every level; its cost in parts."""
     import torch
+    from ray.tune.search import optuna  # noqa: F401  (its code is no memory of a search: loaded before the watch begins)
 
     from benchmark.raytune.evaluation import TraceEvaluator
     from benchmark.raytune.optimizer_factory import CombinationSpace

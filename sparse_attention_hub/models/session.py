@@ -102,7 +102,7 @@ def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
     if lm.dense_backend == "sdpa":
         session = Lockstep(cache, 0, [Row(None, None, 0, ())])
         with running(lm, session):
-            for part in ids.split(_prefill_chunk(lm), dim=1):
+            for part in torch.split(ids, _prefill_chunk(lm), dim=1):
                 before = session.calls
                 base(input_ids=part, past_key_values=cache, use_cache=True)
                 check_calls(lm, session, before)
