@@ -44,6 +44,7 @@ MEMORY_GOAL = 1.5
 def template(family: str, budget: float) -> Any:
     """What a search of this family starts from at a density budget."""
     import sparse_attention_hub as hub
+    from sparse_attention_hub.maskers.hat_weights import hat_config_fields, hat_weights_for
 
     ends = [hub.SinkMaskerConfig(sink_size=0.01), hub.LocalMaskerConfig(window_size=0.01)]
     rest = budget - 0.02
@@ -57,6 +58,7 @@ def template(family: str, budget: float) -> Any:
         "oracle_top_p": [hub.OracleTopPMaskerConfig(top_p=min(0.9, 0.3 + 1.5 * budget))],
         "quest": [hub.QuestTopKMaskerConfig(heavy_size=rest, page_size=16)],
         "double_sparsity": [hub.DoubleSparsityTopKMaskerConfig(rest, sorted_channel_file=None)],
+        "hash_attention": [hub.HashAttentionTopKMaskerConfig(heavy_size=rest, **hat_config_fields(hat_weights_for(MODEL)))],
         "pq_cache": [hub.PQCacheConfig(rest, 4, 6, 10, 4, "euclidean")],
         "magic_pig": [hub.MagicPigConfig(lsh_l=32, lsh_k=8)],
     }
