@@ -181,15 +181,17 @@ class ResearchAttention:
         else:
             # One row reads what it chose alone; several may be attended to densely, where weights of 0 meet all values.
             values = inputs.values if inputs.shape[2] == 1 and self.config.backend != "reference" else inputs.usable_values
-            output, lse = attend(inputs.queries, inputs.keys, values, mask, inputs.scaling, self.config.backend)
+            known = inputs.scores() if inputs.has_scores and not inputs.needs_grad else None
+            output, lse = attend(inputs.queries, inputs.keys, values, mask, inputs.scaling, self.config.backend, known)
         result = AttentionResult(output, mask, lse, inputs, self.selector_fraction(inputs))
         result.empty_rows = empty_rows
         return result
 
     def _from_scores(self, inputs: AttentionInputs) -> bool:
         """Whether a masker computed the scores of several rows anyway: then the output is taken from them, on a CPU."""
-        gathers = choose_backend(self.config.backend, inputs.queries) == "gather" and inputs.device.type == "cpu"
-        return gathers and inputs.has_scores and inputs.shape[2] > 1 and not inputs.needs_grad
+        if inputs.shape[2] == 1 or not inputs.has_scores or inputs.device.type != "cpu" or inputs.needs_grad:
+            return False
+        return choose_backend(self.config.backend, inputs.queries) == "gather"
 
 
 def dense_attention(

@@ -36,6 +36,8 @@ class Mask:
         self._held_dense = dense
         self._chosen: Tensor | None = None
         self._counts = counts
+        #: What `from_range` was given.
+        self.span: tuple[int, int] | None = None
         #: Where keys were drawn at one rate a row: what `from_draw` was given.
         self.draw: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -67,6 +69,16 @@ class Mask:
         if probability is not None:
             probability = probability.float()
         return Mask(shape, indices=indices.long(), probability=probability, kv_heads=kv_heads)
+
+    @staticmethod
+    def from_range(
+        start: int, stop: int, shape: tuple[int, int, int, int], device: torch.device | str = "cpu", kv_heads: int | None = None
+    ) -> Mask:
+        """The keys from `start` up to `stop`, the same for all items, heads and rows."""
+        indices = torch.arange(start, stop, device=device).expand(shape[0], 1, shape[2], -1)
+        mask = Mask(shape, indices=indices, kv_heads=kv_heads)
+        mask.span = (start, stop)
+        return mask
 
     @staticmethod
     def from_dense(dense: Tensor, heads: int | None = None, kv_heads: int | None = None, counts: Tensor | None = None) -> Mask:
@@ -227,7 +239,7 @@ class Mask:
         sure, maybe = (self, other) if self.is_certain else (other, self)
         heads = max(sure.shared_heads, maybe.shared_heads)
         first, second = expand_heads(sure._indices, heads), expand_heads(maybe._indices, heads)  # type: ignore[arg-type]
-        if not disjoint:
+        if not (disjoint or _apart(self.span, other.span)):
             # A key that both hold is certain, so the other list drops it.
             already = expand_heads(sure.chosen(), heads).gather(-1, second.clamp(min=0))
             second = second.masked_fill(already, -1)
@@ -249,7 +261,7 @@ class Mask:
 
     def _with_kv_heads(self, kv_heads: int) -> Mask:
         mask = Mask(self.shape, indices=self._indices, probability=self._probability, dense=self._held_dense, kv_heads=kv_heads)
-        mask.draw, mask._counts = self.draw, self._counts
+        mask.draw, mask.span, mask._counts = self.draw, self.span, self._counts
         return mask
 
     def _dense_union(self, other: Mask, disjoint: bool) -> Mask:
@@ -297,6 +309,11 @@ class Mask:
             log_weight = -self.inclusion_probability().gather(-1, lists).clamp(min=1e-30).log()
         log_weight = log_weight.masked_fill(~attended, float("-inf"))
         return order.int(), count.int(), log_weight
+
+
+def _apart(first: tuple[int, int] | None, second: tuple[int, int] | None) -> bool:
+    """Whether two ranges are known, and share nothing."""
+    return first is not None and second is not None and (first[1] <= second[0] or second[1] <= first[0])
 
 
 def expand_heads(tensor: Tensor, heads: int) -> Tensor:

@@ -108,6 +108,22 @@ def test_group_counts(mask: Mask) -> None:
     assert torch.equal(counts.expand_as(groups), groups)
 
 
+def test_ranges() -> None:
+    ranges = [(0, 0), (0, 3), (2, 5), (5, 20), (17, 20), (0, 20)]
+    for first in ranges:
+        mask = Mask.from_range(*first, SHAPE, kv_heads=2)
+        keys = torch.arange(SHAPE[3])
+        expected = (keys >= first[0]) & (keys < first[1])
+        assert torch.equal(mask.chosen().expand(SHAPE), expected.expand(SHAPE)) and mask.shape == SHAPE
+        for second in ranges:
+            both = mask.union(Mask.from_range(*second, SHAPE, kv_heads=2))
+            joined = expected | ((keys >= second[0]) & (keys < second[1]))
+            assert torch.equal(both.chosen().expand(SHAPE), joined.expand(SHAPE))
+            assert bool((both.counts() == joined.sum()).all())
+            again = both.union(mask)  # what two ranges made is no range any more
+            assert bool((again.counts() == joined.sum()).all())
+
+
 def test_empty() -> None:
     empty = Mask.empty(SHAPE, kv_heads=2)
     assert empty.is_empty and empty.is_certain and not empty.inclusion_probability().any()

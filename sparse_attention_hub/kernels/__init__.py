@@ -15,12 +15,19 @@ BACKENDS = ("auto", "reference", "gather", "triton")
 
 
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float, backend: str = "auto"
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Mask,
+    scaling: float,
+    backend: str = "auto",
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the mask's keys, each term weighted by 1/p in numerator and denominator.
 
     queries (B, H, Q, D), keys and values (B, Hkv, N, D). Returns (output (B, Q, H, D) in the queries' dtype, log-sum-exp
     (B, H, Q) in float32 or wider); a row without keys gives 0 and -inf.
+    scores: float32 or wider (B, H, Q, N), the scaled logits where they are known anyway: gather then reads no keys for one row.
     backend: "auto" = triton on a GPU, gather elsewhere; the environment variable SPARSE_ATTENTION_HUB_BACKEND overrides auto.
     Raises ValueError for an unknown backend, or triton without a GPU.
     """
@@ -29,9 +36,10 @@ def attend(
         from .triton import attend_triton
 
         output, lse = attend_triton(queries, keys, values, mask, scaling)
+    elif name == "reference":
+        output, lse = attend_reference(queries, keys, values, mask, scaling)
     else:
-        kernel = attend_reference if name == "reference" else attend_gather
-        output, lse = kernel(queries, keys, values, mask, scaling)
+        output, lse = attend_gather(queries, keys, values, mask, scaling, scores)
     return output.to(queries.dtype), lse
 
 

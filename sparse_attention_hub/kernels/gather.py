@@ -6,6 +6,7 @@ apart by log weights, since their lists together soon cover more than the union 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -17,13 +18,18 @@ from ..mask import Mask, expand_heads
 NEVER = float("-inf")
 
 
-def attend_gather(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float) -> tuple[Tensor, Tensor]:
-    """(output (B, Q, H, D), log-sum-exp (B, H, Q)), float32 or wider. A row without keys gives 0 and -inf."""
-    kernel = _attend_rows if queries.shape[2] == 1 else _attend_union
-    return kernel(queries, keys, values, mask, scaling)
+def attend_gather(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float, scores: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(output (B, Q, H, D), log-sum-exp (B, H, Q)), float32 or wider. A row without keys gives 0 and -inf. scores: see attend."""
+    if queries.shape[2] == 1:
+        return _attend_rows(queries, keys, values, mask, scaling, scores)
+    return _attend_union(queries, keys, values, mask, scaling)
 
 
-def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float) -> tuple[Tensor, Tensor]:
+def _attend_rows(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float, scores: Tensor | None
+) -> tuple[Tensor, Tensor]:
     batch, heads, _, dim = queries.shape
     kv_heads = keys.shape[1]
     wide = torch.promote_types(queries.dtype, torch.float32)
@@ -39,9 +45,12 @@ def _attend_rows(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scal
         if full or indices.shape[-1] == 0
         else torch.where(indices < 0, indices.amax(-1, keepdim=True), indices).clamp(min=0)
     )
-    grouped = (queries.to(wide) * scaling).view(batch, lists, heads // lists, dim)
-    picked = gather_rows(keys, safe).to(wide)
-    logits = grouped @ picked.transpose(-1, -2)
+    if scores is None:
+        grouped = (queries.to(wide) * scaling).view(batch, lists, heads // lists, dim)
+        logits = grouped @ gather_rows(keys, safe).to(wide).transpose(-1, -2)
+    else:
+        known = scores.reshape(batch, lists, heads // lists, -1)
+        logits = known.gather(-1, safe.unsqueeze(2).expand(-1, -1, heads // lists, -1))
     if probability is not None:
         logits = logits - expand_heads(probability, lists)[:, :, 0].clamp(min=1e-30).log().unsqueeze(2)
     if not full:
@@ -122,11 +131,16 @@ def _addressed(tensor: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     if strides[3] != 1 or strides[2] != dim or strides[0] % dim or strides[1] % dim:
         tensor = tensor.contiguous()
         strides = tensor.stride()
-    heads = indices.shape[1]
-    head_of = torch.arange(heads, device=tensor.device) // (heads // held)
-    offsets = head_of * (strides[1] // dim) + torch.arange(batch, device=tensor.device).unsqueeze(1) * (strides[0] // dim)
+    offsets = _offsets(batch, indices.shape[1], held, strides[0] // dim, strides[1] // dim, tensor.device)
     last = (batch - 1) * (strides[0] // dim) + (held - 1) * (strides[1] // dim) + total
-    return tensor.as_strided((last, dim), (dim, 1)), indices + offsets.unsqueeze(-1)
+    return tensor.as_strided((last, dim), (dim, 1)), indices + offsets
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets(batch: int, heads: int, held: int, per_item: int, per_head: int, device: torch.device) -> Tensor:
+    """Where each head's rows begin in the table, (B, H, 1); the same for all steps and layers of an answer."""
+    head_of = torch.arange(heads, device=device) // (heads // held)
+    return (head_of * per_head + torch.arange(batch, device=device).unsqueeze(1) * per_item).unsqueeze(-1)
 
 
 def _take(tensor: Tensor, lists: Tensor | None) -> Tensor:

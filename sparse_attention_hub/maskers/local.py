@@ -37,9 +37,8 @@ class LocalMasker(Masker[LocalMaskerConfig]):
         sizes = inputs.resolve(self.config.window_size)
         if inputs.shape[2] == 1 and inputs.all_allowed:
             # One row that may see everything: the window is the end of the keys, the same for all heads and items.
-            window = torch.arange(inputs.shape[3] - sizes[0], inputs.shape[3], device=inputs.device)
-            indices = window.expand(inputs.shape[0], 1, 1, -1)
-            return mask.union(Mask.from_indices(indices, inputs.shape, kv_heads=inputs.kv_heads))
+            total = inputs.shape[3]
+            return mask.union(Mask.from_range(total - sizes[0], total, inputs.shape, inputs.device, inputs.kv_heads))
         limit = torch.tensor(sizes, device=inputs.device).view(-1, 1, 1, 1)
         age = inputs.row_positions[:, None, :, None] - inputs.key_positions[:, None, None, :]
         window_keys = (age < limit) & inputs.allowed

@@ -37,8 +37,7 @@ class SinkMasker(Masker[SinkMaskerConfig]):
         sizes = inputs.resolve(self.config.sink_size)
         if inputs.shape[2] == 1 and inputs.all_allowed:
             # One row that may see everything: the sink is the start of the keys, the same for all heads and items.
-            indices = torch.arange(sizes[0], device=inputs.device).expand(inputs.shape[0], 1, 1, -1)
-            return mask.union(Mask.from_indices(indices, inputs.shape, kv_heads=inputs.kv_heads))
+            return mask.union(Mask.from_range(0, sizes[0], inputs.shape, inputs.device, inputs.kv_heads))
         limit = torch.tensor(sizes, device=inputs.device).view(-1, 1, 1, 1)
         first = (inputs.key_positions[:, None, None, :] < limit) & inputs.allowed
         return mask.union(Mask.from_dense(first, inputs.shape[1], inputs.kv_heads))

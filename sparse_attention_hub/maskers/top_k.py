@@ -115,8 +115,12 @@ def _top_of_rows(scores: Tensor, width: int) -> Tensor:
     if scores.is_cuda or scores.dtype not in (torch.float32, torch.float64):
         best, indices = scores.topk(width, dim=-1, sorted=False)
     else:  # NumPy's vectorised partition is several times faster than topk on a CPU
-        partitioned = np.argpartition(scores.detach().numpy(), keys - width, axis=-1)[:, keys - width :]
-        indices = torch.from_numpy(partitioned.astype(np.int64))
+        numbers = scores.detach().numpy()
+        partitioned = np.argpartition(numbers, keys - width, axis=-1)[:, keys - width :].astype(np.int64, copy=False)
+        indices = torch.from_numpy(partitioned)
+        threshold = np.take_along_axis(numbers, partitioned[:, :1], -1)
+        if threshold.min() > NEVER and np.count_nonzero(numbers >= threshold) == partitioned.size:
+            return indices  # no ties for the last places, and no row with too few scores
         best = scores.gather(-1, indices)
     last = best.amin(-1, keepdim=True)
     last = last.masked_fill(last == NEVER, float("nan"))  # a row with too few scores has no boundary

@@ -44,6 +44,18 @@ def test_gather_is_the_reference(rows: int, kv_heads: int, held: str, certain: b
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("held", [1, 2, 8])
+@pytest.mark.parametrize("share", [0.02, 0.2])
+def test_known_scores_spare_the_keys(held: int, share: float) -> None:
+    queries, keys, values = tensors(1, 2)
+    mask = make_mask(1, 2, held, False, "lists", share)
+    expected = attend(queries, keys, values, mask, 0.3, "gather")
+    scores = (queries * 0.3) @ keys.repeat_interleave(4, 1).mT
+    found = attend(queries, keys.fill_(float("nan")), values, mask, 0.3, "gather", scores)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 def test_reference_is_the_formula() -> None:
     queries, keys, values = (tensor.double() for tensor in tensors(3, 2))
     mask = make_mask(3, 2, 8, False, "dense", 0.5)
