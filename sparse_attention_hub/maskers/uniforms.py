@@ -36,13 +36,16 @@ def keyed_uniforms(seeds: list[int], layer_idx: int, kv_heads: int, query_positi
     seeds: one integer an item. query_positions: int64 (B, Q), key_positions: int64 (B, N), both counted without padding.
     The global random state is neither read nor changed.
     """
-    device = key_positions.device
     # Two 32-bit words for every (item, kv head), mixed in turn with the query's and the key's position.
     words = [[_mix64(_mix64((seed & _MASK64) ^ (layer_idx << 40)) ^ head) for head in range(kv_heads)] for seed in seeds]
-    if device.type == "cpu":
-        return torch.from_numpy(_uniforms_on_cpu(words, query_positions.numpy(), key_positions.numpy()))
-    low = _as_int32([[word & 0xFFFFFFFF for word in row] for row in words], device)
-    high = _as_int32([[word >> 32 for word in row] for row in words], device)
+    if key_positions.device.type == "cpu":
+        return torch.from_numpy(_in_numpy(words, query_positions.numpy(), key_positions.numpy()))
+    return _in_torch(words, query_positions, key_positions)
+
+
+def _in_torch(words: list[list[int]], query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    low = _as_int32([[word & 0xFFFFFFFF for word in row] for row in words], key_positions.device)
+    high = _as_int32([[word >> 32 for word in row] for row in words], key_positions.device)
     rows = query_positions.to(torch.int32)[:, None, :]
     low = _mix32(low[:, :, None] ^ (rows * -0x61C88647))
     high = _mix32(high[:, :, None] ^ (rows * 0x5851F42D))
@@ -52,8 +55,8 @@ def keyed_uniforms(seeds: list[int], layer_idx: int, kv_heads: int, query_positi
     return uniforms
 
 
-def _uniforms_on_cpu(words: list[list[int]], query_positions: np.ndarray, key_positions: np.ndarray) -> np.ndarray:
-    """The same numbers in NumPy, whose calls on a decode step's few numbers take a third of torch's time."""
+def _in_numpy(words: list[list[int]], query_positions: np.ndarray, key_positions: np.ndarray) -> np.ndarray:
+    """The same bits in NumPy, whose calls on a decode step's few numbers take a third of torch's time."""
     seeds = np.array(words, dtype=np.uint64)
     rows = query_positions.astype(np.uint32)[:, None, :]
     low = _mix32((seeds & 0xFFFFFFFF).astype(np.uint32)[:, :, None] ^ (rows * np.uint32(0x9E3779B9)))
