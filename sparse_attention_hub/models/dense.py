@@ -34,7 +34,7 @@ def dense_rows(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, wi
         grouped = queries.shape[1] != keys.shape[1]
         out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2)
-    if not queries.is_cuda:
+    if queries.device.type == "cpu":
         return _masked(queries, keys, values, scaling, window)
     if window is None and queries.dtype != torch.float32:
         bias = causal_lower_right(length, total)
