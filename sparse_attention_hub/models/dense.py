@@ -36,7 +36,7 @@ def dense_rows(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, wi
         return out.transpose(1, 2)
     if queries.device.type == "cpu":
         return _masked(queries, keys, values, scaling, window)
-    if window is None and queries.dtype != torch.float32:
+    if window is None and queries.is_cuda and queries.dtype != torch.float32:
         bias = causal_lower_right(length, total)
         grouped = queries.shape[1] != keys.shape[1]
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scaling, enable_gqa=grouped)
