@@ -7,6 +7,8 @@ of a group are rows of one product on a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,16 +53,21 @@ def _one_row(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> T
     return out.reshape(1, 1, heads, values.shape[3])
 
 
+def _spans(length: int, total: int, step: int, window: int | None) -> Iterator[tuple[int, int, int, int]]:
+    """Blocks of `step` rows, from `start` to `stop`, and the keys that one of them may see, from `first` to `last`."""
+    for start in range(0, length, step):
+        stop = min(length, start + step)
+        first = 0 if window is None else max(0, total - length + start - window + 1)
+        yield start, stop, first, total - length + stop
+
+
 def _masked(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
     """For a CPU, whose fused kernel takes masks at little cost: blocks of rows, each with the keys that it may see."""
     _, heads, length, width = queries.shape
     kv_heads, total = keys.shape[1], keys.shape[2]
     step = min(length, _ROWS)
     out = queries.new_empty((1, heads, length, values.shape[3]))
-    for start in range(0, length, step):
-        stop = min(length, start + step)
-        last = total - length + stop  # keys up to the block's last row, itself included
-        first = 0 if window is None else max(0, total - length + start - window + 1)
+    for start, stop, first, last in _spans(length, total, step, window):
         position = torch.arange(last - (stop - start), last)[:, None]
         key = torch.arange(first, last)[None]
         allowed = key <= position
@@ -79,10 +86,7 @@ def _blocks(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, windo
     if window is not None:
         step = min(length, _ROWS)
     out = queries.new_empty((1, length, heads, values.shape[3]))
-    for start in range(0, length, step):
-        stop = min(length, start + step)
-        last = total - length + stop  # keys up to the block's last row, itself included
-        first = 0 if window is None else max(0, total - length + start - window + 1)
+    for start, stop, first, last in _spans(length, total, step, window):
         out[:, start:stop] = _block(
             queries[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last], scaling, window
         )
