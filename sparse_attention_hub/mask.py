@@ -76,7 +76,8 @@ class Mask:
     ) -> Mask:
         """The keys from `start` up to `stop`, the same for all items, heads and rows."""
         indices = torch.arange(start, stop, device=device).expand(shape[0], 1, shape[2], -1)
-        mask = Mask(shape, indices=indices, kv_heads=kv_heads)
+        counts = torch.full((shape[0], 1, shape[2]), stop - start, device=device)
+        mask = Mask(shape, indices=indices, kv_heads=kv_heads, counts=counts)
         mask.span = (start, stop)
         return mask
 
@@ -178,6 +179,10 @@ class Mask:
         if self.shared_heads in (1, self.kv_heads):
             return self.counts()
         batch, heads, rows, keys = self.shape
+        if self._indices is not None and self._chosen is None:
+            grouped = self._indices.view(batch, self.kv_heads, heads // self.kv_heads, rows, -1)
+            lists = grouped.transpose(2, 3).reshape(batch, self.kv_heads, rows, -1)
+            return _scattered(lists, keys, True, torch.bool).sum(-1)
         members = self.chosen().view(batch, self.kv_heads, heads // self.kv_heads, rows, keys).unbind(2)
         return functools.reduce(torch.bitwise_or, members).sum(-1)
 
@@ -239,7 +244,10 @@ class Mask:
         sure, maybe = (self, other) if self.is_certain else (other, self)
         heads = max(sure.shared_heads, maybe.shared_heads)
         first, second = expand_heads(sure._indices, heads), expand_heads(maybe._indices, heads)  # type: ignore[arg-type]
-        if not (disjoint or _apart(self.span, other.span)):
+        counts = None
+        if disjoint or _apart(self.span, other.span):
+            counts = self._sum_of_counts(other)
+        else:
             # A key that both hold is certain, so the other list drops it.
             already = expand_heads(sure.chosen(), heads).gather(-1, second.clamp(min=0))
             second = second.masked_fill(already, -1)
@@ -247,7 +255,8 @@ class Mask:
         if maybe._probability is not None:
             drawn = expand_heads(maybe._probability, heads)
             probability = torch.cat([torch.ones_like(first, dtype=torch.float32), drawn], -1)
-        return Mask(self.shape, indices=torch.cat([first, second], -1), probability=probability, kv_heads=self.kv_heads)
+        both = torch.cat([first, second], -1)
+        return Mask(self.shape, indices=both, probability=probability, kv_heads=self.kv_heads, counts=counts)
 
     def restrict(self, allowed: Tensor) -> Mask:
         """This mask without the keys that are not allowed. allowed: bool (B, 1, Q, N)."""
@@ -265,10 +274,7 @@ class Mask:
         return mask
 
     def _dense_union(self, other: Mask, disjoint: bool) -> Mask:
-        counts = None
-        if disjoint and self._counts_known and other._counts_known:
-            heads = max(self.shared_heads, other.shared_heads)
-            counts = expand_heads(self.counts(), heads) + expand_heads(other.counts(), heads)
+        counts = self._sum_of_counts(other) if disjoint else None
         if self.is_certain and other.is_certain:
             heads = max(self.shared_heads, other.shared_heads)
             both = expand_heads(self.chosen(), heads) | expand_heads(other.chosen(), heads)
@@ -277,22 +283,22 @@ class Mask:
             both = p + q - p * q
         return Mask.from_dense(both, self.shape[1], self.kv_heads, counts)
 
+    def _sum_of_counts(self, other: Mask) -> Tensor | None:
+        """Counts of the union of two masks that share no key, where counting costs little."""
+        if not (self._counts_known and other._counts_known):
+            return None
+        heads = max(self.shared_heads, other.shared_heads)
+        return expand_heads(self.counts(), heads) + expand_heads(other.counts(), heads)
+
     @property
     def _counts_known(self) -> bool:
         """Whether counting costs little: counted already, or held for one head only."""
         return self._counts is not None or self.shared_heads == 1
 
     def _scatter(self, dtype: torch.dtype, value: Tensor | bool) -> Tensor:
-        """Index lists to a dense (B, h, Q, N); padding lands in a column past the end, which is cut off."""
+        """Index lists to a dense (B, h, Q, N)."""
         assert self._indices is not None
-        keys = self.shape[3]
-        out = torch.zeros((*self._indices.shape[:3], keys + 1), dtype=dtype, device=self._indices.device)
-        slots = self._indices.masked_fill(self._indices < 0, keys)
-        if isinstance(value, Tensor):
-            out.scatter_(-1, slots, value.to(dtype))
-        else:
-            out.scatter_(-1, slots, value)
-        return out[..., :keys]
+        return _scattered(self._indices, self.shape[3], value.to(dtype) if isinstance(value, Tensor) else value, dtype)
 
     def _group_indices(self) -> tuple[Tensor, Tensor, Tensor]:
         batch, heads, rows, keys = self.shape
@@ -309,6 +315,13 @@ class Mask:
             log_weight = -self.inclusion_probability().gather(-1, lists).clamp(min=1e-30).log()
         log_weight = log_weight.masked_fill(~attended, float("-inf"))
         return order.int(), count.int(), log_weight
+
+
+def _scattered(indices: Tensor, keys: int, value: Tensor | bool, dtype: torch.dtype) -> Tensor:
+    """`value` where index lists (B, h, Q, K) point, 0 elsewhere: (B, h, Q, keys). Padding (-1) lands in a column before the
+    first, which is cut off."""
+    out = torch.zeros((*indices.shape[:3], keys + 1), dtype=dtype, device=indices.device)
+    return out.scatter_(-1, indices + 1, value)[..., 1:]  # type: ignore[arg-type]
 
 
 def _apart(first: tuple[int, int] | None, second: tuple[int, int] | None) -> bool:

@@ -5,10 +5,9 @@ All configurations of a call share each layer's scores, exponentials, sorted sco
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from .attention import ResearchAttention, dense_of
 from .mask import expand_heads
 from .maskers.inputs import AttentionInputs
-from .maskers.state import AttentionState, MaskerState
+from .maskers.state import AttentionState, SharedStates
 from .shared import attend_shared
 
 if TYPE_CHECKING:
@@ -38,36 +37,6 @@ def spread_rows(rows: int, keep: int) -> list[int]:
     if keep >= rows:
         return list(range(rows))
     return sorted({round(i * (rows - 1) / max(keep - 1, 1)) for i in range(keep)})
-
-
-class SharedStates:
-    """Masker states of traces, shared by all configurations whose codes are equal and kept up to `limit_bytes`.
-
-    Fitting (k-means, say) then happens once for each (trace, layer, code-making settings), not once a configuration.
-    """
-
-    def __init__(self, limit_bytes: int = 256 * 2**20) -> None:
-        self._limit = limit_bytes
-        self._held: OrderedDict[tuple[Any, ...], MaskerState] = OrderedDict()
-
-    def of(self, attention: ResearchAttention, trace: Trace, keys: Tensor, layer_idx: int) -> AttentionState:
-        """The states of one attention on one layer, fitted on the context's keys (1, Hkv, context, D)."""
-        state = AttentionState()
-        for position, masker in enumerate(attention.maskers):
-            name = (trace.key, layer_idx, masker.codes_key())
-            if name not in self._held:
-                self._held[name] = MaskerState()
-                masker.prepare(keys, layer_idx, self._held[name])
-            self._held.move_to_end(name)
-            state.adopt(layer_idx, position, self._held[name])
-        return state
-
-    def trim(self) -> None:
-        """Forget what was used longest ago until the limit holds."""
-        total = sum(state.bytes() for state in self._held.values())
-        while total > self._limit and self._held:
-            _, state = self._held.popitem(last=False)
-            total -= state.bytes()
 
 
 @torch.inference_mode()
@@ -96,7 +65,7 @@ def replay(
         inputs = _layer_inputs(trace.layer(layer_idx, device), trace.rows, kept, seed)
         inputs.viewers = len(attentions)
         for place, attention in enumerate(attentions):
-            state = states.of(attention, trace, inputs.keys[:, :, : trace.context_length], layer_idx)
+            state = states.of(attention.maskers, trace.key, inputs.keys[:, :, : trace.context_length], layer_idx)
             error, density = _replay_layer(attention, inputs, state)
             errors[place].append(error)
             densities[place].append(density)

@@ -21,6 +21,7 @@ from sparse_attention_hub import (
     MaskerConfig,
     OracleTopKConfig,
     OracleTopPMaskerConfig,
+    PQCacheConfig,
     RandomSamplingMaskerConfig,
     ResearchAttention,
     ResearchAttentionConfig,
@@ -28,9 +29,10 @@ from sparse_attention_hub import (
     dense_attention,
     register_masker,
 )
+from sparse_attention_hub.maskers.state import SharedStates
 from sparse_attention_hub.models import LanguageModel, answer, forced, prefill
 from sparse_attention_hub.models.trace import Trace, record_trace, thinned_layers
-from sparse_attention_hub.replay import SharedStates, replay, spread_rows
+from sparse_attention_hub.replay import replay, spread_rows
 
 CONTEXT = [1, *torch.randint(2, 100, (150,), generator=torch.Generator().manual_seed(3)).tolist()]
 QUESTION = [5, 9, 44, 17, 23]
@@ -121,6 +123,24 @@ def test_states_are_shared_between_calls_and_bounded(trace: Trace) -> None:
     states = SharedStates(limit_bytes=0)
     first = replay(trace, attentions(), states=states)
     assert [r.error for r in replay(trace, attentions(), states=states)] == [r.error for r in first]
+
+
+def test_what_replay_learned_of_a_context_serves_the_model_too(
+    lm: LanguageModel, trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = attention(
+        PQCacheConfig(heavy_size=0.1, pq_group_factor=4, pq_bits=3, kmeans_iter=4, init_offset=2, metric="euclidean")
+    )
+    alone = trace.prefilled(lm, 20)
+    assert alone is not None
+    expected = forced(lm, alone, QUESTION, trace.answer_ids, way)
+    states = SharedStates()
+    replayed = replay(trace, [way], states=states)
+    monkeypatch.setattr(type(way.maskers[2]), "fit", lambda *_: pytest.fail("fitted again"))
+    prefilled = trace.prefilled(lm, 20, states)
+    assert prefilled is not None
+    assert forced(lm, prefilled, QUESTION, trace.answer_ids, way) == expected
+    assert [r.error for r in replay(trace, [way], states=states)] == [r.error for r in replayed]
 
 
 def test_one_layer_of_replay_is_what_a_forced_forward_does_first(lm: LanguageModel, trace: Trace) -> None:

@@ -89,9 +89,9 @@ class TraceEvaluator:
     def __init__(self, lm: LanguageModel, task_name: str, settings: Settings, traces_dir: Path) -> None:
         """Nothing is recorded yet: iterate `record()` first. UserError as `tuning_samples`, for a model without a layer that
         can be sparse, or a backend that cannot run here."""
+        from sparse_attention_hub.maskers.state import SharedStates
         from sparse_attention_hub.models.session import sparse_layers
         from sparse_attention_hub.models.trace import layer_bytes, thinned_layers, trace_key
-        from sparse_attention_hub.replay import SharedStates
 
         _check_backend(settings.attention_backend, lm)
         self.lm, self.task, self.settings = lm, get_task(task_name), settings
@@ -222,7 +222,7 @@ class TraceEvaluator:
     def _prefilled(self, entry: TuningSample, trace: Trace, room: int) -> Prefilled:
         from sparse_attention_hub.models import prefill
 
-        return trace.prefilled(self.lm, room) or prefill(self.lm, entry.prompt.context_ids, room)
+        return trace.prefilled(self.lm, room, self._states) or prefill(self.lm, entry.prompt.context_ids, room)
 
     def _force(self, attentions: list[ResearchAttention], check: Any) -> list[Evaluation]:
         """Question and dense answer in one forward: errors compound through the layers as in a real run."""

@@ -6,8 +6,7 @@ On the embedded model, one sample a context length, micro metrics off:
 - ours: one prefill, all configurations in lockstep;
 - prefill each time: a prefill for every configuration, one after the other, model loaded once;
 - process each time: for every configuration a new process that loads the model, prefills with the LM head over the
-whole
-  context, and answers through the transformers plug-in. `--processes N` measures only the first N and scales to all.
+  whole context, and answers through the transformers plug-in. `--processes N` measures only the first N and scales to all.
 Workers: two processes with one thread each against one, held against what two independent processes that only read
 memory reach here. Everything runs with `--threads` threads.
 """

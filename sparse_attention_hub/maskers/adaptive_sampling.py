@@ -93,11 +93,13 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
             return mask
         base_size = self._base_size(left)
         base = draw_without_replacement(inputs, residual, base_size)
-        base = Mask(base.shape, indices=base.rows()[0], kv_heads=base.kv_heads)  # kept for certain: no weights
-        rest = left - torch.minimum(base_size, left)
+        # Kept for certain: no weights.
+        base = Mask(base.shape, indices=base.rows()[0], kv_heads=base.kv_heads, counts=base.counts())
         budget = self._budget(inputs, mask, base, residual, expand_heads(left, inputs.shape[1]))
-        drawn = draw_without_replacement(inputs, residual, budget, skip=torch.minimum(base_size, left))
-        return mask.union(base).union(drawn) if bool((rest > 0).any()) else mask.union(base)
+        mask = mask.union(base, disjoint=True)
+        if int(budget.max()) == 0:
+            return mask
+        return mask.union(draw_without_replacement(inputs, residual, budget, skip=base_size), disjoint=True)
 
     def _select_by_comparison(self, inputs: AttentionInputs, mask: Mask, residual: Tensor) -> Mask | None:
         """The same for many rows, with what all configurations of a replay share: the exponentials and the random order.

@@ -82,7 +82,8 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
         residual = mask.residual(inputs.allowed)
-        return mask.union(choose_top(scores, residual, inputs.resolve(self.config.heavy_size), inputs))
+        chosen = choose_top(scores, residual, inputs.resolve(self.config.heavy_size), inputs)
+        return mask.union(chosen, disjoint=True)
 
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
         """Labels of keys (B, Hkv, n, D): (B, Hkv, n, g * c), c channels for each of the g query heads of a kv head."""

@@ -95,26 +95,37 @@ def draw_without_replacement(inputs: AttentionInputs, residual: Tensor, sizes: T
 
     residual: bool (B, h, Q, N); sizes and skip: int64 broadcastable to (B, h, Q). Each key's p = size / keys to draw from.
     """
-    order = inputs.random_order()
-    batch, _, rows, keys = inputs.shape
-    heads = max(residual.shape[1], order.shape[1], sizes.shape[1])
+    heads = max(residual.shape[1], inputs.kv_heads, sizes.shape[1])
     left = expand_heads(residual.sum(-1), heads)
-    skipped = torch.zeros_like(left) if skip is None else torch.minimum(expand_heads(skip, heads), left)
-    pool = left - skipped
-    drawn = torch.minimum(expand_heads(sizes, heads).expand_as(pool), pool)
-    widest = int((drawn + skipped).max()) if drawn.numel() else 0
-    # So many keys of the order hold `widest` residual ones, even if all others come first.
-    reach = min(keys, widest + keys - int(left.min())) if drawn.numel() else 0
-    order = order[..., :reach]
-    if residual.shape[1] == 1:
-        residual = residual.expand(-1, order.shape[1], -1, -1)
+    skipped = None if skip is None else torch.minimum(expand_heads(skip, heads), left)
+    pool = left if skipped is None else left - skipped
+    drawn = torch.minimum(expand_heads(sizes, heads), pool)
+    ends = drawn if skipped is None else drawn + skipped
+    shortest, longest = (int(end) for end in ends.aminmax())
+    indices = expand_heads(_first_of_order(inputs, residual, longest, int(left.min())), heads)
+    slot = torch.arange(longest, device=inputs.device)
+    if shortest < longest:
+        indices = indices.masked_fill(slot >= ends.unsqueeze(-1), -1)
+    if skipped is not None:
+        indices = indices.masked_fill(slot < skipped.unsqueeze(-1), -1)
+    probability = (drawn / pool.clamp(min=1)).float().unsqueeze(-1).expand(indices.shape)
+    return Mask(inputs.shape, indices=indices, probability=probability, kv_heads=inputs.kv_heads, counts=drawn)
+
+
+def _first_of_order(inputs: AttentionInputs, residual: Tensor, count: int, least: int) -> Tensor:
+    """The first `count` residual keys of every row in the random order: int64 (B, h', Q, count), -1 where a row has fewer.
+
+    residual: bool (B, h, Q, N), h' = max(h, kv heads). least: how many the row with the fewest has.
+    """
+    batch, _, rows, keys = inputs.shape
+    # So many keys of the order hold `count` residual ones, even if all others come first.
+    order = inputs.random_order()[..., : min(keys, count + keys - least)]
+    residual = residual.expand(-1, order.shape[1], -1, -1) if residual.shape[1] == 1 else residual
     order = expand_heads(order, residual.shape[1])
     eligible = residual.gather(-1, order)
-    place = eligible.cumsum(-1, dtype=torch.int32) - 1
-    slots = torch.where(eligible & (place < widest), place, widest).long()
-    packed = torch.full((batch, order.shape[1], rows, widest + 1), -1, dtype=torch.int64, device=inputs.device)
-    indices = expand_heads(packed.scatter_(-1, slots, order)[..., :widest], heads)
-    slot = torch.arange(widest, device=inputs.device)
-    outside = (slot < skipped.unsqueeze(-1)) | (slot >= (drawn + skipped).unsqueeze(-1))
-    probability = (drawn / pool.clamp(min=1)).float().unsqueeze(-1).expand(indices.shape)
-    return Mask.from_indices(indices.masked_fill(outside, -1), inputs.shape, probability, inputs.kv_heads)
+    place = eligible.cumsum(-1, dtype=torch.int32)
+    eligible &= place <= count
+    if least >= count:  # then every row has exactly so many
+        return order[eligible].view(*order.shape[:3], count)
+    packed = torch.full((batch, order.shape[1], rows, count + 1), -1, dtype=torch.int64, device=inputs.device)
+    return packed.scatter_(-1, place.masked_fill(~eligible, 0).long(), order)[..., 1:]

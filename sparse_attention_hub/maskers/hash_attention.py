@@ -89,7 +89,8 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
         residual = mask.residual(inputs.allowed)
-        return mask.union(choose_top(scores, residual, inputs.resolve(self.config.heavy_size), inputs))
+        chosen = choose_top(scores, residual, inputs.resolve(self.config.heavy_size), inputs)
+        return mask.union(chosen, disjoint=True)
 
     def codes_key(self) -> tuple[str, ...]:
         # Weights given in place have no name that others could know them by: they are this masker's own.

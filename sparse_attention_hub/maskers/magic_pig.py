@@ -86,7 +86,7 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         residual = expand_heads(mask.residual(inputs.allowed), inputs.shape[1])
         indices, _ = Mask.from_dense(hits & residual, kv_heads=inputs.kv_heads).rows()
         probability = self._probability(_cosines(inputs, shifted, fitted, indices))
-        return mask.union(Mask.from_indices(indices, inputs.shape, probability, inputs.kv_heads))
+        return mask.union(Mask.from_indices(indices, inputs.shape, probability, inputs.kv_heads), disjoint=True)
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         return self.config.lsh_l * self.config.lsh_k / 8 / (2 * inputs.keys.shape[-1] * inputs.keys.element_size())

@@ -93,7 +93,7 @@ class PQCacheMasker(Masker[PQCacheConfig]):
             offsets = [0 if k >= n else self.config.init_offset for k, n in zip(sizes, inputs.n_allowed, strict=True)]
             first = torch.tensor(offsets, device=inputs.device).unsqueeze(-1)
             eligible = eligible & (inputs.key_positions >= first)[:, None, None]
-        return mask.union(choose_top(scores, eligible, sizes, inputs))
+        return mask.union(choose_top(scores, eligible, sizes, inputs), disjoint=True)
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         code_bytes = self.config.pq_group_factor * self.config.pq_bits / 8

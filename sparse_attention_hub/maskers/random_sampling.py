@@ -43,7 +43,7 @@ class RandomSamplingMasker(Masker[RandomSamplingMaskerConfig]):
         residual = mask.residual(inputs.allowed)
         sizes = torch.tensor(inputs.resolve(self.config.sampling_rate), device=inputs.device).view(-1, 1, 1)
         if not draws_by_comparison(inputs, mask):
-            return mask.union(draw_without_replacement(inputs, residual, sizes))
+            return mask.union(draw_without_replacement(inputs, residual, sizes), disjoint=True)
         order = OrderedResidual(inputs, residual)
         sizes = torch.minimum(sizes, order.left)
         rate = (sizes / order.left.clamp(min=1)).float().unsqueeze(-1)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .base import Masker
 
 
 class MaskerState:
@@ -24,6 +30,7 @@ class MaskerState:
         self.keys_per_code = 1
         self.offset = 0
         self._buffer: Tensor | None = None
+        self._is_fork = False  # the buffer is another state's
 
     @property
     def is_fitted(self) -> bool:
@@ -48,11 +55,11 @@ class MaskerState:
         held = self.count(self.length)
         needed = held + codes.shape[2]
         frozen = self._buffer is not None and self._buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if self._buffer is None or frozen or needed > self._buffer.shape[2]:
+        if self._buffer is None or frozen or self._is_fork or needed > self._buffer.shape[2]:
             grown = codes.new_empty((*codes.shape[:2], max(needed + 64, 2 * held), *codes.shape[3:]))
             if self._buffer is not None:
                 grown[:, :, :held] = self.codes()
-            self._buffer = grown
+            self._buffer, self._is_fork = grown, False
         self._buffer[:, :, held:needed] = codes
         self.length = self.length + codes.shape[2] if length is None else length
 
@@ -61,6 +68,13 @@ class MaskerState:
         self.length = min(self.length, length)
         if length < self.fit_length:
             self.fitted, self.fit_length, self.length, self._buffer = None, 0, 0, None
+
+    def fork(self, length: int) -> MaskerState:
+        """A state that goes on from the first `length` keys by itself. Codes are copied when the fork first adds its own."""
+        forked = copy.copy(self)
+        forked._is_fork = True
+        forked.rewind(length)
+        return forked
 
     def bytes(self) -> int:
         """Memory held by the codes, in bytes."""
@@ -91,3 +105,39 @@ class AttentionState:
     def bytes(self) -> int:
         """Memory held, in bytes."""
         return sum(entry.bytes() for entry in self._entries.values())
+
+
+class SharedStates:
+    """What maskers learned of contexts, shared by all configurations whose codes are equal, kept up to `limit_bytes`.
+
+    Fitting (k-means, say) then happens once for each (context, layer, code-making settings), not once a configuration.
+    """
+
+    def __init__(self, limit_bytes: int = 256 * 2**20) -> None:
+        self._limit = limit_bytes
+        self._held: OrderedDict[tuple[Any, ...], MaskerState] = OrderedDict()
+
+    def of(self, maskers: Sequence[Masker[Any]], context: str, keys: Tensor, layer_idx: int) -> AttentionState:
+        """The states of a pipeline's maskers on one layer, fitted on the keys (1, Hkv, N, D) of the context of that name."""
+        state = AttentionState()
+        for position, masker in enumerate(maskers):
+            name = (context, layer_idx, masker.codes_key())
+            if name not in self._held:
+                fresh = MaskerState()
+                masker.prepare(keys, layer_idx, fresh)
+                self._held[name] = fresh
+            self._held.move_to_end(name)
+            state.adopt(layer_idx, position, self._held[name])
+        return state
+
+    def trim(self) -> None:
+        """Forget what was used longest ago until the limit holds."""
+        total = sum(state.bytes() for state in self._held.values())
+        while total > self._limit and self._held:
+            _, state = self._held.popitem(last=False)
+            total -= state.bytes()
+
+    def forget(self, context: str) -> None:
+        """Forget a context."""
+        for name in [name for name in self._held if name[0] == context]:
+            del self._held[name]

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import UserError
 from ..maskers.inputs import AttentionInputs
+from ..maskers.state import SharedStates
 from .cache import SharedPrefixCache
 from .dense import dense_rows
 from .load import LanguageModel
@@ -77,8 +78,17 @@ class Lockstep:
     """What the attention function needs beyond its arguments, for the time of one call to answer_many or
     forced_many."""
 
-    def __init__(self, cache: SharedPrefixCache, context_length: int, rows: list[Row]) -> None:
+    def __init__(
+        self,
+        cache: SharedPrefixCache,
+        context_length: int,
+        rows: list[Row],
+        learned: SharedStates | None = None,
+        context: str = "",
+    ) -> None:
+        """learned: what maskers know of this context, which goes by the name `context` there."""
         self.cache, self.context_length, self.rows = cache, context_length, rows
+        self.learned, self.context = learned if learned is not None else SharedStates(), context
         self.step = 0
         self.calls = 0
         self.windows: dict[int, int | None] = {}  # what each layer that was called says of itself
@@ -114,8 +124,7 @@ class Lockstep:
             output = dense_rows(queries, keys, values, scaling, window)
         else:
             if layer_idx not in row.memory.prepared:
-                row.attention.prepare(keys[:, :, : self.context_length], layer_idx, row.memory.state)
-                row.memory.prepared.add(layer_idx)
+                self._prepare(row.attention, row.memory, layer_idx, keys[:, :, : self.context_length])
             seeds = [row.seed]
             inputs = AttentionInputs(queries, keys, values, None, scaling, layer_idx, seeds, common)
             result = row.attention.attend_inputs(inputs, row.memory.state)
@@ -136,6 +145,14 @@ class Lockstep:
                     step=self.step,
                 )
         return output
+
+    def _prepare(self, attention: ResearchAttention, memory: Memory, layer_idx: int, keys: Tensor) -> None:
+        """Give a row what its maskers learn of the context's keys; rows whose codes are equal learn it once."""
+        known = self.learned.of(attention.maskers, self.context, keys, layer_idx)
+        for position in range(len(attention.maskers)):
+            memory.state.adopt(layer_idx, position, known.entry(layer_idx, position).fork(self.context_length))
+        memory.prepared.add(layer_idx)
+        self.learned.trim()
 
 
 _ACTIVE: ContextVar[Lockstep | None] = ContextVar("sparse_hub_lockstep", default=None)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..maskers.state import SharedStates
 from .cache import SharedPrefixCache
 from .load import LanguageModel
 from .lockstep import Lockstep, Memory, Recorder, Row, check_calls, forward, running
@@ -66,6 +67,8 @@ class Prefilled:
     context_length: int
     seconds: float
     states: dict[int, list[Memory]] = field(default_factory=dict)
+    learned: SharedStates = field(default_factory=SharedStates)
+    name: str = ""  # of the context, in `learned`
 
     @property
     def room(self) -> int:
@@ -80,6 +83,7 @@ class Prefilled:
     def forget(self) -> None:
         """Drop what maskers learned, to free memory. It is learned again when needed."""
         self.states.clear()
+        self.learned.forget(self.name)
 
 
 def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
@@ -311,7 +315,7 @@ def _asked(
         Row(attention, memory, seed, () if recorder is None else (recorder,))
         for attention, memory, recorder in zip(attentions, memories, recorders, strict=True)
     ]
-    session = Lockstep(prefilled.cache, prefilled.context_length, rows)
+    session = Lockstep(prefilled.cache, prefilled.context_length, rows, prefilled.learned, prefilled.name)
     try:
         with running(lm, session):
             yield session, rows

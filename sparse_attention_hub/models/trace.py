@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..attention import dense_attention
 from ..errors import UserError
+from ..maskers.state import SharedStates
 
 if TYPE_CHECKING:
     from .load import LanguageModel
@@ -76,9 +77,9 @@ class Trace:
             tensors = {name: stored.get_tensor(name) for name in ("queries", "keys", "values", "dense")}
         return TraceLayer(layer_idx, scaling=self.meta["scaling"][str(layer_idx)], **tensors)
 
-    def prefilled(self, lm: LanguageModel, room: int) -> Prefilled | None:
+    def prefilled(self, lm: LanguageModel, room: int, states: SharedStates | None = None) -> Prefilled | None:
         """The context's KV cache rebuilt from the trace, instead of prefilling again; None if the trace lacks layers, thinned
-        out or with a sliding window."""
+        out or with a sliding window. states: masker states to share with replays of this trace."""
         from .cache import SharedPrefixCache
         from .session import Prefilled
 
@@ -88,7 +89,7 @@ class Trace:
         for index, layer in enumerate(cache.layers):
             stored = self.layer(index, lm.device)
             layer.update(stored.keys[:, :, : self.context_length], stored.values[:, :, : self.context_length])
-        return Prefilled(cache, self.context_length, 0.0)
+        return Prefilled(cache, self.context_length, 0.0, learned=SharedStates() if states is None else states, name=self.key)
 
 
 def trace_key(lm: LanguageModel, context_ids: list[int], question_ids: list[int], max_new_tokens: int, sparse_from: str) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from tiny_models import all_keys, attention, build, few_keys, tokens, wrap
 
-from sparse_attention_hub import SinkMaskerConfig
+from sparse_attention_hub import LocalMaskerConfig, Mask, Masker, MaskerConfig, SinkMaskerConfig, register_masker
 from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.maskers.state import MaskerState
 from sparse_attention_hub.models import (
     LanguageModel,
     answer,
@@ -197,38 +199,76 @@ def test_sliding_layers_stay_dense_and_are_not_recorded() -> None:
     assert set(counted.layers) == {1, 3}
 
 
-def test_states_are_prepared_on_the_context_and_rewound(llama: LanguageModel) -> None:
-    class Spy:
-        """An attention that keeps the lengths it is told."""
+class WatchedConfig(MaskerConfig):
+    pass
 
-        def __init__(self) -> None:
-            self.inner, self.prepared, self.rewound = attention(SinkMaskerConfig(sink_size=1.0)), [], []
 
-        def new_state(self) -> Any:
-            spy = self
+@register_masker(WatchedConfig)
+class Watched(Masker[WatchedConfig]):
+    """Codes keys, attends to the last one, and keeps the lengths of what it is told."""
 
-            class State:
-                def rewind(self, length: int) -> None:
-                    spy.rewound.append(length)
+    fitted: ClassVar[list[tuple[int, int]]] = []
+    coded: ClassVar[list[int]] = []
 
-            return State()
+    def fit(self, keys: Any, allowed: Any, layer_idx: int) -> Any:
+        self.fitted.append((layer_idx, keys.shape[2]))
+        return True
 
-        def prepare(self, keys: Any, layer_idx: int, state: Any) -> None:
-            self.prepared.append((layer_idx, keys.shape[2]))
+    def encode(self, keys: Any, fitted: Any, layer_idx: int) -> Any:
+        self.coded.append(keys.shape[2])
+        return keys[..., :1].clone()
 
-        def attend_inputs(self, inputs: Any, state: Any) -> Any:
-            return self.inner.attend_inputs(inputs)
+    def select(self, inputs: Any, mask: Any) -> Any:
+        _, codes = self.codes(inputs)
+        assert torch.equal(codes, inputs.keys[..., :1])
+        return mask.union(Mask.from_range(inputs.shape[3] - 1, inputs.shape[3], inputs.shape, kv_heads=inputs.kv_heads))
 
-    for sparse_from in ("question", "decode"):
-        spy: Any = Spy()
-        prefilled = prefill(llama, CONTEXT, 40)
-        for _ in range(2):
-            answer(llama, prefilled, QUESTION, spy, 3, sparse_from=sparse_from)
-        assert spy.prepared == [(layer, 90) for layer in range(4)]
-        assert spy.rewound == [90, 90]
-        prefilled.forget()
-        answer(llama, prefilled, QUESTION, spy, 3, sparse_from=sparse_from)
-        assert len(spy.prepared) == 8
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
+    monkeypatch.setattr(Watched, "fitted", [])
+    monkeypatch.setattr(Watched, "coded", [])
+    return Watched
+
+
+@pytest.mark.parametrize("sparse_from", ["question", "decode"])
+def test_maskers_learn_the_context_once_and_codes_are_rewound(
+    llama: LanguageModel, watched: type[Watched], sparse_from: Any
+) -> None:
+    way, prefilled = attention(WatchedConfig()), prefill(llama, CONTEXT, 40)
+    first = answer(llama, prefilled, QUESTION, way, 3, sparse_from=sparse_from)
+    assert watched.fitted == [(layer, 90) for layer in range(4)]
+    in_one_answer = [length for length in watched.coded if length != 90]
+    assert len(in_one_answer) == 4 * (len(watched.coded) // 4 - 1)
+    again = answer(llama, prefilled, QUESTION, way, 3, sparse_from=sparse_from)
+    assert again == dataclasses.replace(first, seconds=again.seconds)
+    assert watched.fitted == [(layer, 90) for layer in range(4)]
+    assert [length for length in watched.coded if length != 90] == 2 * in_one_answer  # the tail is coded anew, no more
+    prefilled.forget()
+    answer(llama, prefilled, QUESTION, way, 3, sparse_from=sparse_from)
+    assert watched.fitted == 2 * [(layer, 90) for layer in range(4)]
+
+
+def test_rows_whose_codes_are_equal_learn_the_context_together(llama: LanguageModel, watched: type[Watched]) -> None:
+    ways = [attention(WatchedConfig()), attention(SinkMaskerConfig(3), WatchedConfig()), attention(LocalMaskerConfig(9))]
+    together = answer_many(llama, prefill(llama, CONTEXT, 40), QUESTION, ways, NEW)
+    assert watched.fitted == [(layer, 90) for layer in range(4)]
+    for way, given in zip(ways, together, strict=True):
+        assert answer(llama, prefill(llama, CONTEXT, 40), QUESTION, way, NEW).token_ids == given.token_ids
+
+
+def test_forks_of_a_state_go_on_by_themselves() -> None:
+    state = MaskerState()
+    state.fitted, state.fit_length = True, 8
+    state.append(torch.arange(8.0).view(1, 1, 8, 1))
+    forks = [state.fork(8), state.fork(8)]
+    for number, fork in enumerate([*forks, state]):
+        fork.append(torch.full((1, 1, 2, 1), 100.0 + number))
+        fork.append(torch.full((1, 1, 1, 1), 200.0 + number))
+    for number, fork in enumerate([*forks, state]):
+        assert fork.codes().flatten().tolist() == [*range(8), 100 + number, 100 + number, 200 + number]
+    assert state.fork(9).codes().flatten().tolist() == [*range(8), 102]
+    assert not state.fork(7).is_fitted and state.is_fitted
 
 
 def test_a_failure_inside_leaves_the_prefill_usable(llama: LanguageModel) -> None:
