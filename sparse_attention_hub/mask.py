@@ -321,7 +321,7 @@ def _scattered(indices: Tensor, keys: int, value: Tensor | bool, dtype: torch.dt
     """`value` where index lists (B, h, Q, K) point, 0 elsewhere: (B, h, Q, keys). Padding (-1) lands in a column before the
     first, which is cut off."""
     out = torch.zeros((*indices.shape[:3], keys + 1), dtype=dtype, device=indices.device)
-    return out.scatter_(-1, indices + 1, value)[..., 1:]  # type: ignore[arg-type]
+    return out.scatter_(-1, indices + 1, value)[..., 1:]
 
 
 def _apart(first: tuple[int, int] | None, second: tuple[int, int] | None) -> bool:
