@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import BACKENDS, attend, choose_backend
+from .kernels import BACKENDS, attend, attend_output, choose_backend
 from .mask import Mask, expand_heads
 from .maskers.base import Masker, MaskerConfig, config_from_dict, config_to_dict, create_masker
 from .maskers.inputs import AttentionInputs
@@ -41,15 +41,22 @@ class ResearchAttentionConfig:
 class AttentionResult:
     """What one attention call gave. The figures beside the output are computed when asked for.
 
-    output: (B, Q, H, D) in the queries' dtype. mask: the final Mask. log_sum_exp: (B, H, Q).
+    output: (B, Q, H, D) in the queries' dtype. mask: the final Mask.
     """
 
-    def __init__(self, output: Tensor, mask: Mask, log_sum_exp: Tensor, inputs: AttentionInputs, selector: float) -> None:
+    def __init__(
+        self, output: Tensor, mask: Mask, inputs: AttentionInputs, selector: float, log_sum_exp: Callable[[], Tensor]
+    ) -> None:
         self.output = output
         self.mask = mask
-        self.log_sum_exp = log_sum_exp
         self._inputs = inputs
         self._selector = selector
+        self._log_sum_exp = log_sum_exp
+
+    @cached_property
+    def log_sum_exp(self) -> Tensor:
+        """Of the attended keys' logits, each term weighted by 1/p: (B, H, Q), float32 or wider."""
+        return self._log_sum_exp()
 
     @cached_property
     def density_rows(self) -> Tensor:
@@ -176,14 +183,16 @@ class ResearchAttention:
             mask, empty_rows = self.final_mask(inputs, state)
         # Kernels know no bias, the scores hold it.
         if inputs.has_bias or self._from_scores(inputs):
-            output, lse = attend_shared(mask, inputs)
-            output = output.to(inputs.queries.dtype)
+            shared, lse = attend_shared(mask, inputs)
+            output = shared.to(inputs.queries.dtype)
+            make_lse: Callable[[], Tensor] = lambda: lse  # noqa: E731
         else:
             # One row reads what it chose alone; several may be attended to densely, where weights of 0 meet all values.
             values = inputs.values if inputs.shape[2] == 1 and self.config.backend != "reference" else inputs.usable_values
             known = inputs.scores() if inputs.has_scores and not inputs.needs_grad else None
-            output, lse = attend(inputs.queries, inputs.keys, values, mask, inputs.scaling, self.config.backend, known)
-        result = AttentionResult(output, mask, lse, inputs, self.selector_fraction(inputs))
+            call = (inputs.queries, inputs.keys, values, mask, inputs.scaling, self.config.backend, known)
+            output, make_lse = attend_output(*call), lambda: attend(*call)[1]
+        result = AttentionResult(output, mask, inputs, self.selector_fraction(inputs), make_lse)
         result.empty_rows = empty_rows
         return result
 

@@ -8,7 +8,7 @@ import os
 from torch import Tensor
 
 from ..mask import Mask
-from .gather import attend_gather
+from .gather import attend_gather, attend_gather_output
 from .reference import attend_reference
 
 BACKENDS = ("auto", "reference", "gather", "triton")
@@ -41,6 +41,21 @@ def attend(
     else:
         output, lse = attend_gather(queries, keys, values, mask, scaling, scores)
     return output.to(queries.dtype), lse
+
+
+def attend_output(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Mask,
+    scaling: float,
+    backend: str = "auto",
+    scores: Tensor | None = None,
+) -> Tensor:
+    """The output of `attend`, which a CPU has sooner without the log-sum-exp."""
+    if choose_backend(backend, queries) == "gather":
+        return attend_gather_output(queries, keys, values, mask, scaling, scores).to(queries.dtype)
+    return attend(queries, keys, values, mask, scaling, backend, scores)[0]
 
 
 def choose_backend(backend: str, queries: Tensor) -> str:

@@ -27,46 +27,87 @@ def attend_gather(
     return _attend_union(queries, keys, values, mask, scaling)
 
 
+def attend_gather_output(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float, scores: Tensor | None = None
+) -> Tensor:
+    """The output of `attend_gather`. Without a log-sum-exp to compute, one row with full lists takes half the time."""
+    if queries.shape[2] > 1 or not _is_full(mask):
+        return attend_gather(queries, keys, values, mask, scaling, scores)[0]
+    batch, heads, _, dim = queries.shape
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    indices, log_weight = _lists(mask)
+    lists = indices.shape[1]
+    if scores is None and lists < heads:
+        grouped = queries.to(wide).view(batch, lists, heads // lists, dim)
+        chosen_keys, chosen_values = gather_rows(keys, indices).to(wide), gather_rows(values, indices).to(wide)
+        output = F.scaled_dot_product_attention(grouped, chosen_keys, chosen_values, attn_mask=log_weight, scale=scaling)
+    else:
+        logits = _logits(queries, keys, indices, scaling, scores)
+        weights = torch.softmax(logits if log_weight is None else logits + log_weight, -1)
+        output = _weigher(values, indices, heads, wide)(weights)
+    return output.view(batch, 1, heads, -1)
+
+
 def _attend_rows(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float, scores: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, _, dim = queries.shape
-    kv_heads = keys.shape[1]
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    indices, probability = mask.rows()
-    # Lists shared by the heads of a group are gathered once a kv head, otherwise once a query head.
-    lists = kv_heads if indices.shape[1] in (1, kv_heads) else heads
-    indices = expand_heads(indices, lists)[:, :, 0]
-    # Known without a look at the lists themselves, and most often true: no entry is padding, no row is without a key.
-    full = indices.shape[-1] > 0 and int(mask.counts().min()) == indices.shape[-1]
+    batch, heads = queries.shape[:2]
+    indices, log_weight = _lists(mask)
+    full = _is_full(mask)
     # Padding reads a key of its own row with weight 0: what stands elsewhere may be anything, NaN too.
     safe = (
         indices
         if full or indices.shape[-1] == 0
         else torch.where(indices < 0, indices.amax(-1, keepdim=True), indices).clamp(min=0)
     )
-    if scores is None:
-        grouped = (queries.to(wide) * scaling).view(batch, lists, heads // lists, dim)
-        logits = grouped @ gather_rows(keys, safe).to(wide).transpose(-1, -2)
-    else:
-        known = scores.reshape(batch, lists, heads // lists, -1)
-        logits = known.gather(-1, safe.unsqueeze(2).expand(-1, -1, heads // lists, -1))
-    if probability is not None:
-        logits = logits - expand_heads(probability, lists)[:, :, 0].clamp(min=1e-30).log().unsqueeze(2)
+    logits = _logits(queries, keys, safe, scaling, scores)
+    if log_weight is not None:
+        logits = logits + log_weight
     if not full:
         logits = logits.masked_fill((indices < 0).unsqueeze(2), NEVER)
-    if lists == heads and logits.shape[-1] and values.dtype == wide == torch.float32 and not values.is_cuda:
-        # One row a list: summing the values as a weighted bag reads them in place, without the gathered copy.
-        rows, places = _addressed(values, safe)
-        bags = (places.view(batch * heads, -1), rows)
-        output, lse = _softmax_times(logits, lambda w: F.embedding_bag(*bags, mode="sum", per_sample_weights=w.flatten(0, 2)))
-    else:
-        picked_values = gather_rows(values, safe).to(wide)
-        output, lse = _softmax_times(logits, lambda w: w @ picked_values)
+    output, lse = _softmax_times(logits, _weigher(values, safe, heads, logits.dtype))
     output = output.view(batch, 1, heads, -1)
     if not full:
         output = output.masked_fill(lse.view(batch, 1, heads, 1) == NEVER, 0.0)
     return output, lse.view(batch, heads, 1)
+
+
+def _is_full(mask: Mask) -> bool:
+    """Whether every list holds keys only, and some: known without a look at them, and most often true."""
+    width = mask.rows()[0].shape[-1]
+    return width > 0 and int(mask.counts().min()) == width
+
+
+def _lists(mask: Mask) -> tuple[Tensor, Tensor | None]:
+    """One row's keys (B, h, K) and what their inclusion probabilities add to logits, (B, h, 1, K) or None. h = kv heads where
+    the heads of a group share their lists, which are then gathered once, else H."""
+    indices, probability = mask.rows()
+    heads = mask.kv_heads if indices.shape[1] in (1, mask.kv_heads) else mask.shape[1]
+    log_weight = None if probability is None else -expand_heads(probability, heads).clamp(min=1e-30).log()
+    return expand_heads(indices, heads)[:, :, 0], log_weight
+
+
+def _logits(queries: Tensor, keys: Tensor, indices: Tensor, scaling: float, scores: Tensor | None) -> Tensor:
+    """Of one row's query heads and the keys of their lists (B, h, K): (B, h, H / h, K), float32 or wider."""
+    batch, heads, _, dim = queries.shape
+    lists = indices.shape[1]
+    if scores is not None:
+        known = scores.reshape(batch, lists, heads // lists, -1)
+        return known.gather(-1, indices.unsqueeze(2).expand(-1, -1, heads // lists, -1))
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    grouped = (queries.to(wide) * scaling).view(batch, lists, heads // lists, dim)
+    return grouped @ gather_rows(keys, indices).to(wide).transpose(-1, -2)
+
+
+def _weigher(values: Tensor, indices: Tensor, heads: int, wide: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The function from weights (B, h, H / h, K) of listed keys (B, h, K) to their weighted sums of values."""
+    if indices.shape[1] == heads and indices.shape[-1] and values.dtype == wide == torch.float32 and not values.is_cuda:
+        # One row a list: summing the values as a weighted bag reads them in place, without the gathered copy.
+        rows, places = _addressed(values, indices)
+        bags = places.view(-1, indices.shape[-1])
+        return lambda weights: F.embedding_bag(bags, rows, mode="sum", per_sample_weights=weights.flatten(0, 2))
+    picked = gather_rows(values, indices).to(wide)
+    return lambda weights: weights @ picked
 
 
 def _attend_union(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,20 +181,21 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         count = valid.sum(-1)
         if exact is not None:
             mean, variance, _ = exact
-            quantile = torch.full_like(mean, _student_t(self.config.delta, None))
+            quantile: float | np.ndarray = _student_t(self.config.delta, None)
         else:
             mean, variance, error = _moments(terms, valid, count)
             # One standard error on top: of heavy tails, a small sample more often shows too little spread than too much.
             variance = variance + error
-            freedoms, which = torch.unique(count - 1, return_inverse=True)
-            quantiles = [_student_t(self.config.delta, max(freedom, 1)) for freedom in freedoms.tolist()]
-            quantile = torch.tensor(quantiles, dtype=mean.dtype, device=mean.device)[which]
+            quantile = _quantiles(self.config.delta, count - 1)
         total = static + terms.sum(-1) + mean * rest
+        # A few numbers a row are left, for which NumPy takes a fraction of torch's time; in float64 no square overflows.
+        spread, whole, left = (t.cpu().numpy().astype(np.float64) for t in (variance.sqrt(), total, rest))
         # Sampling with replacement would need n0 draws; without, n0 / (1 + n0 / rest) are enough.
-        with_replacement = (quantile * variance.sqrt() * rest / (self.config.epsilon * total).clamp(min=1e-30)) ** 2
-        needed = with_replacement / (1 + with_replacement / rest.clamp(min=1))
+        with_replacement = (quantile * spread * left / np.maximum(self.config.epsilon * whole, 1e-30)) ** 2
+        needed = with_replacement / (1 + with_replacement / np.maximum(left, 1))
         # At least one draw wherever a key is left: otherwise that key could never be attended, a bias.
-        return torch.minimum(needed.ceil().clamp(min=1).nan_to_num(posinf=2**31).long(), rest)
+        draws = np.minimum(np.maximum(np.ceil(np.nan_to_num(needed)), 1), left)
+        return torch.from_numpy(draws.astype(np.int64)).to(rest.device)
 
 
 def _moments(terms: Tensor, valid: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,6 +205,15 @@ def _moments(terms: Tensor, valid: Tensor, count: Tensor) -> tuple[Tensor, Tenso
     variance = square.sum(-1) / (count - 1).clamp(min=1)
     fourth = square.square().sum(-1) / count.clamp(min=1)
     return mean, variance, ((fourth - variance.square()).clamp(min=0) / count.clamp(min=1)).sqrt()
+
+
+def _quantiles(delta: float, freedoms: Tensor) -> float | np.ndarray:
+    """`_student_t` for degrees of freedom (B, H, Q), which are often the same for all rows."""
+    least, most = (int(freedom) for freedom in freedoms.aminmax())
+    if least == most:
+        return _student_t(delta, max(least, 1))
+    known, which = np.unique(freedoms.cpu().numpy(), return_inverse=True)
+    return np.array([_student_t(delta, max(freedom, 1)) for freedom in known.tolist()])[which].reshape(freedoms.shape)
 
 
 @lru_cache(maxsize=4096)

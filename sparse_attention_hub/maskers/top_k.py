@@ -118,7 +118,7 @@ def _top_of_rows(scores: Tensor, width: int) -> Tensor:
         numbers = scores.detach().numpy()
         partitioned = np.argpartition(numbers, keys - width, axis=-1)[:, keys - width :].astype(np.int64, copy=False)
         indices = torch.from_numpy(partitioned)
-        threshold = np.take_along_axis(numbers, partitioned[:, :1], -1)
+        threshold = scores.gather(-1, indices[:, :1]).detach().numpy()
         if threshold.min() > NEVER and np.count_nonzero(numbers >= threshold) == partitioned.size:
             return indices  # no ties for the last places, and no row with too few scores
         best = scores.gather(-1, indices)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_hub import Mask
-from sparse_attention_hub.kernels import attend
+from sparse_attention_hub.kernels import attend, attend_output
 from sparse_attention_hub.kernels.gather import gather_rows
 
 
@@ -40,18 +40,22 @@ def make_mask(rows: int, kv_heads: int, held: int, certain: bool, form: str, sha
 def test_gather_is_the_reference(rows: int, kv_heads: int, held: str, certain: bool, form: str, share: float) -> None:
     mask = make_mask(rows, kv_heads, {"one": 1, "group": kv_heads, "each": 8}[held], certain, form, share)
     args = tensors(rows, kv_heads)
-    for ours, theirs in zip(attend(*args, mask, 0.3, "gather"), attend(*args, mask, 0.3, "reference"), strict=True):
+    expected = attend(*args, mask, 0.3, "reference")
+    for ours, theirs in zip(attend(*args, mask, 0.3, "gather"), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attend_output(*args, mask, 0.3, "gather"), expected[0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("held", [1, 2, 8])
-@pytest.mark.parametrize("share", [0.02, 0.2])
+@pytest.mark.parametrize("share", [0.02, 0.2, 1.0])
 def test_known_scores_spare_the_keys(held: int, share: float) -> None:
     queries, keys, values = tensors(1, 2)
     mask = make_mask(1, 2, held, False, "lists", share)
     expected = attend(queries, keys, values, mask, 0.3, "gather")
     scores = (queries * 0.3) @ keys.repeat_interleave(4, 1).mT
-    found = attend(queries, keys.fill_(float("nan")), values, mask, 0.3, "gather", scores)
+    call = (queries, keys.fill_(float("nan")), values, mask, 0.3, "gather", scores)
+    found = attend(*call)
+    torch.testing.assert_close(attend_output(*call), expected[0], atol=1e-5, rtol=1e-5)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -98,6 +102,15 @@ def test_low_precision_is_summed_in_float32(dtype: torch.dtype, rows: int) -> No
     assert output.dtype == dtype and lse.dtype == torch.float32
     expected, _ = attend(*(tensor.float() for tensor in args), mask, 0.3, "reference")
     torch.testing.assert_close(output, expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("held", [2, 8])
+def test_low_precision_without_log_sum_exp(dtype: torch.dtype, held: int) -> None:
+    args = tensors(1, 2, dtype=dtype)
+    mask = make_mask(1, 2, held, False, "lists", 1.0)
+    expected, _ = attend(*(tensor.float() for tensor in args), mask, 0.3, "reference")
+    torch.testing.assert_close(attend_output(*args, mask, 0.3, "gather"), expected.to(dtype))
 
 
 def test_rows_are_gathered_from_the_front_of_a_longer_buffer() -> None:
