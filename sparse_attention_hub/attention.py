@@ -187,10 +187,11 @@ class ResearchAttention:
             output = shared.to(inputs.queries.dtype)
             make_lse: Callable[[], Tensor] = lambda: lse  # noqa: E731
         else:
-            # One row reads what it chose alone; several may be attended to densely, where weights of 0 meet all values.
-            values = inputs.values if inputs.shape[2] == 1 and self.config.backend != "reference" else inputs.usable_values
+            # One row reads what it chose alone; several may be attended to densely, where weights of 0 meet all keys and values.
+            alone = inputs.shape[2] == 1 and self.config.backend != "reference"
+            keys, values = (inputs.keys, inputs.values) if alone else (inputs.usable_keys, inputs.usable_values)
             known = inputs.scores() if inputs.has_scores and not inputs.needs_grad else None
-            call = (inputs.queries, inputs.keys, values, mask, inputs.scaling, self.config.backend, known)
+            call = (inputs.queries, keys, values, mask, inputs.scaling, self.config.backend, known)
             output, make_lse = attend_output(*call), lambda: attend(*call)[1]
         result = AttentionResult(output, mask, inputs, self.selector_fraction(inputs), make_lse)
         result.empty_rows = empty_rows

@@ -139,6 +139,8 @@ class Mask:
     @property
     def shared_heads(self) -> int:
         """In how many separate head rows the mask is held: 1, kv_heads or H."""
+        if self.draw is not None:
+            return self.draw[1].shape[1]
         return (self._indices if self._indices is not None else self._dense).shape[1]  # type: ignore[union-attr]
 
     def chosen(self) -> Tensor:

@@ -52,7 +52,8 @@ def attend_output(
     backend: str = "auto",
     scores: Tensor | None = None,
 ) -> Tensor:
-    """The output of `attend`, which a CPU has sooner without the log-sum-exp."""
+    """The output of `attend`, which a CPU has sooner without the log-sum-exp. Of several rows, keys and values must be finite
+    also where the mask does not attend."""
     if choose_backend(backend, queries) == "gather":
         return attend_gather_output(queries, keys, values, mask, scaling, scores).to(queries.dtype)
     return attend(queries, keys, values, mask, scaling, backend, scores)[0]

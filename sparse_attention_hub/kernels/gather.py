@@ -30,9 +30,18 @@ def attend_gather(
 def attend_gather_output(
     queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float, scores: Tensor | None = None
 ) -> Tensor:
-    """The output of `attend_gather`. Without a log-sum-exp to compute, one row with full lists takes half the time."""
-    if queries.shape[2] > 1 or not _is_full(mask):
+    """The output of `attend_gather`, in half the time: without a log-sum-exp to compute, one fused call does it all. Only where
+    every row has a key, and one row's lists have no padding; of several rows, keys and values must be finite everywhere."""
+    if queries.shape[2] > 1:
+        if queries.is_cuda or mask.shape[3] == 0 or int(mask.counts().min()) == 0:
+            return attend_gather(queries, keys, values, mask, scaling, scores)[0]
+        return _fused_union(queries, keys, values, mask, scaling)
+    if not _is_full(mask):
         return attend_gather(queries, keys, values, mask, scaling, scores)[0]
+    return _fused_rows(queries, keys, values, mask, scaling, scores)
+
+
+def _fused_rows(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float, scores: Tensor | None) -> Tensor:
     batch, heads, _, dim = queries.shape
     wide = torch.promote_types(queries.dtype, torch.float32)
     indices, log_weight = _lists(mask)
@@ -46,6 +55,38 @@ def attend_gather_output(
         weights = torch.softmax(logits if log_weight is None else logits + log_weight, -1)
         output = _weigher(values, indices, heads, wide)(weights)
     return output.view(batch, 1, heads, -1)
+
+
+def _fused_union(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float) -> Tensor:
+    batch, heads, rows, dim = queries.shape
+    kv_heads = keys.shape[1]
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    lists, keys, values = _union_of(mask, keys, values)
+    bias = _take(_log_weights(mask), lists)
+    if bias.shape[1] < heads:
+        bias = expand_heads(bias, kv_heads).unsqueeze(2)
+    # The kv heads are the batch: the fused kernel then reads each one's keys and values in place for its group.
+    output = F.scaled_dot_product_attention(
+        queries.to(wide).reshape(batch * kv_heads, heads // kv_heads, rows, dim),
+        keys.to(wide).flatten(0, 1).unsqueeze(1).expand(-1, heads // kv_heads, -1, -1),
+        values.to(wide).flatten(0, 1).unsqueeze(1).expand(-1, heads // kv_heads, -1, -1),
+        attn_mask=bias.reshape(batch * kv_heads, -1, *bias.shape[-2:]),
+        scale=scaling,
+    )
+    return output.view(batch, heads, rows, -1).transpose(1, 2)
+
+
+def _log_weights(mask: Mask) -> Tensor:
+    """What the mask adds to logits, as the mask is held (B, h, Q, N): -log p, -inf where not attended; or bool where all is
+    certain."""
+    if mask.is_certain:
+        return mask.chosen()
+    if mask.draw is not None:
+        sure, drawn, rate = mask.draw
+        added = torch.where(drawn, -rate.clamp(min=1e-30).log(), NEVER)
+        return added.masked_fill_(expand_heads(sure, drawn.shape[1]), 0.0)
+    held = mask.held_probability()
+    return (-held.log()).masked_fill_(held == 0, NEVER)
 
 
 def _attend_rows(
@@ -112,18 +153,10 @@ def _weigher(values: Tensor, indices: Tensor, heads: int, wide: torch.dtype) -> 
 
 def _attend_union(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scaling: float) -> tuple[Tensor, Tensor]:
     batch, heads, rows, dim = queries.shape
-    kv_heads, total = keys.shape[1], keys.shape[2]
+    kv_heads = keys.shape[1]
     wide = torch.promote_types(queries.dtype, torch.float32)
     chosen = mask.chosen()
-    union = chosen.flatten(1, 2).any(1)
-    width = int(union.sum(-1).max())
-    if 2 * width >= total:
-        lists, picked = None, (keys, values)
-    else:
-        # One list for all kv heads of an item: over many rows their unions hardly differ, and one gather serves all.
-        lists = (~union).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
-        per_head = lists[:, None].expand(-1, kv_heads, -1)
-        picked = (gather_rows(keys, per_head), gather_rows(values, per_head))
+    lists, *picked = _union_of(mask, keys, values)
     grouped = (queries.to(wide) * scaling).reshape(batch, kv_heads, -1, dim)
     logits = grouped @ picked[0].to(wide).transpose(-1, -2)
     logits = logits.view(batch, kv_heads, heads // kv_heads, rows, logits.shape[-1])
@@ -139,6 +172,18 @@ def _attend_union(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, sca
     wide_values = picked[1].to(wide)
     output, lse = _softmax_times(logits.flatten(2, 3), lambda w: w @ wide_values)
     return output.view(batch, heads, rows, -1).transpose(1, 2), lse.view(batch, heads, rows)
+
+
+def _union_of(mask: Mask, keys: Tensor, values: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(lists (B, K), keys and values at them): what any row or head attends to; (None, all of them) where that is most."""
+    union = mask.chosen().flatten(1, 2).any(1)
+    width = int(union.sum(-1).max())
+    if 2 * width >= keys.shape[2]:
+        return None, keys, values
+    # One list for all kv heads of an item: over many rows their unions hardly differ, and one gather serves all.
+    lists = (~union).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+    per_head = lists[:, None].expand(-1, keys.shape[1], -1)
+    return lists, gather_rows(keys, per_head), gather_rows(values, per_head)
 
 
 def _softmax_times(logits: Tensor, weigh: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -141,6 +141,8 @@ class AttentionInputs:
         """Position of each key among the keys its item may use, counted without padding: int64 (B, N), -1 on padding."""
 
         def make() -> Tensor:
+            if self._attention_mask is None:
+                return torch.arange(self.shape[3], device=self.device).expand(self.shape[0], -1)
             # Under causality the last row sees what any row sees; a banded mask hides early keys from it.
             usable = self.allowed[:, 0].any(1)
             return (usable.cumsum(-1) - 1).masked_fill(~usable, -1)
@@ -150,10 +152,13 @@ class AttentionInputs:
     @property
     def row_positions(self) -> Tensor:
         """Position of each query row, that of the last key it may attend to: int64 (B, Q), -1 without allowed keys."""
-        return self._for_all(
-            "row_positions",
-            lambda: self.key_positions.unsqueeze(1).masked_fill(~self.allowed[:, 0], -1).amax(-1),
-        )
+
+        def make() -> Tensor:
+            if self._attention_mask is None:
+                return self.key_positions[:, self.shape[3] - self.shape[2] :]
+            return self.key_positions.unsqueeze(1).masked_fill(~self.allowed[:, 0], -1).amax(-1)
+
+        return self._for_all("row_positions", make)
 
     @property
     def row_lengths(self) -> Tensor:
@@ -250,12 +255,19 @@ class AttentionInputs:
     @property
     def usable_values(self) -> Tensor:
         """The values with zeros where no row may look: weights of 0 would keep NaN there."""
+        return self._usable("usable_values", self.values)
 
+    @property
+    def usable_keys(self) -> Tensor:
+        """The keys with zeros where no row may look."""
+        return self._usable("usable_keys", self.keys)
+
+    def _usable(self, name: str, tensor: Tensor) -> Tensor:
         def make() -> Tensor:
             unusable = self.key_positions < 0
-            return self.values.masked_fill(unusable[:, None, :, None], 0.0) if bool(unusable.any()) else self.values
+            return tensor.masked_fill(unusable[:, None, :, None], 0.0) if bool(unusable.any()) else tensor
 
-        return self.values if self._attention_mask is None else self.memo("usable_values", make)
+        return tensor if self._attention_mask is None else self.memo(name, make)
 
     def scores_at(self, indices: Tensor) -> Tensor:
         """Scaled logits of some keys only: indices (B, h, Q, K), h = 1, kv heads or H, to float32 (B, H, Q, K).

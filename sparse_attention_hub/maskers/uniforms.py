@@ -20,13 +20,19 @@ def _mix64(value: int) -> int:
 
 
 def _mix32(x: Any) -> Any:
-    """A 32-bit integer finaliser on int32 tensors or uint32 arrays; multiplication wraps, `>>` is made logical by masking.
-    In place."""
-    x ^= (x >> 16) & 0xFFFF
-    x *= 0x7FEB352D
-    x ^= (x >> 15) & 0x1FFFF
-    x *= 0x846CA68B if isinstance(x, np.ndarray) else -0x7B935975  # the same word, signed
-    x ^= (x >> 16) & 0xFFFF
+    """A 32-bit integer finaliser on int32 tensors or uint32 arrays, in place; multiplication wraps."""
+    if isinstance(x, np.ndarray):
+        x ^= x >> 16
+        x *= 0x7FEB352D
+        x ^= x >> 15
+        x *= 0x846CA68B
+        x ^= x >> 16
+    else:  # signed: `>>` is made logical by masking
+        x ^= (x >> 16) & 0xFFFF
+        x *= 0x7FEB352D
+        x ^= (x >> 15) & 0x1FFFF
+        x *= 0x846CA68B - 2**32
+        x ^= (x >> 16) & 0xFFFF
     return x
 
 
