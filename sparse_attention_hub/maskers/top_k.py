@@ -112,16 +112,15 @@ def _top_of_rows(scores: Tensor, width: int) -> Tensor:
     if width == keys:
         indices = torch.arange(keys, device=scores.device).expand(scores.shape)
         return indices.masked_fill(scores == NEVER, -1)
-    if scores.is_cuda or scores.dtype not in (torch.float32, torch.float64):
-        best, indices = scores.topk(width, dim=-1, sorted=False)
-    else:  # NumPy's vectorised partition is several times faster than topk on a CPU
+    if not scores.is_cuda and scores.dtype in (torch.float32, torch.float64):
+        # NumPy's vectorised partition takes half the time of topk on a CPU.
         numbers = scores.detach().numpy()
-        partitioned = np.argpartition(numbers, keys - width, axis=-1)[:, keys - width :].astype(np.int64, copy=False)
-        indices = torch.from_numpy(partitioned)
-        threshold = scores.gather(-1, indices[:, :1]).detach().numpy()
-        if threshold.min() > NEVER and np.count_nonzero(numbers >= threshold) == partitioned.size:
-            return indices  # no ties for the last places, and no row with too few scores
-        best = scores.gather(-1, indices)
+        threshold = np.partition(numbers, keys - width, axis=-1)[:, keys - width, None]
+        places = np.flatnonzero(numbers >= threshold)
+        if places.size == len(numbers) * width and threshold.min() > NEVER:
+            # No ties for the last places, and no row with too few scores.
+            return torch.from_numpy(places.reshape(-1, width) - np.arange(len(numbers))[:, None] * keys)
+    best, indices = scores.topk(width, dim=-1, sorted=False)
     last = best.amin(-1, keepdim=True)
     last = last.masked_fill(last == NEVER, float("nan"))  # a row with too few scores has no boundary
     tied = best == last
