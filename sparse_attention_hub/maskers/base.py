@@ -44,7 +44,7 @@ class Masker(ABC, Generic[ConfigT]):
     #: True if `select` never returns a key outside inputs.allowed (the contract tests check it); else the pipeline sees to it.
     keeps_to_allowed = False
     #: Config fields that decide what `fit` and `encode` make of keys; None = all. Configurations that agree in them share
-    #: codes when they are replayed together.
+    #: codes.
     code_fields: tuple[str, ...] | None = None
 
     def __init__(self, config: ConfigT) -> None:
