@@ -102,6 +102,7 @@ def fault_run(
         seen |= _group(process.pid)
         if _kill(process, target, chosen):
             counts[target] += 1
+            print(f"{sum(counts.values())} of {kills} kills, {_journalled(wild)} journalled", file=sys.stderr, flush=True)
         if target != "worker":
             process.wait()
             time.sleep(0.2)  # orphaned workers end with their parent
@@ -250,7 +251,7 @@ def _close(one: Any, other: Any) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill Phase 2 again and again, and see whether anything was lost.")
     parser.add_argument("--kills", type=int, default=100, help="how many (default 100)")
-    parser.add_argument("--samples", type=int, help="samples of the run (default: 6 a kill)")
+    parser.add_argument("--samples", type=int, help="samples of the run (default: 12 a kill)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--run", nargs=4, metavar=("MODEL", "RESULTS", "SAMPLES", "WORKERS"), help=argparse.SUPPRESS)
@@ -258,7 +259,7 @@ def main() -> int:
     if arguments.run:
         model, results, samples, workers = arguments.run
         return run_once(model, Path(results), int(samples), int(workers))
-    samples = arguments.samples or 6 * arguments.kills  # fewer, and the run may end before the last kill
+    samples = arguments.samples or 12 * arguments.kills  # fewer, and the run may end before the last kill
     with tempfile.TemporaryDirectory() as folder:
         figures = fault_run(Path(folder), kills=arguments.kills, samples=samples, seed=arguments.seed)
     goals = [
