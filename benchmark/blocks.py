@@ -44,7 +44,8 @@ class Options:
 class Block:
     """Some samples of one (model, task). Pickled to the worker; records go to `journal`, whole samples at a time.
 
-    deadline: time.monotonic() after which no sample is started, for a worker inside the parent's own process.
+    deadline: time.monotonic() after which no sample is started, for a worker inside the parent's own process. most: how many
+    configurations may be asked at once, None = as many as fit.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Block:
     status: Path | None = None
     stop: Path | None = None
     deadline: float | None = None
+    most: int | None = None
 
 
 def failure(error: BaseException | str, status: str = "failed") -> dict[str, Any]:

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.blocks import Block, Options, Request, failure
+from benchmark.faults import BrokenDeviceError
+from benchmark.forced import ForcedRun, end_forced
 from benchmark.guard import Interrupts, results_lock
 from benchmark.jobs import BenchmarkUnit, UnitRun, make_blocks
 from benchmark.pools import (
     InProcessPool,
     Pool,
     ProcessPools,
-    RayPool,
     Slot,
     WorkerDied,
     add_log_file,
@@ -40,9 +41,10 @@ from benchmark.pools import (
     plan_slots,
 )
 from benchmark.progress import Progress
+from benchmark.ray_pool import RayPool
 from benchmark.report_table import closing_table
 from benchmark.result_files import make_summary, write_unit
-from benchmark.results import write_json
+from benchmark.results import fingerprint, write_json
 from benchmark.settings import Settings
 from benchmark.tasks.base import UserError
 
@@ -106,11 +108,13 @@ def _load_tokenizers(units: list[BenchmarkUnit], settings: Settings) -> dict[str
 
 @dataclass
 class _Work:
-    """A block waiting or in work. deaths: workers lost on its first sample without getting past it."""
+    """A block waiting or in work. deaths: workers lost on its first sample without getting past it; most: configurations asked
+    at once, None = as many as fit."""
 
     run: UnitRun
     requests: tuple[Request, ...]
     deaths: int = 0
+    most: int | None = None
 
 
 @dataclass
@@ -213,6 +217,12 @@ class _Run:
         else:
             self.pool = ProcessPools(self.slots, self.log)
         self.runs = [UnitRun(unit, self.settings, self.place) for unit in self.units]
+        if self.settings.force_benchmark and not self.settings.rescore:
+            asked = [[run.shared, sorted(run.keys.items()), self.settings.max_requests] for run in self.runs]
+            forced = ForcedRun(self.base, "--force-benchmark", fingerprint(asked))
+            self.notes += forced.begin()
+            for run in self.runs:
+                run.forced = forced
         self.to_prepare = deque(self.runs)
 
     def _loop(self) -> None:
@@ -290,6 +300,7 @@ class _Run:
             journal=run.folder / f"{place.name}.jsonl",
             status=status,
             stop=self.scratch / "stop",
+            most=work.most,
         )
         self.in_work[slot] = _InWork(work, Future(), status, overdue=time.monotonic() + left + 15.0)
         try:
@@ -336,7 +347,8 @@ class _Run:
             message = failure(error)["error_message"]
             logger.error("%s: %s", run.name, message)
             self._say(f"{run.name}: {message}")
-            if isinstance(error, UserError):  # the model cannot be loaded: no other block of it can be run either
+            # The model cannot be loaded, or this very process has lost its device: no other block of it can be run either.
+            if isinstance(error, (UserError, BrokenDeviceError)):
                 self.lost_models[run.unit.model] = message
             run.record_failure(left, message, "failed")
 
@@ -350,7 +362,8 @@ class _Run:
         if state.get("state") != "answering":
             # The block had not begun: its samples are not to blame.
             deaths = self.start_deaths[run.unit.model] = self.start_deaths.get(run.unit.model, 0) + 1
-            if deaths >= MAX_START_DEATHS:
+            # Workers that share a machine may die together: one such blow is not the model's fault.
+            if deaths >= max(MAX_START_DEATHS, MAX_DEATHS * len(self.pool.slots if self.pool else ())):
                 message = f"the worker ended {deaths} times in a row while loading the model, at last {error}"
                 self.lost_models[run.unit.model] = message
                 run.record_failure(work.requests, message, "failed")
@@ -368,7 +381,8 @@ class _Run:
             self._say(f"{run.name}: {first[0].sample.sample_id}: {message}")
             run.record_failure(first, message, "failed")
         else:
-            self._again(_Work(run, first, deaths))
+            # Where memory is short, a kernel may kill instead of refusing: the last try asks one by one.
+            self._again(_Work(run, first, deaths, most=1 if deaths == MAX_DEATHS - 1 else None))
         if rest:  # its neighbours go on without it
             self.queue.append(_Work(run, rest))
 
@@ -389,9 +403,8 @@ class _Run:
             logger.warning("%s: %s", run.name, message)
 
     def _renew(self, slot: int) -> None:
-        renew = getattr(self.pool, "renew", None)
-        if renew is not None:
-            renew(slot)
+        if self.pool is not None:
+            self.pool.renew(slot)
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
@@ -449,7 +462,13 @@ class _Run:
         if run.finished or not run.prepared:
             return
         run.store.poll()
-        results, failures, notes = write_unit(run, self.config_run)
+        try:
+            results, failures, notes = write_unit(run, self.config_run)
+        except Exception as error:  # its answers are journalled, and the others' files are still to be written
+            run.error = f"its files cannot be written: {failure(error)['error_message']}"
+            logger.error("%s: %s", run.name, run.error, exc_info=error)
+            self._say(f"{run.name}: {run.error}")
+            results, failures, notes = [], [], []
         for result in results:
             found = run.unit.provenance.get(result["configuration"], {})
             result["meets_budget"] = found.get("meets_budget")
@@ -469,6 +488,8 @@ class _Run:
     def _outcome(self) -> BenchmarkOutcome:
         summary = self._summary()
         write_json(self.base / "benchmark_summary.json", summary)
+        if not self.interrupted:
+            end_forced(self.base)
         if self.interrupted:
             print(
                 f"\nStopped. What is answered is kept in {self.base}; the same command goes on from there.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -12,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from benchmark.tasks.base import UserError
+
+logger = logging.getLogger("benchmark.phase2")
 
 #: Exit code of a run that was interrupted.
 INTERRUPTED = 130
@@ -29,8 +32,10 @@ def results_lock(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"another run writes to {folder}: wait for it, or choose another --benchmark-results-dir") from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
         yield
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.blocks import Request, failure, sample_seed
+from benchmark.forced import ForcedRun
+from benchmark.identity import config_key, weights_stamp
 from benchmark.results import Journal, fingerprint, safe_name, write_json
 from benchmark.settings import Settings, SparseConfig
 from benchmark.tasks import get_task
@@ -43,11 +45,6 @@ class BenchmarkUnit:
     task: str
     configs: tuple[SparseConfig, ...]
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def config_key(config: ResearchAttentionConfig | None) -> str:
-    """What tells one configuration's answers from another's: its maskers with all their parameters."""
-    return "dense" if config is None else fingerprint(config.to_dict())
 
 
 def sample_hash(sample: Sample, limit: int) -> str:
@@ -138,6 +135,7 @@ class UnitRun:
     deadline: float | None = None
     prepared: bool = False
     finished: bool = False
+    forced: ForcedRun | None = None  # answer again what was answered before it began
     old_failures: set[tuple[str, int]] = field(default_factory=set)  # where failures of earlier runs stand: to be tried again
 
     def __post_init__(self) -> None:
@@ -199,10 +197,10 @@ class UnitRun:
 
     def _open_journal(self) -> list[str]:
         notes = []
-        if self.settings.force_benchmark and not self.settings.rescore and self.folder.exists():
+        told = self.folder / "settings.json"
+        if self.forced is not None and self.folder.exists() and not self.forced.is_own(told):
             aside = self.folder.with_name(f"{self.folder.name}.replaced-{datetime.now():%Y%m%d_%H%M%S_%f}")
             self.folder.rename(aside)
-        told = self.folder / "settings.json"
         if not told.exists() and not self.settings.rescore:
             for other, changed in self._other_settings():
                 notes.append(f"{self.name}: settings changed ({changed}), so it starts anew; earlier answers stay in {other}")
@@ -282,19 +280,6 @@ def shared_settings(unit: BenchmarkUnit, settings: Settings, place: str) -> dict
         "max_context_length": settings.max_context_length,
         "micro_metrics": settings.micro_metrics,
     }
-
-
-def weights_stamp(model: str) -> list[list[Any]] | None:
-    """Names, sizes and times of a local model's files, so that new weights in the old folder are noticed."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        return None
-    files = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in (".safetensors", ".bin", ".json", ".gguf")
-    ]
-    return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files]
 
 
 def _changes(other: Path, shared: dict[str, Any]) -> Iterator[str]:

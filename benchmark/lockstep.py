@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from benchmark.blocks import Block, Request, failure
-from benchmark.memory import free_memory, free_unused, is_out_of_memory
+from benchmark.faults import check_device, is_out_of_memory
+from benchmark.memory import free_memory, free_unused
 from benchmark.tasks.base import Prompt
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class LoadedModel:
     lm: LanguageModel
     most: int = 2**30
     attentions: dict[str, ResearchAttention | None] = field(default_factory=dict)
+    broken: dict[str, dict[str, Any]] = field(default_factory=dict)  # the failures of those that cannot be made
 
 
 class Prefix:
@@ -91,7 +93,7 @@ def answer_sample(
         }
         prefilled = prefix.get(prompt.context_ids, max(room, len(prompt.question_ids) + request.limit))
     except Exception as error:
-        _check_device(error)
+        check_device(error)
         prefix.drop()
         free_unused()
         record["answers"] = {key: failure(error) for key in request.configs}
@@ -112,15 +114,22 @@ class _Asked:
         self.room = len(prompt.question_ids) + request.limit
 
     def answers(self) -> dict[str, dict[str, Any]]:
-        return dict(self._in_parts(list(self.request.configs), self._answer))
+        broken = self.loaded.broken
+        able = [key for key in self.request.configs if key not in broken]
+        found = dict(self._in_parts(able, self._answer))
+        return {key: dict(broken[key]) if key in broken else found[key] for key in self.request.configs}
 
     def add_reference_nll(self, answers: dict[str, dict[str, Any]]) -> None:
         """Mean negative log-likelihood of the first reference, of as many of its tokens as an answer may have."""
         for answer in answers.values():
             answer.setdefault("reference_nll", None)
         answered = [key for key in self.request.configs if answers[key]["status"] == "ok"]
-        references = self.request.sample.references
-        ids = reference_ids(self.loaded.lm.tokenizer, self.prompt, references[0])[: self.request.limit] if references else []
+        try:
+            ids = self._reference_ids()
+        except Exception as error:  # text that cannot be encoded, as half of a surrogate pair
+            for key in answered:
+                answers[key]["reference_error"] = failure(error)["error_message"]
+            return
         if not ids or not answered:
             return
 
@@ -143,6 +152,12 @@ class _Asked:
                 answers[key]["reference_nll"] = outcome["reference_nll"]
             else:
                 answers[key]["reference_error"] = outcome["error_message"]
+
+    def _reference_ids(self) -> list[int]:
+        references = self.request.sample.references
+        if not references:
+            return []
+        return reference_ids(self.loaded.lm.tokenizer, self.prompt, references[0])[: self.request.limit]
 
     def _answer(self, keys: list[str]) -> list[dict[str, Any]]:
         from sparse_attention_hub.micro_metrics import MetricRecorder
@@ -188,7 +203,7 @@ class _Asked:
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Ask all keys in lockstep; what fails is halved until it works or fails alone. Keys keep their order in a
         batch."""
-        most = max(1, min(self.loaded.most, self._fitting(len(keys))))
+        most = max(1, min(self.loaded.most, self.block.most or len(keys), self._fitting(len(keys))))
         if most < len(keys):
             logger.debug("%s: lockstep of %d instead of %d, as memory allows", self.block.task, most, len(keys))
         parts = _even_parts(keys, most)
@@ -200,7 +215,7 @@ class _Asked:
                 continue
             except Exception as caught:
                 error = caught
-            _check_device(error)
+            check_device(error)
             short = is_out_of_memory(error)
             if short:
                 self.loaded.most = max(1, len(part) // 2)
@@ -241,16 +256,6 @@ def reference_ids(tokenizer: Any, prompt: Prompt, reference: str) -> list[int]:
     end = tokenizer.decode(list(prompt.question_ids[-1:]), skip_special_tokens=True)
     text = reference if not end or end[-1:].isspace() else " " + reference.lstrip()
     return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _check_device(error: BaseException) -> None:
-    """A fault of the device itself spoils every later call of this process: let it end, and a fresh one go on."""
-    if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
-        raise BrokenDeviceError(f"{type(error).__name__}: {error}") from error
-
-
-class BrokenDeviceError(RuntimeError):
-    """The device cannot be used any more by this process."""
 
 
 def _even_parts(items: list[T], most: int) -> list[list[T]]:

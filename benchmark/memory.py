@@ -1,4 +1,4 @@
-"""How much memory is left, what it looks like when there is none, and giving back what is not used."""
+"""How much memory is left, and giving back what is not used."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from pathlib import Path
 from typing import Any
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """An allocation failed, on a GPU or on the CPU."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-
-
 def free_memory(device: Any, workers: int) -> int | None:
     """Bytes that one of `workers` may still take on a device; None if that is not known."""
     import torch
@@ -25,11 +17,51 @@ def free_memory(device: Any, workers: int) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    known = [free for free in (_free_of_machine(), _free_of_group()) if free is not None]
+    return min(known) // max(1, workers) if known else None
+
+
+def _free_of_machine() -> int | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 // max(1, workers)
+                return int(line.split()[1]) * 1024
     return None
+
+
+def _free_of_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the control group of this process (a container, a job of a cluster) and those above it leave; None = no limit.
+
+    Past such a limit nothing raises: the kernel kills.
+    """
+    free: list[int] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                base, names = root, ("memory.max", "memory.current", "inactive_file ")
+            elif "memory" in controllers.split(","):
+                base = root / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file ")
+            else:
+                continue
+            here = base / path.strip("/")
+            for folder in (here, *here.parents):
+                if folder.is_relative_to(base):
+                    left = _left_in(folder, *names)
+                    free += [] if left is None else [left]
+    return min(free, default=None)
+
+
+def _left_in(folder: Path, limit: str, used: str, cached: str) -> int | None:
+    try:
+        most = int((folder / limit).read_text())
+        now = int((folder / used).read_text())
+        stat = (folder / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no such folder, no such controller, or "max"
+        return None
+    given_back = next((int(line.split()[1]) for line in stat if line.startswith(cached)), 0)  # files the kernel may drop
+    return max(0, most - now + given_back)
 
 
 def free_unused() -> None:

@@ -1,8 +1,8 @@
-"""Where blocks run: in this process, in one spawned process a device, or in the actors of a Ray cluster.
+"""Where blocks run: in this process, or in one spawned process a device; actors of a Ray cluster are in ray_pool.py.
 
 A pool has numbered slots, one worker each; a slot takes one block at a time. A worker that dies raises WorkerDied
 from its future, one that outlives its time raises TimeoutError and is killed; the next block of the slot finds a
-fresh worker. pebble and ray are imported by the pool that needs them.
+fresh worker. pebble is imported by the pool that needs it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmark.blocks import Block
-from benchmark.lockstep import BrokenDeviceError
-from benchmark.ray_start import start_ray
-from benchmark.results import Journal
+from benchmark.faults import BROKEN_DEVICE, BrokenDeviceError
 from benchmark.tasks.base import UserError
-from benchmark.worker import answer_block, forget_model, run_block
+from benchmark.worker import forget_model, run_block
 
 logger = logging.getLogger("benchmark.phase2")
 
-#: Exit code of a worker whose device is beyond use: a fresh process takes over.
-BROKEN_DEVICE = 70
 #: Workers on GPUs where nobody says how many.
 GPU_WORKERS = 4
-#: A Ray actor that has not started by then counts as a dead worker.
-ACTOR_START_SECONDS = 600
 
 
 class WorkerDied(Exception):
@@ -58,6 +52,9 @@ class Pool(Protocol):
     slots: list[Slot]
 
     def submit(self, slot: int, block: Block, timeout: float | None) -> Future[int]: ...
+
+    def renew(self, slot: int) -> None:
+        """Let go of a slot's worker, whatever it does; the next block gets a fresh one."""
 
     def kill(self) -> None:
         """Stop every worker now and leave no process behind."""
@@ -128,6 +125,9 @@ class InProcessPool:
             late = deadline is not None and time.monotonic() > deadline and done < len(block.requests)
             future.set_exception(TimeoutError()) if late else future.set_result(done)
         return future
+
+    def renew(self, slot: int) -> None:
+        pass  # there is no other process to go on in
 
     def kill(self) -> None:
         forget_model()
@@ -225,7 +225,6 @@ class ProcessPools:
         return outer
 
     def renew(self, slot: int) -> None:
-        """Drop a slot's pool with whatever is left of its process; the next block gets a new one."""
         pool = self._pools.pop(slot, None)
         if pool is not None:
             pool.stop()
@@ -249,128 +248,3 @@ def _how(code: int | None) -> str:
         with contextlib.suppress(ValueError):
             return f"by signal {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
     return f"with exit code {code}"
-
-
-# -- a Ray cluster ---------------------------------------------------------------------------------------------------
-
-
-class RayActor:
-    """A worker on a Ray cluster: yields its records, which the parent journals."""
-
-    def __init__(self, threads: int) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        import torch
-
-        torch.set_num_threads(threads)
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def answer(self, block: Block) -> Any:
-        yield from answer_block(block)
-
-
-class RayPool:
-    """One actor a GPU of the cluster, GPU_WORKERS at most, or for every two of its CPUs. `limit`, if given, counts instead.
-
-    address: as for ray.init; "local" starts a cluster on this machine. Journals are written here, so no file system
-    needs to be shared.
-    """
-
-    def __init__(self, address: str, device: str, limit: int | None) -> None:
-        self._owns = start_ray(address, max(usable_cores(), limit or 1))
-        import ray
-
-        self._ray = ray
-        have = ray.cluster_resources()
-        gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
-        on_gpu = gpus > 0 and device not in ("cpu", "mps")
-        if device == "sharded":
-            self._share, count, cores = {"num_gpus": gpus}, 1, 1
-        elif on_gpu:
-            self._share, count, cores = {"num_gpus": 1}, min(gpus, limit or GPU_WORKERS), max(1, cpus // gpus)
-        else:
-            count = min(cpus, limit) if limit is not None else max(1, cpus // 2)
-            self._share, cores = {"num_cpus": max(1, cpus // count)}, max(1, cpus // count)
-        place = device if device == "sharded" else ("cuda" if on_gpu else device)
-        self.slots = [Slot(f"actor-{i}", place, cores) for i in range(count)]
-        self._actors: dict[int, Any] = {}
-        self._stopping = threading.Event()
-
-    def submit(self, slot: int, block: Block, timeout: float | None) -> Future[int]:
-        future: Future[int] = Future()
-        threading.Thread(target=self._drive, args=(slot, block, timeout, future), daemon=True).start()
-        return future
-
-    def _drive(self, slot: int, block: Block, timeout: float | None, future: Future[int]) -> None:
-        from dataclasses import replace
-
-        ray = self._ray
-        assert block.journal is not None
-        journal, deadline, done = Journal(block.journal), None, 0
-        try:
-            actor = self._actors.get(slot)
-            if actor is None:
-                actor = ray.remote(RayActor).options(max_restarts=0, **self._share).remote(self.slots[slot].threads)
-                self._actors[slot] = actor
-                self._await_start(actor)
-            deadline = None if timeout is None else time.monotonic() + timeout
-            remote = replace(block, journal=None, status=None, stop=None)
-            stream = actor.answer.options(num_returns="streaming").remote(remote)
-            while True:
-                ready = self._next(stream, deadline, block)
-                if ready is None:
-                    break
-                journal.append(ray.get(ready))
-                done += 1
-        except TimeoutError as error:
-            self._drop(slot)
-            future.set_exception(error)
-        except ray.exceptions.RayTaskError as error:
-            future.set_exception(error.cause if isinstance(error.cause, Exception) else error)
-        except (WorkerDied, ray.exceptions.RayActorError, ray.exceptions.RaySystemError) as error:
-            self._drop(slot)
-            future.set_exception(WorkerDied(" ".join(str(error).split())[:160]))
-        except Exception as error:
-            future.set_exception(error)
-        else:
-            future.set_result(done)
-
-    def _await_start(self, actor: Any) -> None:
-        """A cluster that grows may take minutes to give an actor its place; one that never does must not be waited for."""
-        alive, until = actor.pid.remote(), time.monotonic() + ACTOR_START_SECONDS
-        while not self._stopping.is_set() and not self._ray.wait([alive], timeout=0.5)[0]:
-            if time.monotonic() > until:
-                raise WorkerDied(f"its Ray actor did not start within {ACTOR_START_SECONDS} s; has the cluster room for it?")
-        if not self._stopping.is_set():
-            self._ray.get(alive)
-
-    def _next(self, stream: Any, deadline: float | None, block: Block) -> Any:
-        """The next record's reference; None at the end or when told to stop."""
-        while True:
-            if self._stopping.is_set() or (block.stop is not None and block.stop.exists()):
-                return None
-            if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError
-            ready, _ = self._ray.wait([stream], timeout=0.5)
-            if ready:
-                try:
-                    return next(stream)
-                except StopIteration:
-                    return None
-
-    def _drop(self, slot: int) -> None:
-        actor = self._actors.pop(slot, None)
-        if actor is not None:
-            with contextlib.suppress(Exception):
-                self._ray.kill(actor)
-
-    def pids(self) -> list[int]:
-        return [self._ray.get(actor.pid.remote()) for actor in self._actors.values()]
-
-    def kill(self) -> None:
-        self._stopping.set()
-        for slot in list(self._actors):
-            self._drop(slot)
-        if self._owns:
-            self._ray.shutdown()

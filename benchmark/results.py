@@ -31,11 +31,12 @@ def fingerprint(value: Any) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all: temporary file beside it, fsync, rename."""
+    """Write a file so that it appears whole or not at all: temporary file beside it, fsync, rename. What is no text (half of a
+    surrogate pair, in somebody's data) is written as its escape."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as stream:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="", errors="backslashreplace") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from benchmark.blocks import Block, Request
+from benchmark.blocks import Block, Request, failure
+from benchmark.faults import check_device
 from benchmark.lockstep import LoadedModel, Prefix, answer_sample
 from benchmark.memory import free_unused
 from benchmark.results import Journal
@@ -44,13 +45,8 @@ def run_block(block: Block, on_record: Callable[[], None] | None = None) -> int:
 
 def answer_block(block: Block) -> Iterator[dict[str, Any]]:
     """One journal record a sample. Raises UserError if the model cannot be loaded."""
-    _tell(block, "loading", None)
-    loaded = _load(block)
-    keep = set(block.configs)
-    loaded.attentions = {key: value for key, value in loaded.attentions.items() if key in keep}
-    for key, config in block.configs.items():
-        if key not in loaded.attentions:
-            loaded.attentions[key] = _attention(config, block.options.attention_backend, loaded.lm)
+    tell(block, "loading", None)
+    loaded = prepare(block)
     prefix = Prefix(loaded.lm)
     for group in _same_context(block.requests):
         prompts = [_prompt(request, block, loaded.lm) for request in group]
@@ -61,12 +57,34 @@ def answer_block(block: Block) -> Iterator[dict[str, Any]]:
         for request, prompt in zip(group, prompts, strict=True):
             if _should_stop(block):
                 return
-            _tell(block, "answering", request.sample.sample_id)
+            tell(block, "answering", request.sample.sample_id)
             started = time.perf_counter()
             record = answer_sample(request, prompt, block, loaded, prefix, room)
             record["wall_seconds"] = time.perf_counter() - started
             yield record
     prefix.drop()
+
+
+def prepare(block: Block) -> LoadedModel:
+    """Load the block's model and make its configurations' attentions, where that is not done yet.
+
+    A configuration that cannot be made (a file of its weights is gone) has its failure in `broken` and keeps nobody else
+    from being answered. Raises UserError if the model cannot be loaded.
+    """
+    loaded = _load(block)
+    loaded.attentions = {key: value for key, value in loaded.attentions.items() if key in block.configs}
+    loaded.broken = {}
+    for key, config in block.configs.items():
+        if key not in loaded.attentions:
+            try:
+                loaded.attentions[key] = _attention(config, block.options.attention_backend, loaded.lm)
+            except Exception as error:
+                check_device(error)
+                loaded.broken[key] = failure(error)
+                logger.warning("%s: a configuration cannot be made: %s", block.task, loaded.broken[key]["error_message"])
+                error.__traceback__ = None
+                free_unused()
+    return loaded
 
 
 def forget_model() -> None:
@@ -140,11 +158,14 @@ def _should_stop(block: Block) -> bool:
     return block.stop is not None and block.stop.exists()
 
 
-def _tell(block: Block, state: str, sample_id: str | None) -> None:
-    """Say what this worker is doing, for the progress lines and for judging a death. Lost at a crash without harm."""
+def tell(block: Block, state: str, sample_id: str | None, pid: int | None = None) -> None:
+    """Say what this worker (or that of `pid`) is doing, for the progress lines and for judging a death. Lost at a crash
+    without harm."""
     if block.status is None:
         return
-    text = json.dumps({"pid": os.getpid(), "state": state, "model": block.model, "task": block.task, "sample": sample_id})
+    text = json.dumps(
+        {"pid": pid or os.getpid(), "state": state, "model": block.model, "task": block.task, "sample": sample_id}
+    )
     temporary = block.status.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
         temporary.write_text(text)

@@ -12,13 +12,15 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from benchmark.forced import ForcedRun
+from benchmark.pools import visible_gpus
 from benchmark.ray_start import start_ray
-from benchmark.results import result_key, write_text
+from benchmark.results import fingerprint, result_key, write_text
 from benchmark.settings import Settings
 from sparse_attention_hub.errors import UserError
 
@@ -45,23 +47,28 @@ def run_search(studies: list[StudySpec], settings: Settings, *, run_name: str, r
     """
     samples = _sample_keys(studies, settings)
     identities = {study_id(s): s.identity(settings, samples[s.model, s.task]) for s in studies}
+    forced: ForcedRun | None = None
+    if settings.force_search:
+        forced = ForcedRun(settings.ray_results_dir, "--force-search", fingerprint(sorted(identities.items())))
     found: dict[str, Path] = {}
-    for study in studies if not settings.force_search else []:
-        folder = find_finished(study, settings.optimal_configs_dir, identities[study_id(study)])
+    for study in studies:
+        folder = find_finished(study, settings.optimal_configs_dir, identities[study_id(study)], forced)
         if folder is not None:
             found[study_id(study)] = folder
     waiting = [study for study in studies if study_id(study) not in found]
     with ExitStack() as held:
         if waiting:
-            held.enter_context(_ray(settings.ray_address))
+            held.enter_context(_ray(settings))
             held.enter_context(_alone(settings.ray_results_dir))
+            for note in forced.begin() if forced is not None else []:
+                report("note", None, {"text": note})
         outcome = SearchOutcome(_make_run_folder(settings.optimal_configs_dir, run_name))
         for study in studies:
             if study_id(study) in found:
                 _copy_levels(study, found[study_id(study)], outcome)
                 report("reused", study, {"from": found[study_id(study)].name})
         if waiting:
-            _search(waiting, settings, samples, identities, outcome, report)
+            _search(waiting, settings, samples, identities, forced, outcome, report)
     return outcome
 
 
@@ -82,14 +89,17 @@ def _sample_keys(studies: list[StudySpec], settings: Settings) -> dict[tuple[str
     return keys
 
 
-def find_finished(study: StudySpec, folder: Path, identity: str) -> Path | None:
-    """The newest run folder in which every level of this study is finished under this identity."""
+def find_finished(study: StudySpec, folder: Path, identity: str, forced: ForcedRun | None = None) -> Path | None:
+    """The newest run folder in which every level of this study is finished under this identity, and no trial failed by a fault
+    that may have passed. A forced search takes only what it found itself, before it was interrupted."""
     stems = [result_key(study.model, study.task, level.name) for level in study.levels]
     for run in sorted(folder.glob("run_*"), reverse=True):
         try:
             whole = all((run / f"{stem}{suffix}").exists() for stem in stems for suffix in ("_trials.json", "_analysis.csv"))
-            if whole and all(_identity(json.loads((run / f"{stem}.json").read_text())) == identity for stem in stems):
-                return run
+            if whole and (forced is None or all(forced.is_own(run / f"{stem}.json") for stem in stems)):
+                records = [json.loads((run / f"{stem}.json").read_text()) for stem in stems]
+                if all(_identity(record) == identity and not record.get("passing_failures") for record in records):
+                    return run
         except (OSError, ValueError, RecursionError):
             continue
     return None
@@ -114,10 +124,11 @@ def _copy_levels(study: StudySpec, source: Path, outcome: SearchOutcome) -> None
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[None]:
-    """Ray is there inside; ended afterwards if it was started here."""
+def _ray(settings: Settings) -> Iterator[None]:
+    """Ray is there inside; ended afterwards if it was started here. Started here, it knows only the GPU that was asked for."""
     _prepare_tune()
-    started = start_ray(address)
+    with _visible(settings.device):
+        started = start_ray(settings.ray_address)
     try:
         yield
     finally:
@@ -125,6 +136,21 @@ def _ray(address: str | None) -> Iterator[None]:
             import ray
 
             ray.shutdown()
+
+
+@contextmanager
+def _visible(device: str) -> Iterator[None]:
+    """Inside, this process's children see of the GPUs the one that "cuda:N" names, or all."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device.startswith("cuda:"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[int(device.removeprefix("cuda:"))]
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif device.startswith("cuda:"):
+            del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 @contextmanager
@@ -161,6 +187,7 @@ def _search(
     settings: Settings,
     samples: dict[tuple[str, str], str],
     identities: dict[str, str],
+    forced: ForcedRun | None,
     outcome: SearchOutcome,
     report: Any,
 ) -> None:
@@ -174,19 +201,22 @@ def _search(
     folder = settings.ray_results_dir.resolve()
     _put_aside(folder / "search_runs")
     by_name = {study_id(study): study for study in studies}
+    # A worker sees the GPU that Ray gives it and no other.
+    at_worker = replace(settings, device="cuda") if settings.device.startswith("cuda:") else settings
     work: dict[str, dict[str, Any]] = {
         name: {
             "study": study,
-            "settings": settings,
+            "settings": at_worker,
             "journal": journal_path(folder, study, study.journal_identity(settings, samples[study.model, study.task])),
             "outcome": outcome_path(folder, study, identities[name]),
             "traces": folder / "traces",
         }
         for name, study in by_name.items()
     }
-    if settings.force_search:
+    if forced is not None:
         for entry in work.values():
-            entry["journal"].unlink(missing_ok=True)
+            if not forced.is_own(entry["journal"]):
+                entry["journal"].unlink(missing_ok=True)
     cpus, gpus = _resources(settings)
 
     def collect(name: str) -> str | None:

@@ -141,6 +141,11 @@ class TraceEvaluator:
                     trace, done = self._open_or_record(number, folder)
                     found[number] = trace
                 yield f"trace {len(found)}/{len(self.samples)} {done} ({trace.nbytes / 1e6:.0f} MB)"
+        if not any(trace.rows for trace in found.values()):
+            raise UserError(
+                f"no answer to a tuning sample of {self.task.name} has a sparse row, all are of one token: "
+                "use --sparse-from question or raise --search-max-new-tokens"
+            )
         self.traces = [found[number] for number in range(len(self.samples))]
 
     def _open_or_record(self, number: int, folder: Path) -> tuple[Trace, str]:
@@ -198,6 +203,8 @@ class TraceEvaluator:
 
         per_sample = []
         for entry, trace in zip(self.samples, self.traces, strict=True):
+            if not trace.rows:
+                continue
             kept = None if rows is None else spread_rows(trace.rows, rows)
             results = replay(
                 trace, attentions, rows=kept, layers=layers, seed=entry.seed, device=self.lm.device, states=self._states

@@ -89,13 +89,16 @@ def to_ray_domain(domain: Any) -> Any:
 
 
 def nearest(domain: Any, value: Any) -> Any:
-    """The value of a domain that is nearest to `value`; a value of another kind gives the domain's first."""
-    if isinstance(domain, Choice):
-        if value in domain.values or not all(isinstance(v, int | float) for v in domain.values):
-            return value if value in domain.values else domain.values[0]
-        return min(domain.values, key=lambda v: abs(v - value)) if isinstance(value, int | float) else domain.values[0]
+    """The value of a domain (ours or Ray Tune's) that is nearest to `value`; one of another kind gives the domain's first."""
+    values = domain.values if isinstance(domain, Choice) else getattr(domain, "categories", None)
+    if values is not None:
+        if value in values or not all(isinstance(v, int | float) for v in values):
+            return value if value in values else values[0]
+        return min(values, key=lambda v: abs(v - value)) if isinstance(value, int | float) else values[0]
     low, high = getattr(domain, "low", None), getattr(domain, "high", getattr(domain, "upper", None))
     low = getattr(domain, "lower", low)
+    if type(domain).__name__ == "Integer":
+        high -= 1  # Ray Tune leaves the upper end of integers out
     if low is None or high is None or not isinstance(value, int | float):
         return value
     # A size in tokens cannot be held to a domain of fractions: start from the middle instead.

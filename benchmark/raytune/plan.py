@@ -72,6 +72,13 @@ def make_settings(options: argparse.Namespace, configuration: dict[str, Any]) ->
             raise UserError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, got {value!r}")
     if settings.objective not in OBJECTIVES:
         raise UserError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {settings.objective!r}")
+    if settings.device == "sharded" and 1 in settings.phases:
+        raise UserError(
+            "--device sharded is for Phase 2: a search needs the model on one GPU; search with --phase 1 where it fits, then "
+            "give --phase 2 --device sharded"
+        )
+    if settings.sparse_from == "decode" and settings.search_max_new_tokens == 1 and 1 in settings.phases:
+        raise UserError("--search-max-new-tokens 1 leaves no sparse row with --sparse-from decode: give at least 2")
     if settings.data_dir is not None and not settings.data_dir.is_dir():
         raise UserError(f"--data-dir {settings.data_dir}: no such folder")
     if settings.rescore and 1 in settings.phases:

@@ -131,6 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside the two phases, which end in an order of their own
+        print("\ninterrupted; the same command goes on with what was finished", file=sys.stderr)
+        return 130
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.jobs import weights_stamp
+from benchmark.identity import weights_stamp
 from benchmark.results import environment, result_key, write_json, write_text
 from benchmark.settings import Settings, hyperparameters
 
@@ -49,6 +49,7 @@ def write_level_files(
             "search_time": outcome["seconds"],
             "num_trials": len(outcome["trials"]),
             "failed_trials": sum(trial["status"] != "completed" for trial in outcome["trials"]),
+            "passing_failures": sum(trial["passing"] for trial in outcome["trials"]),
             "best_trial_id": trial_id(identity, trial["number"]),
             "confirmation": {
                 "confirmed": best["confirmed"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from ray import tune
 
+from benchmark.faults import BROKEN_DEVICE, BrokenDeviceError
 from benchmark.settings import Settings
 from sparse_attention_hub.errors import UserError
 
@@ -57,9 +60,10 @@ class StudyTrainable(tune.Trainable):
         try:
             yield {"stage": "loading"}
             evaluator = _evaluator(study, settings, traces)
-            size = evaluator.trace_bytes / 1e6
-            yield {"stage": f"recording {len(evaluator.samples)} traces, about {size:.0f} MB"}
             if not evaluator.traces:
+                size = evaluator.trace_bytes / 1e6
+                stage = f"{len(evaluator.samples)} traces, {size:.0f} MB at most: recording what is not there yet"
+                yield {"stage": stage, "tell": True}
                 for line in evaluator.record():
                     yield {"stage": line}
             search = run_study(study, settings, evaluator, journal)
@@ -67,6 +71,9 @@ class StudyTrainable(tune.Trainable):
             write_outcome(outcome, study, search, evaluator, time.time() - started, None)
         except UserError as error:
             write_outcome(outcome, study, search, evaluator, time.time() - started, str(error))
+        except BrokenDeviceError as error:
+            print(f"{error}; this worker ends and a fresh one goes on", file=sys.stderr, flush=True)
+            os._exit(BROKEN_DEVICE)  # an error would leave the process to the next study
 
 
 class SearchProgress(tune.Callback):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmark.forced import end_forced
 from benchmark.settings import Settings, SparseConfig
 
 from .config_search import SearchOutcome, new_run_name, run_search
@@ -27,72 +28,90 @@ class SearchResult:
 
 
 class SearchReport:
-    """Progress of Phase 1: one bar over all trials with the study in work; plain lines where there is no terminal."""
+    """Progress of Phase 1: one bar over all trials, and below it the study in work; plain lines where there is no terminal."""
 
     def __init__(self, studies: list[StudySpec], settings: Settings) -> None:
         from tqdm import tqdm
 
-        self._total = {self._name(s): len(s.levels) * settings.num_samples if s.space().domains else 1 for s in studies}
+        self._total = {study_id(s): len(s.levels) * settings.num_samples if s.space().domains else 1 for s in studies}
         self._done: dict[str, int] = {}
+        self._known: dict[str, int] = {}  # trials that this run found done
         self._ended = 0
-        self._studies = len(studies)
+        self._models = len(settings.models)
         self._tty = sys.stderr.isatty()
         self._last_line = 0.0
         self._started = time.monotonic()
-        self._bar = tqdm(
-            total=sum(self._total.values()), unit="trial", desc="Phase 1", disable=not self._tty, dynamic_ncols=True
-        )
+        off = not self._tty
+        self._bar = tqdm(total=sum(self._total.values()), unit="trial", desc="Phase 1", disable=off, dynamic_ncols=True)
+        self._lines = [
+            tqdm(bar_format="{desc}", position=place, leave=False, disable=off, dynamic_ncols=True) for place in (1, 2)
+        ]
 
     def __call__(self, event: str, study: StudySpec | None, progress: dict[str, Any]) -> None:
         if event == "note":
-            self._say(f"Phase 1: {progress['text']}", always=True)
+            self._say(f"Phase 1: {progress['text']}")
             return
         assert study is not None
-        name = self._name(study)
+        key, name = study_id(study), self._name(study)
         if event == "reused":
             self._ended += 1
-            self._advance(name, self._total[name])
-            self._say(f"{name}: found before, copied from {progress['from']}", always=True)
+            self._advance(key, self._total[key], self._total[key])
+            self._say(f"{name}: found before, copied from {progress['from']}")
         elif event == "failed":
             self._ended += 1
-            self._say(f"{name}: FAILED, {progress['error']}", always=True)
+            self._say(f"{name}: FAILED, {progress['error']}")
         elif event == "finished":
             self._ended += 1
             # A study that stops early leaves no trials to wait for.
-            self._advance(name, self._total[name])
-            self._say(f"[{self._ended}/{self._studies} studies] {name}: {self._figures(progress)}", always=True)
+            self._advance(key, self._total[key], progress.get("known", 0))
+            self._say(f"{self._counted()} {name}: {self._figures(progress)}")
         else:
-            self._advance(name, progress.get("trials", 0))
-            self._say(f"[{self._ended}/{self._studies} studies] {name}: {self._figures(progress)}{self._left()}")
+            self._advance(key, progress.get("trials", 0), progress.get("known", 0))
+            if self._tty:
+                self._lines[0].set_description_str(f"{self._counted()} {name}")
+                self._lines[1].set_description_str(f"    {self._figures(progress)}")
+            if progress.get("tell"):
+                self._say(f"{name}: {progress['stage']}")
+            elif not self._tty and time.monotonic() - self._last_line > 5:
+                self._say(f"{self._counted()} {name}: {self._figures(progress)}{self._left()}")
+
+    def _counted(self) -> str:
+        return f"[{self._ended}/{len(self._total)} studies]"
 
     def _left(self) -> str:
         """How long the rest takes at the pace so far; the bar of a terminal says so by itself."""
-        done = sum(self._done.values())
-        if self._tty or not done:
+        done, total = sum(self._done.values()), sum(self._total.values())
+        worked = done - sum(self._known.values())
+        if worked <= 0:
             return ""
-        seconds = (time.monotonic() - self._started) / done * (sum(self._total.values()) - done)
-        return f"; {done} of {sum(self._total.values())} trials, about {seconds / 60:.0f} min left"
+        seconds = (time.monotonic() - self._started) / worked * (total - done)
+        return f"; {done} of {total} trials, about {seconds / 60:.0f} min left"
 
     def close(self) -> None:
+        for line in reversed(self._lines):
+            line.close()
         self._bar.close()
 
-    @staticmethod
-    def _name(study: StudySpec) -> str:
-        return f"{study.task} {study.name}"
+    def _name(self, study: StudySpec) -> str:
+        name = f"{study.task} {study.name}"
+        return name if self._models == 1 else f"{study.model} {name}"
 
-    def _advance(self, name: str, trials: int) -> None:
-        step = min(trials, self._total[name]) - self._done.get(name, 0)
+    def _advance(self, key: str, trials: int, known: int) -> None:
+        """known: how many of these trials took no time in this run."""
+        known -= self._known.get(key, 0)
+        if known > 0:
+            self._known[key] = self._known.get(key, 0) + known
+            if self._tty:  # a bar that is off has no such number
+                self._bar.initial += known
+        step = min(trials, self._total[key]) - self._done.get(key, 0)
         if step > 0:
-            self._done[name] = self._done.get(name, 0) + step
+            self._done[key] = self._done.get(key, 0) + step
             self._bar.update(step)
 
-    def _say(self, text: str, always: bool = False) -> None:
+    def _say(self, text: str) -> None:
         if self._tty:
-            if always:
-                self._bar.write(text, file=sys.stderr)
-            else:
-                self._bar.set_postfix_str(text[:70], refresh=True)
-        elif always or time.monotonic() - self._last_line > 5:
+            self._bar.write(text, file=sys.stderr)
+        else:
             self._last_line = time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
@@ -127,6 +146,8 @@ def search(settings: Settings, configs: list[SparseConfig], tasks: list[str], no
     print(search_table(outcome))
     if outcome.interrupted:
         print("interrupted: what was evaluated is kept; run the same command again to go on", file=sys.stderr)
+    elif 2 not in settings.phases:  # else it is forced until Phase 2 has ended too
+        end_forced(settings.ray_results_dir)
     return SearchResult(outcome.run_dir, search_failures(outcome, studies), outcome.interrupted)
 
 
@@ -211,6 +232,8 @@ def benchmark(
     print(f"\nPhase 2: {pairs} (task, configuration) pairs, settings from {name or 'no search (dense only)'}")
     failures = [] if search is None else search.failures
     outcome = run_benchmarks(units, settings, config_run=name, notes=[*notes, *left_out], failures=failures)
+    if search is not None and not outcome.interrupted:
+        end_forced(settings.ray_results_dir)
     print("\n" + closing_table(outcome.summary))
     for record in outcome.failures:
         if record["configuration"] is None:  # no row of the table tells of it

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from benchmark.faults import check_device, is_passing
 from benchmark.results import Journal
 from benchmark.statistics import sign_test
 from sparse_attention_hub import ResearchAttentionConfig
@@ -40,6 +41,8 @@ CLEARLY = 1.1  # the ratio of errors below which replay does not tell two config
 MAX_REFILLS = 3
 MAX_DUPLICATES = 24
 SIGNIFICANT = 0.05
+
+_Record = tuple[Trial, int, dict[str, Any]]  # a trial, a rung, and what is journalled of its evaluation
 
 
 class Study:
@@ -61,15 +64,17 @@ class Study:
         self.num_samples, self.timeout, self.seed, self.objective = num_samples, timeout, seed, objective
         self.trials: list[Trial] = []
         self.evaluated = 0  # not counting what the journal held
+        self.known_trials, self.known_seconds = 0, 0.0  # in the journal already, and what these evaluations took then
         self._known: dict[str, dict[str, Any]] = {}
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Search, climb, confirm. Yields progress after every step; each step's figures are journalled before."""
-        # What ran out of time under another limit may be tried again.
+        # What ran out of time under another limit, or failed by a fault that may have passed, is tried again.
         self._known = {
             record["key"]: record
-            for record in self.journal.read()
-            if "key" in record and record.get("limit") in (None, self.timeout)
+            for line in self.journal.read()
+            for record in line.get("evaluations", [])
+            if record["limit"] in (None, self.timeout) and not record["passing"]
         }
         if self.space.domains:
             yield from self._search()
@@ -212,6 +217,8 @@ class Study:
             record = self._known.get(self._journal_key(trial, rung))
             if record is not None:
                 self._settle(trial, rung, record)
+                self.known_trials += rung == 0
+                self.known_seconds += trial.rungs[rung].seconds if rung in trial.rungs else 0.0
                 continue
             if trial.seconds >= self.timeout:
                 self._fail(trial, rung, TrialTimeout())
@@ -219,7 +226,7 @@ class Study:
             try:
                 waiting.append((trial, self.space.build(trial.params)))
             except ValueError as error:
-                self._write(trial, rung, status="failed", error_message=str(error))
+                self._write([self._record(trial, rung, status="failed", error_message=str(error))])
         if not waiting:
             return
         left = sum(self.timeout - trial.seconds for trial, _ in waiting)
@@ -232,29 +239,42 @@ class Study:
                 for trial, _ in waiting:
                     self._run_batch([trial], rung)
             return
-        for (trial, _), evaluation in zip(waiting, results, strict=True):
-            if trial.seconds + evaluation.seconds > self.timeout:
-                self._fail(trial, rung, TrialTimeout())
-            else:
-                self._write(trial, rung, evaluation=evaluation)
+        # One line of the journal: a batch that was evaluated in lockstep is not split by a restart.
+        self._write(
+            [
+                self._late(trial, rung)
+                if trial.seconds + evaluation.seconds > self.timeout
+                else self._record(trial, rung, evaluation=evaluation)
+                for (trial, _), evaluation in zip(waiting, results, strict=True)
+            ]
+        )
 
     def _fail(self, trial: Trial, rung: int, error: Exception) -> None:
+        """Record a failure. What is no configuration's fault is raised: bad input, and a device beyond use."""
         if isinstance(error, UserError):
             raise error
         if isinstance(error, TrialTimeout):
-            late = f"took longer than {self.timeout:g} s over its rungs (--search-timeout), before the end of {RUNGS[rung]}"
-            self._write(trial, rung, status="timeout", error_message=f"{late}: raise it, or lower --search-max-requests")
-        else:
-            self._write(trial, rung, status="failed", error_message=f"{type(error).__name__}: {error}")
+            self._write([self._late(trial, rung)])
+            return
+        check_device(error)
+        message = f"{type(error).__name__}: {error}"
+        self._write([self._record(trial, rung, status="failed", error_message=message, passing=is_passing(error))])
 
-    def _write(
+    def _late(self, trial: Trial, rung: int) -> _Record:
+        late = f"took longer than {self.timeout:g} s over its rungs (--search-timeout), before the end of {RUNGS[rung]}"
+        message = f"{late}: raise it, or lower --search-max-requests"
+        return self._record(trial, rung, status="timeout", error_message=message)
+
+    def _record(
         self,
         trial: Trial,
         rung: int,
         evaluation: Evaluation | None = None,
         status: str = "completed",
         error_message: str | None = None,
-    ) -> None:
+        passing: bool = False,
+    ) -> _Record:
+        """What is journalled of an evaluation. passing: the failure may not come again."""
         if evaluation is not None and not finite(evaluation):
             evaluation, status, error_message = None, "failed", f"not a number on rung {rung} ({RUNGS[rung]})"
         record = {
@@ -265,14 +285,20 @@ class Study:
             "error_message": error_message,
             "evaluation": None if evaluation is None else asdict(evaluation),
             "limit": self.timeout if status == "timeout" else None,
+            "passing": passing,
             "time": time.time(),
         }
-        self.journal.append(record)
-        self.evaluated += 1
-        self._settle(trial, rung, record)
+        return trial, rung, record
+
+    def _write(self, records: list[_Record]) -> None:
+        self.journal.append({"evaluations": [record for _, _, record in records]})
+        self.evaluated += len(records)
+        for trial, rung, record in records:
+            self._settle(trial, rung, record)
 
     def _settle(self, trial: Trial, rung: int, record: dict[str, Any]) -> None:
         trial.status, trial.error_message, trial.finished = record["status"], record["error_message"], record["time"]
+        trial.passing = record["passing"]
         if record["evaluation"] is not None:
             trial.rungs[rung] = Evaluation(**record["evaluation"])
 
@@ -314,7 +340,8 @@ class Study:
         rungs = [sum(rung in trial.rungs for trial in self.trials) for rung in range(len(RUNGS))]
         failed = sum(trial.status != "completed" for trial in self.trials)
         limit = len(self.levels) * self.num_samples
-        return {"stage": stage, "trials": len(self.trials), "limit": limit, "rungs": rungs, "failed": failed, "best": best}
+        counts = {"trials": len(self.trials), "known": self.known_trials, "limit": limit, "failed": failed}
+        return {"stage": stage, **counts, "rungs": rungs, "best": best}
 
 
 def _not_worse(trials: list[Trial]) -> list[Trial]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark.jobs import weights_stamp
+from benchmark.identity import behind_config, weights_stamp
 from benchmark.results import Journal, environment, fingerprint, result_key, write_json
 from benchmark.settings import Settings, SparseConfig
 from sparse_attention_hub.errors import UserError
@@ -17,7 +17,7 @@ from .study import Study
 from .trial import Level
 
 #: Raised when the meaning of what a search writes changes, so that older results are not reused.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StudySpec:
         return CombinationSpace(self.levels[0].template, self.task)
 
     def journal_identity(self, settings: Settings, samples: str) -> str:
-        """A hash of everything but its parameters that determines an evaluation; samples: evaluation.samples_key.
+        """A hash of everything but its parameters that determines an evaluation, the maskers' code too; samples: evaluation.samples_key.
 
         Searches that differ in levels, numbers of trials or the objective ask the same of a configuration: they share a
         journal.
@@ -47,6 +47,7 @@ class StudySpec:
                 "task": self.task,
                 "samples": samples,
                 "fixed": self.space().fixed_fields(),
+                "behind": behind_config(self.levels[0].template),
                 "sparse_from": settings.sparse_from,
                 "place": resolved_place(settings),
                 "backends": [settings.attention_backend, settings.dense_backend],
@@ -153,15 +154,17 @@ def run_study(spec: StudySpec, settings: Settings, evaluator: Any, journal: Path
 
 
 def write_outcome(path: Path, spec: StudySpec, study: Study | None, evaluator: Any, seconds: float, error: str | None) -> None:
-    """What a worker leaves for the driver."""
+    """What a worker leaves for the driver. seconds: of this start; what earlier ones evaluated is added."""
     record: dict[str, Any] = {"study": study_id(spec), "error": error, "seconds": seconds, "trials": [], "best": []}
     if study is not None and error is None:
+        record["seconds"] += study.known_seconds
         record["trials"] = [
             {
                 "number": trial.number,
                 "params": trial.params,
                 "status": trial.status,
                 "error_message": trial.error_message,
+                "passing": trial.passing,
                 "pruned_at": trial.pruned_at,
                 "finished": trial.finished,
                 "rungs": {str(rung): asdict(evaluation) for rung, evaluation in trial.rungs.items()},

@@ -54,13 +54,14 @@ class Level:
 
 @dataclass
 class Trial:
-    """One configuration. status: "completed", "failed" or "timeout"; rungs: what each rung said; finished: when the last of
-    them did, in seconds since 1970."""
+    """One configuration. status: "completed", "failed" or "timeout"; passing: it failed by a fault of the machine that may be
+    gone another time; rungs: what each rung said; finished: when the last of them did, in seconds since 1970."""
 
     number: int
     params: dict[str, Any]
     status: str = "completed"
     error_message: str | None = None
+    passing: bool = False
     rungs: dict[int, Evaluation] = field(default_factory=dict)
     pruned_at: int | None = None
     finished: float | None = None

@@ -251,23 +251,29 @@ def _importance(trials: list[Trial], names: list[str], figure: str) -> dict[str,
     values = [math.log10((trial.figure(figure, 0) or 0.0) + 1e-6) for trial in trials]
     if max(values) - min(values) < 1e-9:
         return {}
-    distributions = {name: _distribution([trial.params[name] for trial in trials]) for name in names}
+    columns = {name: _column([trial.params[name] for trial in trials]) for name in names}
+    distributions = {name: _distribution(column) for name, column in columns.items()}
     rebuilt = optuna.create_study()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for trial, value in zip(trials, values, strict=True):
-            params = {name: trial.params[name] for name in names}
+        for place, value in enumerate(values):
+            params = {name: column[place] for name, column in columns.items()}
             rebuilt.add_trial(optuna.create_trial(params=params, distributions=distributions, value=value))
         evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=_TREES, seed=0)
         found = optuna.importance.get_param_importances(rebuilt, evaluator=evaluator)
     return dict(found)
 
 
+def _column(values: list[Any]) -> list[Any]:
+    """Numbers as they are, anything else as its text: a choice may be of lists."""
+    return values if _numeric(values) else [repr(value) for value in values]
+
+
 def _distribution(values: list[Any]) -> Any:
     import optuna
 
     if not _numeric(values):
-        return optuna.distributions.CategoricalDistribution(sorted(set(values), key=repr))
+        return optuna.distributions.CategoricalDistribution(sorted(set(values)))
     low, high = min(values), max(values)
     wide = low > 0 and high / low >= 10
     if all(isinstance(value, int) for value in values):

@@ -154,7 +154,8 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], list[dict[st
             right += scores
             if scores:
                 figures[f"{family}_right"] = sum(scores) / len(scores)
-            print(f"{family}: done", file=sys.stderr, flush=True)
+            told_of = {name: f"{value:.3g}" for name, value in figures.items() if name.startswith(f"{family}_")}
+            print(f"{family}: done, {told_of}", file=sys.stderr, flush=True)
     if right:
         figures["right"] = sum(right) / len(right)
     if told:

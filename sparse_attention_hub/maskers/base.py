@@ -123,13 +123,18 @@ def register_masker(config_class: type[MaskerConfig]) -> Callable[[MaskerT], Mas
 
 def create_masker(config: MaskerConfig) -> Masker[Any]:
     """The masker of a config. TypeError for anything but a MaskerConfig, ValueError for a config without a masker."""
+    return masker_class(config)(config)
+
+
+def masker_class(config: MaskerConfig) -> type[Masker[Any]]:
+    """The class that is registered for a config. Errors as create_masker."""
     if not isinstance(config, MaskerConfig):
         raise TypeError(f"masker_configs must hold MaskerConfig objects, got {type(config).__name__}")
-    masker_class = _REGISTRY.get(type(config))
-    if masker_class is None:
+    found = _REGISTRY.get(type(config))
+    if found is None:
         known = ", ".join(sorted(c.__name__ for c in _REGISTRY))
         raise ValueError(f"no masker is registered for {type(config).__name__}; registered: {known}")
-    return masker_class(config)
+    return found
 
 
 def registered_configs() -> dict[str, type[MaskerConfig]]:

@@ -6,6 +6,7 @@ the SHA-256 of each file. A layer is read on its own, so replaying holds one lay
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -22,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..attention import dense_attention
-from ..errors import UserError
 from ..maskers.state import SharedStates
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def record_trace(
     """Answer a sample densely and record it under `folder`. Recording stops at EOS.
 
     layers: which to keep; None = all that can be sparse. Under "decode" only answer rows are recorded: the question is dense
-    there. Raises UserError if no layer can be sparse, or no row is (an answer of one token under "decode").
+    there, and an answer of one token has no row (`rows` is 0, and there is no layer). Raises UserError if no layer can be
+    sparse. Half-written traces that a kill left are removed: nobody else may be recording this one.
     """
     from .session import answer, prefill, sparse_layers
 
@@ -151,6 +152,9 @@ def record_trace(
     reply = answer(lm, prefilled, question_ids, None, max_new_tokens, recorder=recorder)
     key = trace_key(lm, context_ids, question_ids, max_new_tokens, sparse_from)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         meta: dict[str, Any] = {
@@ -170,8 +174,6 @@ def record_trace(
             meta["layers"].append(layer_idx)
             meta["bytes"] += path.stat().st_size
             meta["rows"] = tensors["queries"].shape[2]
-        if not meta["rows"]:
-            raise UserError("a sample has no sparse row to record: its dense answer is one token; use --sparse-from question")
         meta.update(
             model=lm.id,
             dtype=str(lm.dtype),

@@ -257,6 +257,65 @@ def test_a_failing_configuration_fails_alone_and_counts_in_no_mean(
     assert outcome.failures == [] and outcome.summary["results"][2]["samples"]["ok"] == 4
 
 
+def test_a_configuration_that_cannot_be_made_fails_alone(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, tmp_path: Path
+) -> None:
+    from sparse_attention_hub import HashAttentionTopKMaskerConfig, ResearchAttentionConfig
+
+    moved = ResearchAttentionConfig(
+        [HashAttentionTopKMaskerConfig(0.1, 32, 3, 128, "silu", hat_weight_file=str(tmp_path / "moved"))]
+    )
+    unit = replace(toy_unit, configs=(*toy_unit.configs, SparseConfig("hash_attention_10pct", moved, ())))
+    settings = make_settings()
+    outcome = run_benchmarks([unit], settings, in_process=True)
+    assert {entry["configuration"] for entry in outcome.failures} == {"hash_attention_10pct"}
+    assert "moved" in outcome.failures[0]["problem"] and statuses(settings, unit, "hash_attention_10pct") == ["failed"] * 4
+    for config in toy_unit.configs:
+        assert statuses(settings, unit, config.name) == ["ok"] * 4
+
+
+def test_text_that_is_none_harms_nothing(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a surrogate pair, as a truncating exporter leaves it in somebody's data."""
+    real = toy_task.samples
+
+    def torn(request: Any) -> Any:
+        made = real(request)
+        made[1] = replace(made[1], references=["\ud83d"], columns={**made[1].columns, "letter": "\ud83d"})
+        made[2] = replace(made[2], question="\ud83d?")
+        return made
+
+    monkeypatch.setattr(toy_task, "samples", torn)
+    settings = make_settings()
+    run_benchmarks([toy_unit], settings, in_process=True)
+    assert statuses(settings, toy_unit) == ["ok", "ok", "failed", "ok"]
+    folder = settings.benchmark_results_dir / safe_name(toy_unit.model) / "dense" / "toy_count"
+    rows = list(csv.DictReader((folder / "raw_results.csv").open(newline="", encoding="utf-8")))
+    assert rows[1]["letter"] == "\\ud83d" and rows[1]["reference_nll"] == "" and rows[0]["reference_nll"] != ""
+
+
+def test_files_that_cannot_be_written_are_a_failure_and_the_rest_goes_on(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, monkeypatch: pytest.MonkeyPatch, counted: list[Any]
+) -> None:
+    real = execution.write_unit
+
+    def full(run: UnitRun, config_run: str | None) -> Any:
+        if run.unit.task == "toy/other":
+            raise OSError("no space left on device")
+        return real(run, config_run)
+
+    monkeypatch.setattr(execution, "write_unit", full)
+    settings = make_settings(max_requests=2)
+    units = [replace(toy_unit, task="toy/other"), toy_unit]
+    outcome = run_benchmarks(units, settings, in_process=True)
+    (problem,) = outcome.failures
+    assert problem["task"] == "toy/other" and "no space left" in problem["problem"]
+    assert len(outcome.summary["results"]) == 3 and len(counted) == 4
+    monkeypatch.setattr(execution, "write_unit", real)
+    assert run_benchmarks(units, settings, in_process=True).failures == [] and len(counted) == 4
+
+
 def test_a_question_too_long_for_the_context_is_a_failure_record(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make
 ) -> None:
@@ -459,6 +518,34 @@ def test_force_runs_again_and_keeps_the_old_answers(
     assert len(lines) == len(set(lines)) and {json.loads(line)["step"] for line in lines} <= set(range(8))
 
 
+def test_a_forced_run_that_was_stopped_goes_on_and_the_next_one_starts_anew(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(force_benchmark=True)
+    run_benchmarks([toy_unit], make_settings(), in_process=True)
+    whole, real = result_files(settings.benchmark_results_dir), worker.answer_sample
+    time.sleep(0.02)
+
+    def stop(request: Any, *rest: Any) -> dict[str, Any]:
+        if request.sample.sample_id == "toy/count:1":
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(request, *rest)
+
+    monkeypatch.setattr(worker, "answer_sample", stop)
+    assert run_benchmarks([toy_unit], settings, in_process=True).interrupted
+    monkeypatch.setattr(worker, "answer_sample", real)
+    counted.clear()
+    outcome = run_benchmarks([toy_unit], settings, in_process=True)
+    assert [sample for sample, _ in counted] == ["toy/count:2", "toy/count:3"]
+    assert any("--force-benchmark: goes on" in note for note in outcome.summary["notes"])
+    found = result_files(settings.benchmark_results_dir)
+    found["benchmark_summary.json"]["notes"] = []
+    assert found == whole
+    counted.clear()
+    run_benchmarks([toy_unit], settings, in_process=True)
+    assert len(counted) == 4
+
+
 def test_two_runs_do_not_share_a_results_folder(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
     settings = make_settings()
     with execution.results_lock(settings.benchmark_results_dir), pytest.raises(UserError, match="another run"):
@@ -489,6 +576,9 @@ def test_a_sample_that_kills_three_workers_is_recorded_as_failed_and_its_neighbo
     assert statuses(settings, toy_unit) == ["failed", "ok", "ok", "ok"]
     assert {entry["sample_id"] for entry in outcome.failures} == {"toy/count:0"}
     assert "3 times" in outcome.failures[0]["problem"]
+    # The last try asks one configuration at a time: what killed may have been the lack of memory.
+    tries = [block.most for block in ScriptedPool.made[-1].blocks if block.requests[0].sample.sample_id == "toy/count:0"]
+    assert tries == [None, None, 1]
 
 
 def test_deaths_that_let_a_sample_through_never_count(
@@ -496,6 +586,15 @@ def test_deaths_that_let_a_sample_through_never_count(
 ) -> None:
     scripted(*["die 1"] * 9, "ok")
     outcome = run_benchmarks([toy_unit], make_settings(max_requests=10))
+    assert outcome.failures == []
+
+
+def test_workers_that_die_together_while_loading_are_not_the_models_fault(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, scripted: Callable[..., None]
+) -> None:
+    """A machine of eight workers goes down twice."""
+    scripted(*["start"] * 16, "ok")
+    outcome = run_benchmarks([toy_unit], make_settings(max_requests=20, max_new_tokens=2, max_concurrent_benchmarks=8))
     assert outcome.failures == []
 
 
@@ -782,7 +881,7 @@ def test_the_same_jobs_run_as_ray_actors_and_survive_a_kill(
     calm = make_settings(max_requests=8, benchmark_results_dir=tmp_path / "calm")
     run_benchmarks([toy_unit], calm, in_process=True)
 
-    from benchmark.pools import RayPool
+    from benchmark.ray_pool import RayPool
 
     killed: list[int] = []
     watch = execution._Run._watch

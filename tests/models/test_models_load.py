@@ -21,7 +21,7 @@ from tiny_models import build
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models import answer, load_model, load_tokenizer, prefill
 from sparse_attention_hub.models.embedded import EMBEDDED_MODEL, cache_root, embedded_folder
-from sparse_attention_hub.models.load import _pick_dense
+from sparse_attention_hub.models.load import _pick_dense, check_place, load_shape
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +224,22 @@ def test_wishes_that_cannot_be_met(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match=words) as error:
             load_model(EMBEDDED_MODEL, **options)
         one_line(error)
+
+
+def test_looking_at_a_place_does_not_start_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA context in the parent would hold memory of the first GPU for the whole run."""
+
+    def start() -> None:
+        raise AssertionError("CUDA was started")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", start)
+    monkeypatch.setattr("sparse_attention_hub.models.load._logged", set())
+    for device in ("auto", "cuda", "cuda:1", "sharded"):
+        check_place(device, "auto", "auto")
+    layers, size = load_shape(EMBEDDED_MODEL)
+    assert (layers, size) == (30, 2 * 3 * 64 * 2)
 
 
 def test_dense_backend_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

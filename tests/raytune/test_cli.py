@@ -49,6 +49,8 @@ BAD = {
     "nothing searched": (["--phase", "2"], "--phase 1"),
     "no GPU": (["--device", "cuda:7"], "cuda:7"),
     "no GPU for the kernels": (["--device", "cpu", "--attention-backend", "triton"], "--attention-backend triton"),
+    "search over shards": (["--device", "sharded"], "--phase 2 --device sharded"),
+    "no sparse row": (["--sparse-from", "decode", "--search-max-new-tokens", "1"], "--search-max-new-tokens 1"),
     "negative seed": (["--seed", "-1"], "--seed"),
     "seed of too many bits": (["--seed", str(2**32)], "--seed"),
     "endless timeout": (["--search-timeout", "nan"], "--search-timeout"),
@@ -202,3 +204,12 @@ def test_patterns_choose_configurations_in_order() -> None:
 
 def test_snake_case() -> None:
     assert snake_case("HashAttentionTopKMaskerConfig") == "hash_attention_top_k" and snake_case("PQCacheConfig") == "pq_cache"
+
+
+def test_ctrl_c_outside_the_phases_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_full_benchmark, "run", interrupt)
+    assert main(["--debug"]) == 130
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

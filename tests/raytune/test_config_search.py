@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from benchmark.forced import ForcedRun, end_forced
 from benchmark.raytune import config_search, search_files
 from benchmark.raytune.config_search import SearchOutcome, find_finished, run_search
 from benchmark.raytune.study import Study
@@ -83,6 +84,34 @@ def test_a_finished_study_is_copied_and_tells_its_failed_trials(settings: Settin
     assert {p.name: p.read_bytes() for p in old.iterdir()} == {p.name: p.read_bytes() for p in new.iterdir()}
     assert outcome.run_dir == new and len(outcome.levels) == 2
     assert outcome.failed_trials == {"m_t_x": outcome.levels[0]["failed_trials"]}
+
+
+def test_faults_that_may_have_passed_are_tried_again(settings: Settings) -> None:
+    identity = STUDY.identity(settings, "s")
+    _finish(settings, failing=True)
+    assert find_finished(STUDY, settings.optimal_configs_dir, identity) is not None
+    for path in settings.optimal_configs_dir.glob("*/*pct.json"):
+        write_json(path, {**json.loads(path.read_text()), "passing_failures": 1})
+    assert find_finished(STUDY, settings.optimal_configs_dir, identity) is None
+
+
+def test_a_forced_search_takes_only_what_it_found_itself(settings: Settings) -> None:
+    identity = STUDY.identity(settings, "s")
+    _finish(settings, failing=False)
+    settings.ray_results_dir.mkdir(exist_ok=True)
+    time.sleep(0.02)
+    first = ForcedRun(settings.ray_results_dir, "--force-search", identity)
+    assert first.since is None and first.begin() == []
+    assert find_finished(STUDY, settings.optimal_configs_dir, identity, first) is None
+    for path in settings.optimal_configs_dir.glob("*/*pct.json"):
+        path.touch()  # found again since
+    again = ForcedRun(settings.ray_results_dir, "--force-search", identity)
+    (told,) = again.begin()
+    assert "goes on" in told and str(again.path) in told
+    assert find_finished(STUDY, settings.optimal_configs_dir, identity, again) is not None
+    assert ForcedRun(settings.ray_results_dir, "--force-search", "another").since is None
+    end_forced(settings.ray_results_dir)
+    assert ForcedRun(settings.ray_results_dir, "--force-search", identity).since is None
 
 
 def test_files_are_written_as_soon_as_a_study_is_finished(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

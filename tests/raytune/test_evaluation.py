@@ -118,3 +118,35 @@ def test_the_key_of_samples_holds_all_that_they_are_scored_by() -> None:
     ]
     assert samples_key([one]) == samples_key([sample(1, question=3)])
     assert len({samples_key([entry]) for entry in [one, *others]}) == 6
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_answer_of_one_token_has_no_sparse_row_when_decoding(
+    both: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = sample(1, question=3, new_tokens=1)
+    found = [first, replace(first, seed=9) if both else sample(2, question=20, new_tokens=6)]
+    monkeypatch.setattr(evaluation, "tuning_samples", lambda *_: found)
+    lm = wrap(build("llama"))
+    if both:
+        with pytest.raises(UserError, match="--sparse-from question"):
+            evaluator(lm, tmp_path, sparse_from="decode")
+        return
+    made = evaluator(lm, tmp_path, sparse_from="decode")
+    assert [trace.rows for trace in made.traces][0] == 0 and made.traces[1].rows > 0
+    monkeypatch.setattr(evaluation, "tuning_samples", lambda *_: found[1:])
+    alone = evaluator(lm, tmp_path, sparse_from="decode")
+    for rung in range(3):
+        for one, other in zip(made.evaluate(CONFIGS, rung, 60.0), alone.evaluate(CONFIGS, rung, 60.0), strict=True):
+            assert one.error == pytest.approx(other.error, rel=1e-5) and one.density == pytest.approx(other.density)
+
+
+@pytest.mark.usefixtures("samples")
+def test_what_a_kill_left_of_a_trace_is_removed(tmp_path: Path) -> None:
+    lm = wrap(build("llama"))
+    first = evaluator(lm, tmp_path).traces[0].folder
+    (first / "trace.json").unlink()
+    (tmp_path / f".{first.name}.abcdef").mkdir()
+    (tmp_path / f".{first.name}.abcdef" / "layer_000.safetensors").write_bytes(b"half")
+    evaluator(lm, tmp_path)
+    assert not any(path.is_dir() for path in tmp_path.glob(".*")) and (first / "trace.json").is_file()

@@ -108,10 +108,17 @@ def test_another_objective_reads_the_same_trials(finished: Path, model: str) -> 
         assert found["hyperparams"] == known["hyperparams"]  # a level with a budget is chosen by that
 
 
-def test_a_killed_search_goes_on_and_ends_as_an_undisturbed_one(finished: Path, model: str, tmp_path: Path) -> None:
+def evaluations(journal: Path) -> list[dict[str, Any]]:
+    return [record for line in Journal(journal).read() for record in line["evaluations"]]
+
+
+@pytest.mark.parametrize("flags", [[], ["--force-search"]], ids=["plain", "forced"])
+def test_a_killed_search_goes_on_and_ends_as_an_undisturbed_one(
+    finished: Path, model: str, tmp_path: Path, flags: list[str]
+) -> None:
     """SIGKILL to the whole process group in the middle of the search; the journalled trials are not evaluated again."""
     process = subprocess.Popen(
-        command(model, "--phase", "1"),
+        command(model, "--phase", "1", *flags),
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -120,18 +127,18 @@ def test_a_killed_search_goes_on_and_ends_as_an_undisturbed_one(finished: Path, 
     journals = tmp_path / "ray_results" / "journals"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
-        if any(len(Journal(path).read()) >= 8 for path in journals.glob("*.jsonl")):
+        if any(len(evaluations(path)) >= 8 for path in journals.glob("*.jsonl")):
             break
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {path.name: path.read_bytes() for path in journals.glob("*.jsonl")}
     assert any(kept.values())
-    run(model, tmp_path, "--phase", "1")
+    run(model, tmp_path, "--phase", "1", *flags)
     for name, content in kept.items():
         whole = content[: content.rfind(b"\n") + 1]
         assert (journals / name).read_bytes().startswith(whole)
-        keys = [record["key"] for record in Journal(journals / name).read()]
+        keys = [record["key"] for record in evaluations(journals / name)]
         assert len(keys) == len(set(keys)), "a journalled trial was evaluated again"
     assert comparable(runs(tmp_path)[-1]) == comparable(runs(finished)[0])
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import tune
 
+from benchmark.faults import BrokenDeviceError
 from benchmark.raytune.optimizer_factory import CombinationSpace, nearest, parameter_name
 from benchmark.raytune.study import Study
 from benchmark.raytune.trial import Evaluation, Level, TrialTimeout, objective_value
@@ -89,13 +91,14 @@ def test_a_study_that_was_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> N
     steps = make_study(tmp_path / "cut", FormulaEvaluator()).run()
     next(steps), next(steps)
     steps.close()
-    journalled = len(Journal(tmp_path / "cut").read())
+    journalled = sum(len(line["evaluations"]) for line in Journal(tmp_path / "cut").read())
     with (tmp_path / "cut").open("ab") as stream:
         stream.write(b'{"key": "torn')  # the kill hit the middle of a line
     again = FormulaEvaluator()
     resumed = run(make_study(tmp_path / "cut", again))
     assert sum(size for _, size in again.calls) == resumed.evaluated
     assert resumed.evaluated + journalled == whole.evaluated
+    assert resumed.known_trials == journalled and resumed.known_seconds == pytest.approx(0.01 * journalled)
     assert [(t.params, t.rungs) for t in resumed.trials] == [(t.params, t.rungs) for t in whole.trials]
     assert resumed.best() == whole.best()
     silent = FormulaEvaluator()
@@ -114,6 +117,32 @@ def test_a_failing_configuration_fails_alone_and_is_never_a_result(tmp_path: Pat
     assert failed and all("no such kernel" in (trial.error_message or "") for trial in failed)
     assert all(not trial.rungs for trial in failed)
     assert all(study.trials[best.trial].status == "completed" for best in study.best())
+
+
+@pytest.mark.parametrize("fault", [MemoryError("no room"), RuntimeError("CUDA out of memory. Tried"), OSError("disk gone")])
+def test_a_fault_that_may_have_passed_is_tried_again_by_the_next_start(tmp_path: Path, fault: Exception) -> None:
+    class Short(FormulaEvaluator):
+        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+            if rung == 2:
+                raise fault
+            return super().figures(config, rung)
+
+    study = run(make_study(tmp_path / "j", Short()))
+    failed = [trial for trial in study.trials if trial.status == "failed"]
+    assert failed and all(trial.passing for trial in failed)
+    healthy = FormulaEvaluator()
+    again = run(make_study(tmp_path / "j", healthy))
+    assert {rung for rung, _ in healthy.calls} == {2, 3} and all(best.confirmed for best in again.best())
+
+
+def test_a_device_beyond_use_ends_the_study_and_fails_no_trial(tmp_path: Path) -> None:
+    class Broken(FormulaEvaluator):
+        def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(BrokenDeviceError):
+        run(make_study(tmp_path / "j", Broken()))
+    assert Journal(tmp_path / "j").read() == []
 
 
 def test_not_a_number_is_a_failure(tmp_path: Path) -> None:
@@ -160,7 +189,7 @@ def test_the_limit_bounds_a_trial_over_all_its_rungs(tmp_path: Path) -> None:
 
 def test_a_journal_that_cannot_be_written_stops_the_study_at_once(tmp_path: Path) -> None:
     class Full(Journal):
-        left = 3
+        left = 1
 
         def append(self, record: dict[str, Any]) -> None:
             self.left -= 1
@@ -173,8 +202,8 @@ def test_a_journal_that_cannot_be_written_stops_the_study_at_once(tmp_path: Path
     study.journal = Full(tmp_path / "j")
     with pytest.raises(OSError, match="no space"):
         run(study)
-    assert evaluator.calls == [(0, 8)], "what was written is not evaluated again"
-    assert len(Journal(tmp_path / "j").read()) == 3
+    assert evaluator.calls == [(0, 8), (0, 8)], "what was written is not evaluated again"
+    assert len(Journal(tmp_path / "j").read()) == 1, "a line holds what was evaluated together"
 
 
 def test_another_objective_or_number_of_trials_reads_the_same_journal(tmp_path: Path) -> None:
@@ -301,6 +330,10 @@ def test_without_a_budget_the_objective_decides(tmp_path: Path) -> None:
         (Choice(["a", "b"]), "c", "a"),
         (Uniform(0.1, 0.9), 2.0, 0.9),
         (Uniform(0.1, 0.9), 128, pytest.approx(0.3)),
+        (tune.choice([16, 32]), 24, 16),
+        (tune.choice(["a", "b"]), "c", "a"),
+        (tune.randint(1, 5), 7, 4),
+        (tune.uniform(0.1, 0.9), 2.0, 0.9),
     ],
 )
 def test_templates_are_held_to_the_space(domain: object, value: object, expected: object) -> None:
