@@ -11,7 +11,6 @@ recorded as failed. Started again after whatever end, a run goes on from its jou
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import shutil
@@ -25,8 +24,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmark.blocks import Block, Options, Request, failure
-from benchmark.faults import BrokenDeviceError
+from benchmark.blocks import Block, Options, failure
 from benchmark.forced import ForcedRun, end_forced
 from benchmark.guard import Interrupts, results_lock
 from benchmark.jobs import BenchmarkUnit, UnitRun, make_blocks
@@ -45,6 +43,7 @@ from benchmark.ray_pool import RayPool
 from benchmark.report_table import closing_table
 from benchmark.result_files import make_summary, write_unit
 from benchmark.results import fingerprint, write_json
+from benchmark.schedule import Schedule, Work
 from benchmark.settings import Settings
 from benchmark.tasks.base import UserError
 
@@ -52,10 +51,6 @@ __all__ = ["BenchmarkOutcome", "BenchmarkUnit", "closing_table", "run_benchmarks
 
 logger = logging.getLogger("benchmark.phase2")
 
-#: Deaths of workers after which a sample that they never got past is recorded as failed.
-MAX_DEATHS = 3
-#: Deaths in a row while starting or loading, after which a model counts as impossible to load.
-MAX_START_DEATHS = 6
 _TICK = 0.2
 
 
@@ -107,19 +102,8 @@ def _load_tokenizers(units: list[BenchmarkUnit], settings: Settings) -> dict[str
 
 
 @dataclass
-class _Work:
-    """A block waiting or in work. deaths: workers lost on its first sample without getting past it; most: configurations asked
-    at once, None = as many as fit."""
-
-    run: UnitRun
-    requests: tuple[Request, ...]
-    deaths: int = 0
-    most: int | None = None
-
-
-@dataclass
 class _InWork:
-    work: _Work
+    work: Work
     future: Future[int]
     status: Path
     started: float = field(default_factory=time.monotonic)
@@ -151,10 +135,8 @@ class _Run:
         self.runs: list[UnitRun] = []
         self.units = by_model
         self.to_prepare: deque[UnitRun] = deque()
-        self.queue: deque[_Work] = deque()
+        self.schedule = Schedule(settings.benchmark_timeout, self._say)
         self.in_work: dict[int, _InWork] = {}
-        self.start_deaths: dict[str, int] = {}
-        self.lost_models: dict[str, str] = {}
         self.results: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
         self.done_before = 0
         self.todo: dict[str, int] = {}
@@ -216,6 +198,7 @@ class _Run:
             self.pool = InProcessPool(slot, self._watch)
         else:
             self.pool = ProcessPools(self.slots, self.log)
+        self.schedule.workers = len(self.pool.slots) if self.pool is not None else 1
         self.runs = [UnitRun(unit, self.settings, self.place) for unit in self.units]
         if self.settings.force_benchmark and not self.settings.rescore:
             asked = [[run.shared, sorted(run.keys.items()), self.settings.max_requests] for run in self.runs]
@@ -229,7 +212,7 @@ class _Run:
         while True:
             self._feed()
             self._submit()
-            if not self.in_work and not self.queue and not self.to_prepare:
+            if not self.in_work and not self.schedule.queue and not self.to_prepare:
                 return
             if self.interrupted and not self.in_work:
                 return
@@ -241,14 +224,14 @@ class _Run:
                 elif entry.overdue is not None and time.monotonic() > entry.overdue:
                     del self.in_work[slot]
                     self._renew(slot)
-                    self._time_out(entry.work)
+                    self.schedule.timed_out(entry.work)
             self._watch()
             self._finish_done()
 
     def _feed(self) -> None:
         """Make samples of the next units while few blocks wait; only a few units' samples are in memory at a time."""
-        workers = len(self.pool.slots) if self.pool is not None else 1
-        while self.to_prepare and not self.interrupted and (self.pool is None or len(self.queue) < 2 * workers):
+        workers = self.schedule.workers
+        while self.to_prepare and not self.interrupted and (self.pool is None or len(self.schedule.queue) < 2 * workers):
             run = self.to_prepare.popleft()
             try:
                 notes = run.prepare(self.tokenizers[run.unit.model])
@@ -264,28 +247,17 @@ class _Run:
             self.todo[run.name] = len(requests)
             self.done_before += len(run.samples) - len(requests)
             logger.info("%s: %d samples, %d to answer", run.name, len(run.samples), len(requests))
-            self.queue.extend(_Work(run, block) for block in make_blocks(requests, workers))
+            self.schedule.queue.extend(Work(run, block) for block in make_blocks(requests, workers))
             self._finish_done()
 
     def _submit(self) -> None:
         if self.pool is None:
             return
         for slot in range(len(self.pool.slots)):
-            while slot not in self.in_work and self.queue and not self.interrupted:
-                work = self.queue.popleft()
-                run = work.run
-                if run.unit.model in self.lost_models:
-                    run.record_failure(work.requests, self.lost_models[run.unit.model], "failed")
-                    continue
-                if run.deadline is None:
-                    run.deadline = time.monotonic() + self.settings.benchmark_timeout
-                left = run.deadline - time.monotonic()
-                if left <= 0:
-                    self._time_out(work)
-                    continue
-                self._begin(slot, work, left)
+            while slot not in self.in_work and not self.interrupted and (found := self.schedule.next()) is not None:
+                self._begin(slot, *found)
 
-    def _begin(self, slot: int, work: _Work, left: float) -> None:
+    def _begin(self, slot: int, work: Work, left: float) -> None:
         assert self.pool is not None
         run, place = work.run, self.pool.slots[slot]
         status = self.scratch / f"{place.name}.json"
@@ -323,84 +295,30 @@ class _Run:
             max_context_length=settings.max_context_length,
             sparse_from=settings.sparse_from,
             micro_metrics=settings.micro_metrics,
-            workers=len(self.pool.slots) if self.pool is not None else 1,
+            workers=self.schedule.workers,
         )
 
     # -- what comes back ---------------------------------------------------------------------------------------------
 
     def _settle(self, slot: int, entry: _InWork) -> None:
+        """Hand a block that came back to the schedule, which knows what becomes of it."""
         work, run = entry.work, entry.work.run
         error = entry.future.exception()
         run.store.poll()
-        left = run.remaining(work.requests)
+        if isinstance(error, TimeoutError | WorkerDied):
+            self._renew(slot)
         if error is None:
-            self.start_deaths.pop(run.unit.model, None)
-            if left and not self.interrupted:
-                self._again(_Work(run, left, work.deaths))
+            self.schedule.came_back(work, stopped=self.interrupted)
         elif isinstance(error, TimeoutError):
-            self._renew(slot)
-            self._time_out(_Work(run, left))
+            self.schedule.timed_out(work)
         elif isinstance(error, WorkerDied):
-            self._renew(slot)
-            self._died(_Work(run, left, 0 if len(left) < len(work.requests) else work.deaths), error, entry)
+            state = _read_status(entry.status)
+            logger.warning("%s: its worker ended %s while %s", run.name, error, state.get("state", "starting"))
+            if not self.interrupted:
+                self.schedule.died(work, str(error), state)
         else:
-            message = failure(error)["error_message"]
-            logger.error("%s: %s", run.name, message)
-            self._say(f"{run.name}: {message}")
-            # The model cannot be loaded, or this very process has lost its device: no other block of it can be run either.
-            if isinstance(error, (UserError, BrokenDeviceError)):
-                self.lost_models[run.unit.model] = message
-            run.record_failure(left, message, "failed")
-
-    def _died(self, work: _Work, error: WorkerDied, entry: _InWork) -> None:
-        """Go on with a dead worker's block, unless it is the block that kills workers."""
-        run = work.run
-        state = _read_status(entry.status)
-        logger.warning("%s: its worker ended %s while %s", run.name, error, state.get("state", "starting"))
-        if self.interrupted or not work.requests:
-            return
-        if state.get("state") != "answering":
-            # The block had not begun: its samples are not to blame.
-            deaths = self.start_deaths[run.unit.model] = self.start_deaths.get(run.unit.model, 0) + 1
-            # Workers that share a machine may die together: one such blow is not the model's fault.
-            if deaths >= max(MAX_START_DEATHS, MAX_DEATHS * len(self.pool.slots if self.pool else ())):
-                message = f"the worker ended {deaths} times in a row while loading the model, at last {error}"
-                self.lost_models[run.unit.model] = message
-                run.record_failure(work.requests, message, "failed")
-                return
-            self._again(work)
-            return
-        self.start_deaths.pop(run.unit.model, None)
-        if state.get("sample") != work.requests[0].sample.sample_id:
-            self._again(_Work(run, work.requests))  # it had got on: nothing is held against the sample now in work
-            return
-        deaths = work.deaths + 1
-        first, rest = work.requests[:1], work.requests[1:]
-        if deaths >= MAX_DEATHS:
-            message = f"the worker ended {deaths} times on this sample, at last {error}"
-            self._say(f"{run.name}: {first[0].sample.sample_id}: {message}")
-            run.record_failure(first, message, "failed")
-        else:
-            # Where memory is short, a kernel may kill instead of refusing: the last try asks one by one.
-            self._again(_Work(run, first, deaths, most=1 if deaths == MAX_DEATHS - 1 else None))
-        if rest:  # its neighbours go on without it
-            self.queue.append(_Work(run, rest))
-
-    def _again(self, work: _Work) -> None:
-        self.queue.appendleft(work)
-
-    def _time_out(self, work: _Work) -> None:
-        """Record what a unit did not get done in its time, with everything of it that still waits."""
-        run = work.run
-        waiting = [other for other in self.queue if other.run is run]
-        self.queue = deque(other for other in self.queue if other.run is not run)
-        run.store.poll()
-        requests = run.remaining(itertools.chain(work.requests, *(other.requests for other in waiting)))
-        if requests:
-            message = f"timed out: --benchmark-timeout {self.settings.benchmark_timeout:g} s passed for {run.unit.task}"
-            run.record_failure(requests, message, "timeout")
-            self._say(f"{run.name}: {message}, {len(requests)} samples are not answered")
-            logger.warning("%s: %s", run.name, message)
+            logger.error("%s: %s", run.name, failure(error)["error_message"])
+            self.schedule.failed(work, error)
 
     def _renew(self, slot: int) -> None:
         if self.pool is not None:
@@ -423,8 +341,8 @@ class _Run:
         lines = [self._worker_line(slot) for slot in range(len(self.pool.slots))] if self.pool is not None else []
         self.progress.update(max(0, open_todo), total, lines)
 
-    def _open_work(self) -> Iterator[tuple[UnitRun, _Work]]:
-        for work in self.queue:
+    def _open_work(self) -> Iterator[tuple[UnitRun, Work]]:
+        for work in self.schedule.queue:
             yield work.run, work
         for entry in self.in_work.values():
             yield entry.work.run, entry.work
