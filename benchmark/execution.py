@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.blocks import Block, Options, failure
-from benchmark.forced import ForcedRun, end_forced
+from benchmark.forced import ForcedRun
 from benchmark.guard import Interrupts, results_lock
 from benchmark.jobs import BenchmarkUnit, UnitRun, make_blocks
 from benchmark.pools import (
@@ -138,6 +138,7 @@ class _Run:
         self.schedule = Schedule(settings.benchmark_timeout, self._say)
         self.in_work: dict[int, _InWork] = {}
         self.results: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+        self.forced: ForcedRun | None = None
         self.done_before = 0
         self.todo: dict[str, int] = {}
         self.interrupts = Interrupts(lambda: (self.scratch / "stop").touch(), self._worker_pids)
@@ -202,10 +203,10 @@ class _Run:
         self.runs = [UnitRun(unit, self.settings, self.place) for unit in self.units]
         if self.settings.force_benchmark and not self.settings.rescore:
             asked = [[run.shared, sorted(run.keys.items()), self.settings.max_requests] for run in self.runs]
-            forced = ForcedRun(self.base, "--force-benchmark", fingerprint(asked))
-            self.notes += forced.begin()
+            self.forced = ForcedRun(self.base, "--force-benchmark", fingerprint(asked))
+            self.notes += self.forced.begin()
             for run in self.runs:
-                run.forced = forced
+                run.forced = self.forced
         self.to_prepare = deque(self.runs)
 
     def _loop(self) -> None:
@@ -406,8 +407,8 @@ class _Run:
     def _outcome(self) -> BenchmarkOutcome:
         summary = self._summary()
         write_json(self.base / "benchmark_summary.json", summary)
-        if not self.interrupted:
-            end_forced(self.base)
+        if self.forced is not None and not self.interrupted:
+            self.forced.end()
         if self.interrupted:
             print(
                 f"\nStopped. What is answered is kept in {self.base}; the same command goes on from there.",

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,21 @@ if TYPE_CHECKING:
 
 
 def config_key(config: ResearchAttentionConfig | None) -> str:
-    """What tells one configuration's answers from another's: its maskers with all their parameters, and what lies behind
-    them."""
-    if config is None:
-        return "dense"
-    return fingerprint([config.to_dict(), behind_config(config)])
+    """What tells one configuration's answers from another's: a hash of its maskers with all their parameters, and one of what
+    lies behind them."""
+    return "dense" if config is None else f"{fingerprint(config.to_dict())}-{fingerprint(behind_config(config))}"
+
+
+def same_parameters(one: str, other: str) -> bool:
+    """Whether two keys differ at most in what lies behind the parameters."""
+    return one.partition("-")[0] == other.partition("-")[0]
+
+
+def lacks_a_file(config: ResearchAttentionConfig | None) -> bool:
+    """Whether a file that a parameter names ("..._file") is not there: nothing can be answered anew."""
+    maskers = [] if config is None else config.masker_configs
+    named = [getattr(m, f.name) for m in maskers for f in dataclasses.fields(m) if f.name.endswith("_file")]
+    return any(isinstance(value, str | Path) and _file(value) is None for value in named)
 
 
 def behind_config(config: ResearchAttentionConfig) -> list[list[str]]:
@@ -29,16 +40,15 @@ def behind_config(config: ResearchAttentionConfig) -> list[list[str]]:
     Comments and empty lines do not count; modules that a masker imports are not seen."""
     from sparse_attention_hub.maskers.base import masker_class
 
-    found: dict[str, str] = {}
-    for masker in config.masker_configs:
-        name = type(masker).__name__
+    found: list[list[str]] = []
+    for place, masker in enumerate(config.masker_configs):
         for field in dataclasses.fields(masker):
             value = getattr(masker, field.name)
-            if isinstance(value, str | Path) and (path := Path(value).expanduser()).is_file():
-                found[f"{name}.{field.name}"] = _digest(path, path.stat().st_mtime_ns)
+            if isinstance(value, str | Path) and (path := _file(value)) is not None:
+                found.append([f"{place} {field.name}", _digest(path, path.stat().st_mtime_ns)])
         for source in sorted({file for kind in (type(masker), masker_class(masker)) if (file := _source(kind))}):
-            found[f"{name} in {source.name}"] = _code_digest(source.read_text(encoding="utf-8"))
-    return [[name, digest] for name, digest in sorted(found.items())]
+            found.append([f"{place} {source.name}", _code_digest(source.read_text(encoding="utf-8"))])
+    return found
 
 
 def weights_stamp(model: str) -> list[list[Any]] | None:
@@ -53,6 +63,15 @@ def weights_stamp(model: str) -> list[list[Any]] | None:
         if path.is_file() and not path.name.startswith(".") and path.suffix not in (".md", ".log", ".lock")
     ]
     return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files]
+
+
+def _file(value: str | Path) -> Path | None:
+    """The file of this name, if there is one that can be read. Any text may come here."""
+    try:
+        path = Path(value).expanduser()
+        return path if path.is_file() and os.access(path, os.R_OK) else None
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 def _source(kind: type) -> Path | None:

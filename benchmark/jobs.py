@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.blocks import Request, failure, sample_seed
 from benchmark.forced import ForcedRun
-from benchmark.identity import config_key, weights_stamp
+from benchmark.identity import config_key, lacks_a_file, same_parameters, weights_stamp
 from benchmark.results import Journal, fingerprint, safe_name, write_json
 from benchmark.settings import Settings, SparseConfig
 from benchmark.tasks import get_task
@@ -56,11 +56,12 @@ def sample_hash(sample: Sample, limit: int) -> str:
 class AnswerStore:
     """The journalled answers of a unit: records of every worker that ever wrote into the folder.
 
-    `poll` reads what was appended since the last call. Micro metrics stay on disk until they are asked for.
+    `poll` reads what was appended since the last call. Micro metrics stay on disk until they are asked for. loose: keys that
+    cannot be answered anew; what was answered with their parameters last counts for them.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, loose: Iterable[str] = ()) -> None:
+        self.folder, self._loose = folder, frozenset(loose)
         self.details: dict[tuple[str, str], dict[str, Any]] = {}  # (sample id, sample hash) -> the record without answers
         self._answers: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
         self._offsets: dict[Path, int] = {}
@@ -81,7 +82,16 @@ class AnswerStore:
             self._offsets[path] = start
 
     def answer(self, sample_id: str, digest: str, key: str) -> dict[str, Any] | None:
-        return self._answers.get((sample_id, digest), {}).get(key)
+        known = self._answers.get((sample_id, digest), {})
+        if key not in known and key in self._loose:
+            alike = [answer for other, answer in known.items() if same_parameters(other, key) and answer["status"] == "ok"]
+            return alike[-1] if alike else None
+        return known.get(key)
+
+    def behind_changed(self, key: str) -> bool:
+        """Whether there are answers with these parameters, but only of other code or files behind them."""
+        keys = {other for known in self._answers.values() for other in known}
+        return key not in keys and any(same_parameters(other, key) for other in keys)
 
     def micro(self, sample_id: str, digest: str, key: str) -> list[list[Any]]:
         """The micro metrics of an answer, read from its journal."""
@@ -92,7 +102,7 @@ class AnswerStore:
         with open(path, "rb") as stream:
             stream.seek(start)
             record = json.loads(stream.readline())
-        return list(record["answers"][key].get("micro", []))
+        return list(record["answers"][answer["key"]].get("micro", []))
 
     def failures(self) -> set[tuple[str, int]]:
         """Where the records of all failures that nothing replaced stand."""
@@ -109,7 +119,7 @@ class AnswerStore:
         known = self._answers.setdefault(place, {})
         for key, answer in record.pop("answers").items():
             answer["has_micro"] = bool(answer.pop("micro", None))
-            answer["at"] = (str(path), start)
+            answer["at"], answer["key"] = (str(path), start), key
             old = known.get(key)
             # An answer is kept; a failure is replaced by whatever a later try gave.
             if old is None or old["status"] != "ok":
@@ -144,7 +154,9 @@ class UnitRun:
         self.shared = shared_settings(self.unit, self.settings, self.place)
         folder = self.settings.benchmark_results_dir / safe_name(self.unit.model) / ".journals"
         self.folder = folder / f"{safe_name(self.unit.task)}-{fingerprint(self.shared)}"
-        self.store = AnswerStore(self.folder)
+        rescore = self.settings.rescore
+        loose = [self.keys[c.name] for c in self.unit.configs if c.config is not None and (rescore or lacks_a_file(c.config))]
+        self.store = AnswerStore(self.folder, loose)
 
     @property
     def name(self) -> str:
@@ -185,6 +197,10 @@ class UnitRun:
         self.hashes = [sample_hash(sample, limit) for sample, limit in zip(samples, self.limits, strict=True)]
         notes = self._open_journal()
         self.store.poll()
+        if not self.settings.rescore:
+            changed = [config.name for config in self.unit.configs if self.store.behind_changed(self.keys[config.name])]
+            if changed:
+                notes.append(f"{self.name}: maskers' code or files changed, so these start anew: {', '.join(changed)}")
         self.old_failures = self.store.failures()
         if self.settings.rescore and not self._has_answers():
             told = "; ".join(f"recorded with another {changed}" for _, changed in self._other_settings())

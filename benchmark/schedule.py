@@ -69,7 +69,7 @@ class Schedule:
         self._start_deaths.pop(work.run.unit.model, None)
         left = work.run.remaining(work.requests)
         if left and not stopped:
-            self.queue.appendleft(Work(work.run, left, work.deaths))
+            self.queue.appendleft(Work(work.run, left))
 
     def failed(self, work: Work, error: BaseException) -> None:
         """A block's own error: it would fail again."""
@@ -87,7 +87,7 @@ class Schedule:
             return
         deaths = 0 if len(left) < len(work.requests) else work.deaths
         if state.get("state") != "answering":
-            self._died_starting(Work(run, left, deaths), how)
+            self._died_starting(Work(run, left, deaths, work.most if deaths else None), how)
             return
         self._start_deaths.pop(run.unit.model, None)
         if state.get("sample") != left[0].sample.sample_id:

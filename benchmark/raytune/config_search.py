@@ -38,6 +38,7 @@ class SearchOutcome:
     failures: dict[str, str] = field(default_factory=dict)
     failed_trials: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
+    forced: ForcedRun | None = None  # to be ended when the whole run has
 
 
 def run_search(studies: list[StudySpec], settings: Settings, *, run_name: str, report: Any) -> SearchOutcome:
@@ -60,9 +61,9 @@ def run_search(studies: list[StudySpec], settings: Settings, *, run_name: str, r
         if waiting:
             held.enter_context(_ray(settings))
             held.enter_context(_alone(settings.ray_results_dir))
-            for note in forced.begin() if forced is not None else []:
-                report("note", None, {"text": note})
-        outcome = SearchOutcome(_make_run_folder(settings.optimal_configs_dir, run_name))
+        for note in forced.begin() if forced is not None else []:
+            report("note", None, {"text": note})
+        outcome = SearchOutcome(_make_run_folder(settings.optimal_configs_dir, run_name), forced=forced)
         for study in studies:
             if study_id(study) in found:
                 _copy_levels(study, found[study_id(study)], outcome)
@@ -116,7 +117,9 @@ def _copy_levels(study: StudySpec, source: Path, outcome: SearchOutcome) -> None
     for level in study.levels:
         stem = result_key(study.model, study.task, level.name)
         for suffix in ("_trials.json", "_analysis.csv", ".json"):  # the last one says that the level is whole
-            write_text(outcome.run_dir / f"{stem}{suffix}", (source / f"{stem}{suffix}").read_text(encoding="utf-8"))
+            copied, found = outcome.run_dir / f"{stem}{suffix}", source / f"{stem}{suffix}"
+            write_text(copied, found.read_text(encoding="utf-8"))
+            os.utime(copied, (found.stat().st_atime, found.stat().st_mtime))  # when it was found, not when it was copied
         record = json.loads((outcome.run_dir / f"{stem}.json").read_text())
         outcome.levels.append(record)
         if record["failed_trials"]:
@@ -127,7 +130,8 @@ def _copy_levels(study: StudySpec, source: Path, outcome: SearchOutcome) -> None
 def _ray(settings: Settings) -> Iterator[None]:
     """Ray is there inside; ended afterwards if it was started here. Started here, it knows only the GPU that was asked for."""
     _prepare_tune()
-    with _visible(settings.device):
+    local = settings.ray_address in (None, "local")
+    with _visible(settings.device if local else "auto"):
         started = start_ray(settings.ray_address)
     try:
         yield

@@ -97,8 +97,8 @@ def nearest(domain: Any, value: Any) -> Any:
         return min(values, key=lambda v: abs(v - value)) if isinstance(value, int | float) else values[0]
     low, high = getattr(domain, "low", None), getattr(domain, "high", getattr(domain, "upper", None))
     low = getattr(domain, "lower", low)
-    if type(domain).__name__ == "Integer":
-        high -= 1  # Ray Tune leaves the upper end of integers out
+    if type(domain).__name__ == "Integer" and type(domain.sampler).__name__ != "Quantized":
+        high -= 1  # Ray Tune leaves the upper end of integers out, unless they go in steps
     if low is None or high is None or not isinstance(value, int | float):
         return value
     # A size in tokens cannot be held to a domain of fractions: start from the middle instead.

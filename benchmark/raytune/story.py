@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.forced import end_forced
+from benchmark.forced import ForcedRun
 from benchmark.settings import Settings, SparseConfig
 
 from .config_search import SearchOutcome, new_run_name, run_search
@@ -25,6 +25,7 @@ class SearchResult:
     run_dir: Path | None
     failures: list[dict[str, Any]]
     interrupted: bool = False
+    forced: ForcedRun | None = None
 
 
 class SearchReport:
@@ -146,9 +147,9 @@ def search(settings: Settings, configs: list[SparseConfig], tasks: list[str], no
     print(search_table(outcome))
     if outcome.interrupted:
         print("interrupted: what was evaluated is kept; run the same command again to go on", file=sys.stderr)
-    elif 2 not in settings.phases:  # else it is forced until Phase 2 has ended too
-        end_forced(settings.ray_results_dir)
-    return SearchResult(outcome.run_dir, search_failures(outcome, studies), outcome.interrupted)
+    elif outcome.forced is not None and 2 not in settings.phases:  # else it is forced until Phase 2 has ended too
+        outcome.forced.end()
+    return SearchResult(outcome.run_dir, search_failures(outcome, studies), outcome.interrupted, outcome.forced)
 
 
 def search_failures(outcome: SearchOutcome, studies: list[StudySpec]) -> list[dict[str, Any]]:
@@ -232,8 +233,8 @@ def benchmark(
     print(f"\nPhase 2: {pairs} (task, configuration) pairs, settings from {name or 'no search (dense only)'}")
     failures = [] if search is None else search.failures
     outcome = run_benchmarks(units, settings, config_run=name, notes=[*notes, *left_out], failures=failures)
-    if search is not None and not outcome.interrupted:
-        end_forced(settings.ray_results_dir)
+    if search is not None and search.forced is not None and not outcome.interrupted:
+        search.forced.end()
     print("\n" + closing_table(outcome.summary))
     for record in outcome.failures:
         if record["configuration"] is None:  # no row of the table tells of it

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from benchmark.faults import check_device, is_passing
+from benchmark.faults import BrokenDeviceError, check_device, is_passing
 from benchmark.results import Journal
 from benchmark.statistics import sign_test
 from sparse_attention_hub import ResearchAttentionConfig
@@ -66,22 +66,30 @@ class Study:
         self.evaluated = 0  # not counting what the journal held
         self.known_trials, self.known_seconds = 0, 0.0  # in the journal already, and what these evaluations took then
         self._known: dict[str, dict[str, Any]] = {}
+        self._passed: set[str] = set()  # failed by such a fault before
+        self._broke: set[str] = set()  # were in work, with others, when a device broke
+        self._broke_alone: set[str] = set()
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Search, climb, confirm. Yields progress after every step; each step's figures are journalled before."""
-        # What ran out of time under another limit, or failed by a fault that may have passed, is tried again.
-        self._known = {
-            record["key"]: record
-            for line in self.journal.read()
-            for record in line.get("evaluations", [])
-            if record["limit"] in (None, self.timeout) and not record["passing"]
-        }
+        self._read_journal()
         if self.space.domains:
             yield from self._search()
         else:
             self._run_batch([self._new_trial({})], 0)
             yield self.progress("search")
         yield from self._climb()
+
+    def _read_journal(self) -> None:
+        """What ran out of time under another limit, or failed once by a fault that may have passed, is tried again."""
+        for line in self.journal.read():
+            for record in line.get("evaluations", []):
+                if record["passing"]:
+                    self._passed.add(record["key"])
+                elif record["limit"] in (None, self.timeout):
+                    self._known[record["key"]] = record
+            broke = line.get("broke", [])
+            (self._broke_alone if len(broke) == 1 else self._broke).update(broke)
 
     # -- rung 0 ------------------------------------------------------------------------------------------------------
 
@@ -223,16 +231,29 @@ class Study:
             if trial.seconds >= self.timeout:
                 self._fail(trial, rung, TrialTimeout())
                 continue
+            if self._journal_key(trial, rung) in self._broke_alone:
+                message = "ended its worker, alone and with others: a fault of its device"
+                self._write([self._record(trial, rung, status="failed", error_message=message)])
+                continue
             try:
                 waiting.append((trial, self.space.build(trial.params)))
             except ValueError as error:
                 self._write([self._record(trial, rung, status="failed", error_message=str(error))])
         if not waiting:
             return
+        if len(waiting) > 1 and any(self._journal_key(trial, rung) in self._broke for trial, _ in waiting):
+            for trial, _ in waiting:
+                self._run_batch([trial], rung)
+            return
         left = sum(self.timeout - trial.seconds for trial, _ in waiting)
         try:
             results = self.evaluator.evaluate([config for _, config in waiting], rung, left / len(waiting))
         except Exception as error:
+            try:
+                check_device(error)
+            except BrokenDeviceError:
+                self.journal.append({"broke": [self._journal_key(trial, rung) for trial, _ in waiting]})
+                raise
             if len(waiting) == 1:
                 self._fail(waiting[0][0], rung, error)
             else:
@@ -250,15 +271,15 @@ class Study:
         )
 
     def _fail(self, trial: Trial, rung: int, error: Exception) -> None:
-        """Record a failure. What is no configuration's fault is raised: bad input, and a device beyond use."""
+        """Record a failure. Bad input is no configuration's fault and is raised."""
         if isinstance(error, UserError):
             raise error
         if isinstance(error, TrialTimeout):
             self._write([self._late(trial, rung)])
             return
-        check_device(error)
         message = f"{type(error).__name__}: {error}"
-        self._write([self._record(trial, rung, status="failed", error_message=message, passing=is_passing(error))])
+        passing = is_passing(error) and self._journal_key(trial, rung) not in self._passed
+        self._write([self._record(trial, rung, status="failed", error_message=message, passing=passing)])
 
     def _late(self, trial: Trial, rung: int) -> _Record:
         late = f"took longer than {self.timeout:g} s over its rungs (--search-timeout), before the end of {RUNGS[rung]}"

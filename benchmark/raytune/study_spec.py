@@ -76,10 +76,10 @@ def resolved_place(settings: Settings) -> list[str]:
     """Kind of device and dtype that evaluations run with; as they were asked for where the machines of a cluster decide."""
     if settings.ray_address not in (None, "local"):
         return ["cluster", settings.device, settings.dtype]
-    from sparse_attention_hub.models.load import pick_device, pick_dtype
+    from sparse_attention_hub.models.load import likely_dtype, pick_device
 
     device = pick_device(settings.device)
-    return [device.type, str(pick_dtype(settings.dtype, device))]
+    return [device.type, str(likely_dtype(settings.dtype, device))]
 
 
 def plan_studies(models: list[str], tasks: list[str], configs: list[SparseConfig]) -> tuple[list[StudySpec], list[str]]:

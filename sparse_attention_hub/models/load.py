@@ -107,7 +107,7 @@ def load_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> Any:
 def check_place(device: str, dtype: str, dense_backend: str) -> None:
     """UserError if this machine lacks the device, or it cannot do what was asked for by name. CUDA is not started."""
     place = pick_device(device)
-    _pick_dense(dense_backend, place, _likely_dtype(dtype, place))
+    _pick_dense(dense_backend, place, likely_dtype(dtype, place))
 
 
 def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[int, int]:
@@ -121,7 +121,7 @@ def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = 
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    number = _likely_dtype(dtype, pick_device("auto"))
+    number = likely_dtype(dtype, pick_device("auto"))
     return config.num_hidden_layers, 2 * kv_heads * width * torch.tensor([], dtype=number).element_size()
 
 
@@ -288,7 +288,7 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _likely_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def likely_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """As pick_dtype, but a GPU is not asked: that would start CUDA in this process, which only workers may do. Both of
     what "auto" may become there have two bytes."""
     if dtype == "auto" and device.type == "cuda":

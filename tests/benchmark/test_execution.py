@@ -546,6 +546,26 @@ def test_a_forced_run_that_was_stopped_goes_on_and_the_next_one_starts_anew(
     assert len(counted) == 4
 
 
+def test_changed_code_of_a_masker_is_told_and_rescoring_finds_the_old_answers(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings()
+    run_benchmarks([toy_unit], settings, in_process=True)
+    whole = result_files(settings.benchmark_results_dir)
+    monkeypatch.setattr("benchmark.identity._code_digest", lambda text: "edited")
+    counted.clear()
+    outcome = run_benchmarks([toy_unit], replace(settings, rescore=True), in_process=True)
+    assert counted == [] and outcome.failures == []
+    assert all(result["samples"]["ok"] == 4 for result in outcome.summary["results"])
+    for name, rows in result_files(settings.benchmark_results_dir).items():
+        if name.endswith(("raw_results.csv", "micro_metrics.jsonl")) and name in whole:
+            assert rows == whole[name]
+    outcome = run_benchmarks([toy_unit], settings, in_process=True)
+    assert len(counted) == 4 and all("dense" not in configs for _, configs in counted)
+    names = ", ".join(config.name for config in toy_unit.configs[1:])
+    assert any(f"code or files changed, so these start anew: {names}" in note for note in outcome.summary["notes"])
+
+
 def test_two_runs_do_not_share_a_results_folder(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
     settings = make_settings()
     with execution.results_lock(settings.benchmark_results_dir), pytest.raises(UserError, match="another run"):
@@ -576,8 +596,13 @@ def test_a_sample_that_kills_three_workers_is_recorded_as_failed_and_its_neighbo
     assert statuses(settings, toy_unit) == ["failed", "ok", "ok", "ok"]
     assert {entry["sample_id"] for entry in outcome.failures} == {"toy/count:0"}
     assert "3 times" in outcome.failures[0]["problem"]
+    # Dying while starting changes nothing of that.
+    scripted("die 0", "die 0", "start", "die 0", "ok")
+    run_benchmarks([toy_unit], replace(settings, force_benchmark=True))
+    again = [block.most for block in ScriptedPool.made[-1].blocks if block.requests[0].sample.sample_id == "toy/count:0"]
+    assert again == [None, None, 1, 1]
     # The last try asks one configuration at a time: what killed may have been the lack of memory.
-    tries = [block.most for block in ScriptedPool.made[-1].blocks if block.requests[0].sample.sample_id == "toy/count:0"]
+    tries = [block.most for block in ScriptedPool.made[-2].blocks if block.requests[0].sample.sample_id == "toy/count:0"]
     assert tries == [None, None, 1]
 
 

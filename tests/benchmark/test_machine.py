@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmark import guard
 from benchmark.faults import BrokenDeviceError, check_device, is_out_of_memory
 from benchmark.guard import results_lock
-from benchmark.identity import behind_config, config_key, weights_stamp
+from benchmark.identity import _file, behind_config, config_key, lacks_a_file, same_parameters, weights_stamp
 from benchmark.memory import _free_of_group, free_memory
 from benchmark.tasks.base import UserError
 from sparse_attention_hub import DoubleSparsityTopKMaskerConfig, ResearchAttentionConfig, SinkMaskerConfig
@@ -80,9 +81,10 @@ def test_short_memory_is_no_broken_device(error: Exception, short: bool, broken:
         check_device(error)
 
 
-def test_a_file_system_without_locks_is_told_from_another_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_system_without_locks_is_told_from_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(guard.logger, "warning", lambda text, *values: told.append(text % values))
+
     def flock(code: int) -> Any:
         def refuse(*_: Any) -> None:
             raise OSError(code, "refused")
@@ -90,9 +92,9 @@ def test_a_file_system_without_locks_is_told_from_another_run(
         return refuse
 
     monkeypatch.setattr(fcntl, "flock", flock(errno.ENOSYS))
-    with caplog.at_level("WARNING"), results_lock(tmp_path):
+    with results_lock(tmp_path):
         pass
-    assert not caplog.records or "cannot be locked" in caplog.text
+    assert len(told) == 1 and "cannot be locked (refused)" in told[0]
     monkeypatch.setattr(fcntl, "flock", flock(errno.EWOULDBLOCK))
     with pytest.raises(UserError, match="another run"), results_lock(tmp_path):
         pass
@@ -107,6 +109,17 @@ def test_new_content_of_a_named_file_is_another_configuration(tmp_path: Path) ->
     channels.write_text('{"0": [1]}')
     assert config_key(config) != first
     assert config_key(None) == "dense"
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    maskers = [DoubleSparsityTopKMaskerConfig(0.1, sorted_channel_file=str(path)) for path in (channels, other)]
+    both = ResearchAttentionConfig(maskers)
+    before = config_key(both)
+    channels.write_text("{}")
+    assert config_key(both) != before and same_parameters(config_key(both), before), "two maskers of one class"
+    assert not lacks_a_file(both)
+    other.unlink()
+    assert lacks_a_file(both) and not lacks_a_file(None)
+    assert _file("x" * 5000) is None and _file("a\0b") is None and _file(str(tmp_path)) is None
 
 
 def test_new_code_of_a_masker_is_another_configuration(tmp_path: Path) -> None:

@@ -73,6 +73,17 @@ class FakeActor:
         return iter(self.stream)
 
 
+class Starting(FakeActor):
+    """An actor that never starts."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.pid = self
+
+    def remote(self, *_: Any) -> Any:
+        return self
+
+
 @pytest.fixture
 def block(tmp_path: Path) -> Block:
     samples = [Sample(f"s{i}", "t", "c", "q", "", ["r"], 2) for i in range(3)]
@@ -139,9 +150,14 @@ def test_a_blocks_own_error_leaves_the_actor(block: Block) -> None:
     assert isinstance(future.exception(), UserError) and 0 in pool._actors
 
 
-def test_time_runs_from_the_submission(block: Block) -> None:
-    pool, fake, future = drive([4711, {"n": 0}], block, deadline=time.monotonic() - 1)
-    assert isinstance(future.exception(), TimeoutError) and pool._actors == {} and len(fake.killed) == 1
+def test_time_runs_from_the_submission(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster without room for the actor: its start counts too."""
+    pool, fake, _ = drive([4711], block)
+    monkeypatch.setattr(fake, "wait", lambda refs, timeout: (time.sleep(0.01), ([], refs))[1])
+    monkeypatch.setattr(fake, "remote", lambda kind: Starting(), raising=False)
+    pool._actors, pool._share = {}, {}
+    future = pool.submit(0, block, 0.1)
+    assert isinstance(future.exception(timeout=20), TimeoutError) and pool._actors == {} and len(fake.killed) == 1
 
 
 def test_told_to_stop_it_takes_the_sample_in_work_and_no_more(block: Block) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from benchmark.forced import ForcedRun, end_forced
+from benchmark.forced import ForcedRun
 from benchmark.raytune import config_search, search_files
 from benchmark.raytune.config_search import SearchOutcome, find_finished, run_search
 from benchmark.raytune.study import Study
@@ -82,6 +82,8 @@ def test_a_finished_study_is_copied_and_tells_its_failed_trials(settings: Settin
     outcome = run_search([STUDY], settings, run_name="run_20240316_143022", report=silent)
     old, new = sorted(settings.optimal_configs_dir.iterdir())
     assert {p.name: p.read_bytes() for p in old.iterdir()} == {p.name: p.read_bytes() for p in new.iterdir()}
+    # A copy is as old as what was found: a forced search that was interrupted would take it for its own.
+    assert {p.name: p.stat().st_mtime for p in old.iterdir()} == {p.name: p.stat().st_mtime for p in new.iterdir()}
     assert outcome.run_dir == new and len(outcome.levels) == 2
     assert outcome.failed_trials == {"m_t_x": outcome.levels[0]["failed_trials"]}
 
@@ -110,7 +112,9 @@ def test_a_forced_search_takes_only_what_it_found_itself(settings: Settings) -> 
     assert "goes on" in told and str(again.path) in told
     assert find_finished(STUDY, settings.optimal_configs_dir, identity, again) is not None
     assert ForcedRun(settings.ray_results_dir, "--force-search", "another").since is None
-    end_forced(settings.ray_results_dir)
+    ForcedRun(settings.ray_results_dir, "--force-search", "another").end()
+    assert ForcedRun(settings.ray_results_dir, "--force-search", identity).since is not None
+    again.end()
     assert ForcedRun(settings.ray_results_dir, "--force-search", identity).since is None
 
 

@@ -135,6 +135,20 @@ def test_a_fault_that_may_have_passed_is_tried_again_by_the_next_start(tmp_path:
     assert {rung for rung, _ in healthy.calls} == {2, 3} and all(best.confirmed for best in again.best())
 
 
+def test_a_fault_that_comes_again_is_the_configurations(tmp_path: Path) -> None:
+    class Large(FormulaEvaluator):
+        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+            if rung == 2:
+                raise MemoryError("no room")
+            return super().figures(config, rung)
+
+    first, second = (run(make_study(tmp_path / "j", Large())) for _ in range(2))
+    assert any(trial.passing for trial in first.trials) and not any(trial.passing for trial in second.trials)
+    silent = FormulaEvaluator()
+    third = run(make_study(tmp_path / "j", silent))
+    assert silent.calls == [] and third.best() == second.best()
+
+
 def test_a_device_beyond_use_ends_the_study_and_fails_no_trial(tmp_path: Path) -> None:
     class Broken(FormulaEvaluator):
         def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
@@ -142,7 +156,24 @@ def test_a_device_beyond_use_ends_the_study_and_fails_no_trial(tmp_path: Path) -
 
     with pytest.raises(BrokenDeviceError):
         run(make_study(tmp_path / "j", Broken()))
-    assert Journal(tmp_path / "j").read() == []
+    assert all("evaluations" not in line for line in Journal(tmp_path / "j").read())
+    study = run(make_study(tmp_path / "j", FormulaEvaluator()))  # a sound device
+    assert {trial.status for trial in study.trials} == {"completed"}
+
+
+def test_a_configuration_that_breaks_devices_is_found_and_fails_alone(tmp_path: Path) -> None:
+    class Breaking(FormulaEvaluator):
+        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+            if config.masker_configs[2].heavy_size == pytest.approx(0.03):
+                raise RuntimeError("CUDA error: device-side assert triggered")
+            return super().figures(config, rung)
+
+    for _ in range(2):  # in the batch, then alone; Ray starts a fresh worker each time
+        with pytest.raises(BrokenDeviceError):
+            run(make_study(tmp_path / "j", Breaking()))
+    study = run(make_study(tmp_path / "j", Breaking()))
+    (failed,) = [trial for trial in study.trials if trial.status == "failed"]
+    assert failed.number == 0 and "fault of its device" in (failed.error_message or "") and study.best()
 
 
 def test_not_a_number_is_a_failure(tmp_path: Path) -> None:
@@ -333,6 +364,7 @@ def test_without_a_budget_the_objective_decides(tmp_path: Path) -> None:
         (tune.choice([16, 32]), 24, 16),
         (tune.choice(["a", "b"]), "c", "a"),
         (tune.randint(1, 5), 7, 4),
+        (tune.qrandint(16, 128, 16), 128, 128),
         (tune.uniform(0.1, 0.9), 2.0, 0.9),
     ],
 )
