@@ -129,8 +129,6 @@ class _Run:
         self.slots = [] if settings.ray_address else plan_slots(settings.device, settings.max_concurrent_benchmarks)
         on_gpu = any(slot.device.startswith(("cuda", "sharded")) for slot in self.slots)
         self.place = "cuda" if on_gpu or settings.device.startswith(("cuda", "sharded")) else "cpu"
-        if settings.device == "mps":
-            self.place = "mps"
         by_model = sorted(units, key=lambda unit: list(tokenizers).index(unit.model))
         self.runs: list[UnitRun] = []
         self.units = by_model

@@ -206,7 +206,7 @@ class _Asked:
         most = max(1, min(self.loaded.most, self.block.most or len(keys), self._fitting(len(keys))))
         if most < len(keys):
             logger.debug("%s: lockstep of %d instead of %d, as memory allows", self.block.task, most, len(keys))
-        parts = _even_parts(keys, most)
+        parts, tried = _even_parts(keys, most), set[str]()
         while parts:
             part = parts.pop(0)
             error: Exception
@@ -221,14 +221,18 @@ class _Asked:
                 self.loaded.most = max(1, len(part) // 2)
                 logger.warning("out of memory with %d configurations at once", len(part))
             outcome = failure(error)
-            if len(part) == 1:
+            again = short and len(part) == 1 and part[0] not in tried
+            if len(part) == 1 and not again:
                 name = self.request.sample.sample_id
                 logger.warning("%s: %s", name, outcome["error_message"], exc_info=None if short else error)
             error.__traceback__ = None  # its frames hold tensors
             if short:
                 self.prefilled.forget()
                 free_unused()
-            if len(part) == 1:
+            if again:  # with what maskers remember of the others' forgotten, it may fit
+                tried.add(part[0])
+                parts.insert(0, part)
+            elif len(part) == 1:
                 yield part[0], outcome
             else:
                 parts[:0] = _even_parts(part, (len(part) + 1) // 2)

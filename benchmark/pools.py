@@ -66,7 +66,7 @@ class Pool(Protocol):
 def plan_slots(device: str, limit: int | None) -> list[Slot]:
     """One slot a GPU, GPU_WORKERS at most; on CPU one for every two cores. `limit`, if given, counts instead.
 
-    device: "auto", "cpu", "cuda" (all GPUs), "cuda:N", "mps", or "sharded": one worker over all GPUs, for a model
+    device: "auto", "cpu", "cuda" (all GPUs), "cuda:N", or "sharded": one worker over all GPUs, for a model
     that does not fit one. No CUDA context is made in this process.
     """
     cores = usable_cores()

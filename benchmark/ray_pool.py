@@ -175,7 +175,7 @@ def plan_actors(nodes: list[dict[str, float]], device: str, limit: int | None) -
     if device == "sharded":
         most, cores = max(zip(gpus, cpus, strict=True), default=(0, 1))
         return [Slot("actor-0", "sharded", max(1, cores))], {"num_gpus": most}
-    if sum(gpus) and device not in ("cpu", "mps"):
+    if sum(gpus) and device != "cpu":
         count, cores = min(sum(gpus), limit or GPU_WORKERS), max(1, sum(cpus) // sum(gpus))
         return [Slot(f"actor-{i}", "cuda", cores) for i in range(count)], {"num_gpus": 1}
     count = min(max(1, sum(cpus)), limit or max(1, sum(c // 2 for c in cpus)))

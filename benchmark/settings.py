@@ -86,8 +86,10 @@ def as_sparse_configs(
 ) -> list[SparseConfig]:
     """Checked SparseConfigs from the (name, config, classes) triples of get_all_sparse_configs().
 
-    Raises UserError (a ValueError) if classes do not name the config's, or a name is taken twice.
+    Raises UserError (a ValueError) if classes do not name the config's, a name is taken twice, or a config holds tensors.
     """
+    from sparse_attention_hub.maskers.base import unwritable_fields
+
     configs: list[SparseConfig] = []
     for name, config, classes in entries:
         made_of = [type(entry) for entry in config.masker_configs] if config is not None else []
@@ -96,6 +98,12 @@ def as_sparse_configs(
             raise UserError(
                 f"configuration {name!r}: its third element must name the maskers of its second ({want}), got ({got})"
             )
+        for entry in config.masker_configs if config is not None else []:
+            for field in unwritable_fields(entry):
+                raise UserError(
+                    f"configuration {name!r}: {field} of {type(entry).__name__} holds tensors, which results cannot name: save "
+                    "them in a file and name that (for hash weights: write_hat_weights, then hat_weight_file)"
+                )
         if any(name == other.name for other in configs):
             raise UserError(f"configuration {name!r} is given twice; names must differ")
         configs.append(SparseConfig(name, config, tuple(classes) if classes else None))

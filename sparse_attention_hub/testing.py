@@ -207,15 +207,16 @@ class MaskerContract:
         each = [torch.Generator().manual_seed(3), torch.Generator().manual_seed(4)]
         assert self.run(*tensors, generator=each).output.isfinite().all()
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
     @pytest.mark.parametrize("rows", [1, 5])
     def test_dtypes(self, dtype: torch.dtype, rows: int) -> None:
         queries, keys, values = self.tensors(150, rows, dtype=dtype)
         result = self.run(queries, keys, values)
         assert result.output.dtype == dtype
-        expected, _ = attend_reference(queries.float(), keys.float(), values.float(), result.mask, self.head_dim**-0.5)
-        tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}[dtype]
-        torch.testing.assert_close(result.output.float(), expected, atol=tolerance, rtol=tolerance)
+        exact = (queries.double(), keys.double(), values.double())
+        expected, _ = attend_reference(*exact, result.mask, self.head_dim**-0.5)
+        tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-5)
+        torch.testing.assert_close(result.output.double(), expected, atol=tolerance, rtol=tolerance)
 
     def test_unbiased(self) -> None:
         """A sampler's softmax denominator is right on average: mean ratio to the dense one within `bias_tolerance` of 1."""

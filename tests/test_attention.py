@@ -298,3 +298,44 @@ def test_a_state_made_for_inference_goes_on_outside_it() -> None:
 def test_what_is_no_config_is_told() -> None:
     with pytest.raises(TypeError, match="takes a ResearchAttentionConfig, got list"):
         ResearchAttention([SinkMaskerConfig(4)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(2, 1, 5, 60, dtype=torch.long),  # a tokenizer's: it would be added to the scores
+        torch.ones(2, 60, dtype=torch.bool),
+        torch.ones(2, 8, 5, 60, dtype=torch.bool),
+        torch.ones(2, 1, 5, 59, dtype=torch.bool),
+        torch.ones(3, 1, 5, 60, dtype=torch.bool),
+    ],
+)
+def test_masks_that_would_be_misread_are_refused(mask: Tensor) -> None:
+    with pytest.raises(ValueError, match="attention_mask must be bool") as told:
+        make(SinkMaskerConfig(2))(*tensors(), attention_mask=mask)
+    assert str(tuple(mask.shape)) in str(told.value)
+
+
+def test_queries_and_keys_have_one_width() -> None:
+    queries, keys, values = tensors()
+    with pytest.raises(ValueError, match="one width, got 8 and 16"):
+        make(SinkMaskerConfig(2))(queries[..., :8], keys, values)
+
+
+def test_a_kernel_without_gradients_is_not_taken_where_some_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_attention_hub.kernels import choose_backend
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    queries, keys, _ = tensors()
+    assert choose_backend("triton", queries, keys) == "triton"
+    with pytest.raises(ValueError, match="triton has no gradients"):
+        choose_backend("triton", queries, keys.requires_grad_())
+    with torch.no_grad():
+        assert choose_backend("triton", queries, keys) == "triton"
+
+
+def test_exact_moments_are_charged_for_every_key() -> None:
+    tail = {"base_rate_sampling": 0.1, "epsilon": 0.2, "delta": 0.2, "init_offset": 0, "local_offset": 0}
+    sampled = make(AdaptiveSamplingMaskerConfig(**tail))(*tensors(1))
+    exact = make(AdaptiveSamplingMaskerConfig(**tail, use_exact_estimation=True))(*tensors(1))
+    assert exact.kv_fraction >= 0.5 and exact.kv_fraction - exact.density > sampled.kv_fraction - sampled.density

@@ -49,7 +49,8 @@ def _fused_rows(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scali
     if scores is None and lists < heads:
         grouped = queries.to(wide).view(batch, lists, heads // lists, dim)
         chosen_keys, chosen_values = gather_rows(keys, indices).to(wide), gather_rows(values, indices).to(wide)
-        output = F.scaled_dot_product_attention(grouped, chosen_keys, chosen_values, attn_mask=log_weight, scale=scaling)
+        added = None if log_weight is None else log_weight.to(wide)  # the fused kernel misreads a narrower mask
+        output = F.scaled_dot_product_attention(grouped, chosen_keys, chosen_values, attn_mask=added, scale=scaling)
     else:
         logits = _logits(queries, keys, indices, scaling, scores)
         weights = torch.softmax(logits if log_weight is None else logits + log_weight, -1)
@@ -63,6 +64,7 @@ def _fused_union(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, scal
     wide = torch.promote_types(queries.dtype, torch.float32)
     lists, keys, values = _union_of(mask, keys, values)
     bias = _take(_log_weights(mask), lists)
+    bias = bias if bias.dtype == torch.bool else bias.to(wide)  # the fused kernel misreads a narrower mask
     if bias.shape[1] < heads:
         bias = expand_heads(bias, kv_heads).unsqueeze(2)
     # The kv heads are the batch: the fused kernel then reads each one's keys and values in place for its group.

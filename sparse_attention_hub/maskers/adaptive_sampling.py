@@ -102,6 +102,11 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
             return mask
         return mask.union(draw_without_replacement(inputs, residual, budget, skip=base_size), disjoint=True)
 
+    def selector_fraction(self, inputs: AttentionInputs) -> float:
+        return (
+            0.5 if self.config.use_exact_estimation and self.config.base_rate_sampling else 0.0
+        )  # exact moments read every key
+
     def _select_by_comparison(self, inputs: AttentionInputs, mask: Mask, residual: Tensor) -> Mask | None:
         """The same for many rows, with what all configurations of a replay share: the exponentials and the random order.
 

@@ -151,6 +151,11 @@ def config_to_dict(config: MaskerConfig) -> dict[str, Any]:
     return {"type": type(config).__name__, "params": {k: v for k, v in params.items() if not _holds_tensor(v)}}
 
 
+def unwritable_fields(config: MaskerConfig) -> list[str]:
+    """Fields that hold tensors, which `config_to_dict` leaves out."""
+    return [f.name for f in dataclasses.fields(config) if f.init and _holds_tensor(getattr(config, f.name))]
+
+
 def _holds_tensor(value: Any) -> bool:
     if isinstance(value, dict):
         return any(_holds_tensor(v) for v in value.values())

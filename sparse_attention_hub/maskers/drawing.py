@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from ..errors import UserError, check_writable
 from ..mask import Mask
 from . import base
 from .inputs import AttentionInputs
@@ -54,7 +56,8 @@ def _hash_weights() -> dict[int, dict[str, list[torch.Tensor]]]:
 
 
 def example_configs(name: str, folder: Path) -> list[base.MaskerConfig]:
-    """The pipeline that shows the masker of module `name`; files that a config needs are made in `folder`."""
+    """The pipeline that shows the masker of module `name`; files that a config needs are made in `folder`. UserError for a
+    masker that has no line here."""
     hub: dict[str, Callable[..., base.MaskerConfig]] = dict(base.registered_configs())
 
     own: dict[str, Callable[[], base.MaskerConfig]] = {
@@ -71,6 +74,10 @@ def example_configs(name: str, folder: Path) -> list[base.MaskerConfig]:
         "adaptive_sampling": lambda: hub["AdaptiveSamplingMaskerConfig"](0.1, 0.3, 0.3, 0, 0),
         "magic_pig": lambda: hub["MagicPigConfig"](lsh_l=16, lsh_k=5),
     }
+    if name not in own:
+        raise UserError(
+            f"{name!r} has no example: add its line to example_configs() in sparse_attention_hub/maskers/drawing.py"
+        )
     alone = [own[name]()]
     return alone if name in ("causal", "sink", "local") else [hub["SinkMaskerConfig"](6), hub["LocalMaskerConfig"](10), *alone]
 
@@ -130,9 +137,16 @@ def main(name: str, arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, default=Path(f"{name}_mask.png"), help="the PNG file to write (default: %(default)s)"
     )
     out = parser.parse_args(arguments).out
-    with tempfile.TemporaryDirectory() as folder:
-        configs = example_configs(name, Path(folder))
-        draw(configs, out, (_summary(name) or name).strip())
+    try:
+        check_writable(out)
+        if out.suffix.lower() != ".png":
+            raise UserError(f"--out {out}: a picture is a PNG file, name it so")
+        with tempfile.TemporaryDirectory() as folder:
+            configs = example_configs(name, Path(folder))
+            draw(configs, out, (_summary(name) or name).strip())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
     print(out)
 
 

@@ -29,9 +29,9 @@ def hat_config_fields(path: str) -> dict[str, int | str]:
     """The config fields hat_bits, hat_mlp_layers, hat_mlp_hidden_size and hat_mlp_activation that weights were made for."""
     from safetensors import safe_open
 
+    weights = next(iter(read_hat_weights(path).values()))
     with safe_open(path, framework="pt") as file:
         made = file.metadata() or {}
-    weights = next(iter(read_hat_weights(path).values()))
     last = weights["query_matrix"][-1]
     return {
         "hat_bits": last.shape[2],

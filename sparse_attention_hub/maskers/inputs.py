@@ -60,6 +60,10 @@ class AttentionInputs:
                 f"query heads must be a multiple of kv heads and batches equal, got queries {tuple(queries.shape)}, "
                 f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
             )
+        if queries.shape[-1] != keys.shape[-1]:
+            raise ValueError(f"queries and keys must have one width, got {queries.shape[-1]} and {keys.shape[-1]}")
+        if attention_mask is not None:
+            _check_mask(attention_mask, queries.shape[0], queries.shape[2], keys.shape[2])
         if attention_mask is None and queries.shape[2] > keys.shape[2]:
             raise ValueError(f"{queries.shape[2]} queries cannot be the last of {keys.shape[2]} keys; pass attention_mask")
         self.queries, self.keys, self.values = queries, keys, values
@@ -361,6 +365,17 @@ class AttentionInputs:
             scores += self._bias
         # Filled, not added: what stands on padding may be anything, NaN too.
         return scores if self.all_allowed else scores.masked_fill_(~self.allowed, NEVER)
+
+
+def _check_mask(mask: Tensor, batch: int, rows: int, keys: int) -> None:
+    """ValueError for a mask that would be misread. One of integers says 0 and 1, as tokenizers do: it would be added."""
+    shape = tuple(mask.shape)
+    fits = mask.dim() == 4 and shape[0] in (1, batch) and shape[1] == 1 and shape[2] in (1, rows) and shape[3] >= keys
+    if not fits or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        raise ValueError(
+            f"attention_mask must be bool (True = may be attended) or floating (added to scores), of shape "
+            f"({batch}, 1, {rows}, {keys}), got {mask.dtype} {shape}"
+        )
 
 
 def group_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:

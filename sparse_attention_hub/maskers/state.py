@@ -18,7 +18,7 @@ class MaskerState:
     """One masker's memory of one layer.
 
     `fitted`: what `Masker.fit` made of the context's keys; frozen from then on.
-    Codes are kept in a buffer that grows by doubling, so that a decode step costs what its new keys cost. A code belongs to
+    Codes are kept in a buffer that grows by an eighth, so that a decode step costs little beside its new keys. A code belongs to
     one key; a masker that codes whole pages sets `keys_per_code` and `offset` (keys before the first page) as it fits, and
     only complete pages have a code: rewinding into the middle of a page forgets that page's.
     """
@@ -56,7 +56,7 @@ class MaskerState:
         needed = held + codes.shape[2]
         frozen = self._buffer is not None and self._buffer.is_inference() and not torch.is_inference_mode_enabled()
         if self._buffer is None or frozen or self._is_fork or needed > self._buffer.shape[2]:
-            grown = codes.new_empty((*codes.shape[:2], max(needed + 64, 2 * held), *codes.shape[3:]))
+            grown = codes.new_empty((*codes.shape[:2], needed + max(64, held // 8), *codes.shape[3:]))
             if self._buffer is not None:
                 grown[:, :, :held] = self.codes()
             self._buffer, self._is_fork = grown, False

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_writable
 from ..maskers.channel_file import Channels, write_channels
 from .load import LanguageModel
 from .recording import read_texts, record, sample_texts
@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(given)
     try:
+        check_writable(options.out)
         from .load import load_model
 
         texts = read_texts(options.text) if options.text else None

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_writable
 from ..maskers.hat_weights import Layer, write_hat_weights
 from ..maskers.inputs import group_scores
 from .hat_conversion import convert
@@ -170,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     change.add_argument("--activation", default="silu", help="the networks' activation, kept as a note (default: %(default)s)")
     options = parser.parse_args(given)
     try:
+        check_writable(options.out)
         if options.command == "convert":
             weights = convert(options.source)
             write_hat_weights(weights, options.out, options.activation)

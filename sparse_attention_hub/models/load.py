@@ -77,7 +77,7 @@ def load_model(
 ) -> LanguageModel:
     """Load weights and tokenizer for inference.
 
-    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps", or "sharded" (over all visible GPUs). dtype:
+    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", or "sharded" (over all visible GPUs). dtype:
     "auto" (bfloat16 on a GPU, float32 on CPU), "float32", "float16", "bfloat16".
     dense_backend: "auto", "sdpa", "flash".
     UserError, one line, for whatever keeps the model from loading.
@@ -264,17 +264,14 @@ def pick_device(device: str) -> torch.device:
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError):
-        raise UserError(f"--device must be auto, cpu, cuda, cuda:N, mps or sharded, got {device!r}") from None
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or sharded, got {device!r}") from None
     if place.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device} asks for a GPU and torch sees none: use --device cpu or auto")
         if place.index is not None and place.index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
-    elif place.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError("--device mps asks for an Apple GPU and torch sees none: use --device cpu or auto")
     elif place.type != "cpu":
-        raise UserError(f"--device must be auto, cpu, cuda, cuda:N, mps or sharded, got {device!r}")
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or sharded, got {device!r}")
     return place
 
 

@@ -18,7 +18,7 @@ from ..maskers.state import SharedStates
 from .cache import SharedPrefixCache
 from .dense import dense_rows
 from .load import LanguageModel
-from .switch import check_call, switched
+from .switch import check_call, switched, window_of
 
 if TYPE_CHECKING:
     from ..attention import AttentionResult, ResearchAttention
@@ -174,7 +174,7 @@ def _lockstep_attention(
         raise RuntimeError(f"attention {LOCKSTEP!r} works inside answer(), forced() and prefill() only")
     check_call(kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return session.attend(module, query, scale, kwargs.get("sliding_window")), None
+    return session.attend(module, query, scale, window_of(module, kwargs)), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..attention import ResearchAttentionConfig
+from ..errors import UserError
 from ..maskers.base import MaskerConfig
 from ..maskers.double_sparsity import DoubleSparsityTopKMaskerConfig
 from ..maskers.hash_attention import HashAttentionTopKMaskerConfig
@@ -24,15 +25,19 @@ log = logging.getLogger(__name__)
 
 
 def fit_template(config: ResearchAttentionConfig, model_id: str) -> ResearchAttentionConfig | None:
-    """The template for this model, its HashAttention fields those of the model's weights; None where a masker needs weights
-    that this model does not have: it is left out rather than tried with made-up ones."""
+    """The template for this model, its HashAttention fields those of the weights, the model's or those it names; None where a
+    masker needs weights that this model does not have: it is left out rather than tried with made-up ones. UserError for a
+    file that holds none."""
     maskers: list[MaskerConfig] = []
     for masker in config.masker_configs:
-        if _wants_weights(masker):
-            path = hat_weights_for(model_id)
+        if isinstance(masker, HashAttentionTopKMaskerConfig):
+            path = hat_weights_for(model_id) if _wants_weights(masker) else masker.hat_weight_file
             if path is None:
                 return None
-            fields: dict[str, Any] = dict(hat_config_fields(path))
+            try:
+                fields: dict[str, Any] = dict(hat_config_fields(path))
+            except (OSError, ValueError) as error:
+                raise UserError(f"HashAttention weights {path}: {error}") from None
             masker = dataclasses.replace(masker, **fields)
         maskers.append(masker)
     return ResearchAttentionConfig(maskers, config.backend)

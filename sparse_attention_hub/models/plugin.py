@@ -5,8 +5,8 @@
         model.generate(prompt_ids, past_key_values=cache, max_new_tokens=32)  # question and answer are sparse
     session.density
 
-A forward pass that finds the cache empty is a prefill and stays dense; whatever comes after is sparse. The cache is
-never changed. Each item of a batch is attended to by itself on its real keys: left padding is cut off, and of a
+A forward pass that finds the cache empty is a prefill and stays dense (without a cache, every pass is); whatever comes
+after is sparse, the later chunks of a prefill in chunks too. The cache is never changed. Each item of a batch is attended to by itself on its real keys: left padding is cut off, and of a
 StaticCache's slots only the filled ones are seen. Layers with a sliding window stay dense. Custom attention functions
 return no attention weights, so `output_attentions=True` yields None. For many attentions on one context `answer_many`
 is faster.
@@ -14,6 +14,7 @@ is faster.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,7 +29,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..errors import UserError
 from ..maskers.inputs import FORBIDDEN_BIAS
-from .switch import attention_configs, check_call, check_supported, switched
+from .switch import attention_configs, check_call, check_supported, switched, window_of
 
 if TYPE_CHECKING:
     from ..attention import ResearchAttention
@@ -61,13 +62,14 @@ class _View:
 @dataclass
 class SparseSession:
     """Counts what happened inside `sparse_attention`. calls: all attention calls; sparse_calls: those that were
-    sparse."""
+    sparse; windowed_calls: those of layers with a sliding window, which stay dense."""
 
     attention: ResearchAttention
     seeds: int | Sequence[int]
     dense_prefill: bool
     calls: int = 0
     sparse_calls: int = 0
+    windowed_calls: int = 0
     _weight: float = 0.0
     _density: float = 0.0
     _kv_fraction: float = 0.0
@@ -102,7 +104,8 @@ class SparseSession:
                 "no attention mask reached the sparse attention, so padding and order are unknown: "
                 "this model builds its own masks, take another model"
             )
-        if kwargs.get("sliding_window") is not None:
+        if window_of(module, kwargs) is not None:
+            self.windowed_calls += 1
             return self._dense(module, queries, keys, values, mask, scaling)
         batch = queries.shape[0]
         view = self._look(mask, batch, queries.shape[2])
@@ -126,7 +129,7 @@ class SparseSession:
             scaling=scaling,
             layer_idx=layer_idx,
             state=item.state,
-            seeds=self.seeds if isinstance(self.seeds, int) else self.seeds[i],
+            seeds=self._seed(i, queries.shape[0]),
         )
         item.seen = own_keys[0, :, :, 0].clone()
         rows = int((~result.density_rows.isnan()).sum())  # rows of padding are measured nowhere
@@ -135,6 +138,13 @@ class SparseSession:
             self._density += result.density * rows
             self._kv_fraction += result.kv_fraction * rows
         return result.output.to(queries.dtype)
+
+    def _seed(self, i: int, batch: int) -> int:
+        if isinstance(self.seeds, int):
+            return self.seeds
+        if len(self.seeds) != batch:
+            raise UserError(f"seed must be one number, or one for each of the {batch} items, got {len(self.seeds)}")
+        return self.seeds[i]
 
     def _item(self, i: int, layer_idx: int, keys: Tensor, past: int) -> _Item:
         """The item's state, knowing exactly the `past` keys: rewound if the cache was cropped, learned anew if the
@@ -203,7 +213,9 @@ def _plugin_attention(
     """transformers' attention function: query (B, H, Q, D) -> ((B, Q, H, D), None)."""
     session = _ACTIVE.get()
     if session is None:
-        raise RuntimeError(f"attention {PLUGIN!r} works inside `with sparse_attention(...)` only")
+        raise RuntimeError(
+            f"attention {PLUGIN!r} works inside `with sparse_attention(...)` only, in the thread that entered it"
+        )
     return session.attend(module, query, key, value, attention_mask, scaling, kwargs), None
 
 
@@ -229,7 +241,8 @@ def sparse_attention(
     """
     target = getattr(model, "model", model) if hasattr(model, "attention_configs") else model
     check_supported(target, getattr(target, "name_or_path", "") or type(target).__name__)
-    session = SparseSession(attention, seed if isinstance(seed, int) else list(seed), dense_prefill)
+    seeds = int(seed) if isinstance(seed, numbers.Integral) else [int(one) for one in seed]  # type: ignore[union-attr]
+    session = SparseSession(attention, seeds, dense_prefill)
     counted = 0
 
     def must_have_been_called(*_: Any) -> None:
@@ -239,6 +252,8 @@ def sparse_attention(
                 f"{type(target).__name__} stayed dense: its code does not follow transformers' attention interface, "
                 "take another model"
             )
+        if session.calls == session.windowed_calls:
+            raise UserError(f"{type(target).__name__} has sliding-window layers only, which stay dense: take another model")
         counted = session.calls
 
     hook = target.register_forward_hook(must_have_been_called)

@@ -68,6 +68,13 @@ def check_call(kwargs: dict[str, Any]) -> None:
         raise UserError("this model changes its attention scores in a way that is not supported: take another model")
 
 
+def window_of(module: Any, kwargs: dict[str, Any]) -> int | None:
+    """The sliding window of a layer's call, in keys; None without one, and where the model's positions end before it does."""
+    window: int | None = kwargs.get("sliding_window")
+    longest = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    return None if window is not None and longest is not None and window >= longest else window
+
+
 @contextmanager
 def switched(configs: list[Any], implementation: str) -> Iterator[None]:
     """All these configs use `implementation` inside; restored afterwards, whatever happens."""

@@ -210,6 +210,25 @@ def test_short_memory_halves_the_batch_until_it_fits(
     assert sizes == [3, 1, 2, 1, 1] + [1, 1, 1]  # the second sample does not try what failed before
 
 
+def test_a_configuration_that_is_short_alone_is_asked_once_more_with_memory_cleared(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sparse_attention_hub.models as models
+
+    real, short = models.answer_many, [True, True]
+
+    def crowded(lm: Any, prefilled: Any, ids: Any, attentions: list[Any], *rest: Any, **options: Any) -> Any:
+        if any(attention is not None for attention in attentions) and short:
+            short.pop()
+            raise RuntimeError("CUDA out of memory")
+        return real(lm, prefilled, ids, attentions, *rest, **options)
+
+    monkeypatch.setattr(models, "answer_many", crowded)
+    unit = replace(toy_unit, configs=toy_unit.configs[:2])
+    outcome = run_benchmarks([unit], make_settings(max_requests=1), in_process=True)
+    assert outcome.failures == [] and not short
+
+
 def test_the_batch_is_made_to_fit_before_it_is_tried(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sparse_attention_hub.maskers import drawing
 from sparse_attention_hub.maskers.base import registered_configs
 from sparse_attention_hub.maskers.drawing import draw, example_configs
 
@@ -44,3 +45,16 @@ def test_as_a_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sparse_attention_hub.maskers.quest", "--out", str(tmp_path / "quest.png")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stderr == "" and (tmp_path / "quest.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "words"),
+    [("key_norm", "mask.png", "example_configs"), ("sink", "mask.foo", "PNG"), ("sink", "no/such/folder/mask.png", "--out")],
+)
+def test_what_cannot_be_drawn_is_one_line(
+    name: str, out: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        drawing.main(name, ["--out", str(tmp_path / out)])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and words in told and len(told.splitlines()) == 1

@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmark.settings import as_sparse_configs
 from sparse_attention_hub import HashAttentionTopKMaskerConfig, ResearchAttention, ResearchAttentionConfig
+from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.maskers.bits import pack_bits, popcount
 from sparse_attention_hub.maskers.hat_weights import Layer, read_hat_weights, write_hat_weights
+from sparse_attention_hub.models.model_files import fit_template
 from sparse_attention_hub.testing import MaskerContract
 
 
@@ -272,3 +275,23 @@ def test_shipped_weights_fit_the_embedded_model() -> None:
     q, k, v = tensors(80, heads=9, kv_heads=3, dim=64)
     for layer in range(30):
         assert hub(q, k, v, layer_idx=layer).output.isfinite().all()
+
+
+def test_a_template_takes_the_sizes_of_the_weights_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "own.safetensors"
+    write_hat_weights(make_weights(8, 16, layers=1), str(path), "relu")
+    template = ResearchAttentionConfig([HashAttentionTopKMaskerConfig(0.1, 32, 3, 128, "silu", hat_weight_file=str(path))])
+    fitted = fit_template(template, "organisation/own")
+    assert fitted is not None
+    (masker,) = fitted.masker_configs
+    assert isinstance(masker, HashAttentionTopKMaskerConfig)
+    assert (masker.hat_mlp_layers, masker.hat_mlp_activation, masker.hat_weight_file) == (1, "relu", str(path))
+    path.write_text("no weights")
+    with pytest.raises(UserError, match="own.safetensors"):
+        fit_template(template, "organisation/own")
+
+
+def test_weights_in_place_cannot_be_tuned() -> None:
+    config = HashAttentionTopKMaskerConfig(0.1, 32, 1, 0, "relu", hat_weights=make_weights(8, 16, layers=1))
+    with pytest.raises(UserError, match="hat_weights of HashAttentionTopKMaskerConfig holds tensors"):
+        as_sparse_configs([("hash_10pct", ResearchAttentionConfig([config]), [HashAttentionTopKMaskerConfig])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, all_keys, attention, build, few_keys, tokens, wrap
@@ -17,6 +18,7 @@ from sparse_attention_hub.models import answer, forced, prefill, sparse_attentio
 from sparse_attention_hub.models.cache import SharedPrefixCache
 from sparse_attention_hub.models.lockstep import LOCKSTEP
 from sparse_attention_hub.models.plugin import PLUGIN
+from sparse_attention_hub.models.session import sparse_layers
 
 CONTEXT, QUESTION = tokens(70), tokens(12, seed=2)
 
@@ -36,7 +38,7 @@ def filled(model: Any, text: list[int] = CONTEXT) -> DynamicCache:
     return cache
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "mistral_sliding"])  # has windows only
 @pytest.mark.parametrize("way", range(len(all_keys())))
 def test_all_keys_equal_dense_on_a_dynamic_cache(architecture: str, way: int) -> None:
     model = build(architecture)
@@ -47,10 +49,8 @@ def test_all_keys_equal_dense_on_a_dynamic_cache(architecture: str, way: int) ->
         decode = logits(model, ids([5]), cache)
     assert torch.allclose(torch.cat([question, decode], 1), dense, atol=1e-5)
     full = sum(kind == "full_attention" for kind in getattr(model.config, "layer_types", None) or ["full_attention"] * 4)
-    if architecture == "mistral_sliding":
-        full = 0
     assert (session.calls, session.sparse_calls) == (8, 2 * full)
-    assert session.density == (pytest.approx(1.0) if full else None)
+    assert session.density == pytest.approx(1.0)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -405,3 +405,27 @@ def test_one_seed_an_item() -> None:
     with sparse_attention(model, few_keys()[3], seed=1):
         one = logits(model, question, cache)
     assert torch.equal(one[0], two[0]) and torch.equal(one[0], one[1]) and not torch.equal(two[0], two[1])
+
+
+def test_a_window_that_positions_never_reach_is_none() -> None:
+    """Phi-3's configuration: a window as long as its positions, on every layer."""
+    model = build("mistral_sliding")
+    model.config.sliding_window = model.config.max_position_embeddings
+    with sparse_attention(model, few_keys()[0]) as session:
+        logits(model, ids(QUESTION), filled(model))
+    assert session.sparse_calls == 4 and session.windowed_calls == 0
+    assert sparse_layers(wrap(model)) == [0, 1, 2, 3]
+
+
+def test_a_model_of_windows_only_is_not_dense_in_silence() -> None:
+    model = build("mistral_sliding")
+    with sparse_attention(model, few_keys()[0]), pytest.raises(UserError, match="sliding-window layers only"):
+        logits(model, ids(QUESTION), filled(model))
+
+
+def test_seeds_are_one_or_one_an_item() -> None:
+    model = build("llama")
+    with sparse_attention(model, few_keys()[0], seed=np.int64(3)):
+        logits(model, ids(QUESTION), filled(model))
+    with sparse_attention(model, few_keys()[0], seed=[1, 2]), pytest.raises(UserError, match="each of the 1 items, got 2"):
+        logits(model, ids(QUESTION), filled(model))
