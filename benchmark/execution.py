@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,6 @@ class _InWork:
     work: Work
     future: Future[int]
     status: Path
-    started: float = field(default_factory=time.monotonic)
     overdue: float | None = None  # when the worker should have been killed at the latest
 
 
@@ -137,7 +136,6 @@ class _Run:
         self.in_work: dict[int, _InWork] = {}
         self.results: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
         self.forced: ForcedRun | None = None
-        self.done_before = 0
         self.todo: dict[str, int] = {}
         self.interrupts = Interrupts(lambda: (self.scratch / "stop").touch(), self._worker_pids)
         self.pool: Pool | None = None
@@ -244,7 +242,6 @@ class _Run:
                 continue
             requests = run.missing()
             self.todo[run.name] = len(requests)
-            self.done_before += len(run.samples) - len(requests)
             logger.info("%s: %d samples, %d to answer", run.name, len(run.samples), len(requests))
             self.schedule.queue.extend(Work(run, block) for block in make_blocks(requests, workers))
             self._finish_done()
