@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -162,12 +163,23 @@ class ResearchAttention:
         """The mask of all maskers in order. No masker can make it hold a key that is not allowed."""
         if not self.maskers:
             return Mask.from_dense(inputs.allowed, inputs.shape[1], inputs.kv_heads)
-        mask = Mask.empty(inputs.shape, inputs.device, inputs.kv_heads)
-        for position, masker in enumerate(self.maskers):
+        leading = list(itertools.takewhile(lambda masker: masker.by_position, self.maskers))
+        mask = inputs.by_position(
+            tuple((type(masker), repr(masker.config)) for masker in leading), lambda: self._leading_mask(inputs, leading)
+        )
+        for position, masker in enumerate(self.maskers[len(leading) :], len(leading)):
             entry = None if state is None else state.entry(inputs.layer_idx, position)
             mask = masker.select(inputs.for_masker(entry), mask)
         trusted = inputs.all_allowed or all(masker.keeps_to_allowed for masker in self.maskers)
         return mask if trusted else mask.restrict(inputs.allowed)
+
+    @staticmethod
+    def _leading_mask(inputs: AttentionInputs, maskers: Sequence[Masker[Any]]) -> Mask:
+        """What the first maskers choose, which go by positions."""
+        mask = Mask.empty(inputs.shape, inputs.device, inputs.kv_heads)
+        for masker in maskers:
+            mask = masker.select(inputs.for_masker(None), mask)
+        return mask
 
     def final_mask(self, inputs: AttentionInputs, state: AttentionState | None = None) -> tuple[Mask, int]:
         """(the mask that is attended to, how many rows chose nothing and were given their last allowed key)."""

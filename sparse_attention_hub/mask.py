@@ -35,6 +35,8 @@ class Mask:
         self._probability = probability
         self._held_dense = dense
         self._chosen: Tensor | None = None
+        self._rows: tuple[Tensor, Tensor | None] | None = None
+        self._residual: tuple[Tensor, Tensor] | None = None
         self._counts = counts
         #: What `from_range` was given.
         self.span: tuple[int, int] | None = None
@@ -168,7 +170,11 @@ class Mask:
 
     def residual(self, allowed: Tensor) -> Tensor:
         """Allowed keys that nothing chose: bool (B, h, Q, N), h as the mask is held. allowed: bool (B, 1, Q, N)."""
-        return allowed if self.is_empty else allowed & ~self.chosen()
+        if self.is_empty:
+            return allowed
+        if self._residual is None or self._residual[0] is not allowed:
+            self._residual = (allowed, allowed & ~self.chosen())
+        return self._residual[1]
 
     def counts(self) -> Tensor:
         """Attended keys of each row: int64 (B, h, Q)."""
@@ -215,17 +221,20 @@ class Mask:
 
     def rows(self) -> tuple[Tensor, Tensor | None]:
         """(indices (B, h, Q, K) with -1 padding in any place, probability (B, h, Q, K) or None), as the mask is held."""
-        if self._indices is None:
+        if self._indices is not None:
+            return self._indices, self._probability
+        # Kept beside the mask, not as its form: how two masks join must not depend on who looked at one of them before.
+        if self._rows is None:
             chosen = self.chosen()
             counts = chosen.sum(-1)
             width = int(counts.max()) if counts.numel() else 0
             where = chosen.nonzero(as_tuple=True)
             slot = (chosen.cumsum(-1) - 1)[where]
-            self._indices = torch.full((*chosen.shape[:3], width), -1, dtype=torch.int64, device=chosen.device)
-            self._indices[where[0], where[1], where[2], slot] = where[3]
-            if self._dense is not None and self._dense.dtype != torch.bool:
-                self._probability = self._dense.gather(-1, self._indices.clamp(min=0))
-        return self._indices, self._probability
+            indices = torch.full((*chosen.shape[:3], width), -1, dtype=torch.int64, device=chosen.device)
+            indices[where[0], where[1], where[2], slot] = where[3]
+            certain = self._dense is None or self._dense.dtype == torch.bool
+            self._rows = indices, None if certain else self._dense.gather(-1, indices.clamp(min=0))  # type: ignore[union-attr]
+        return self._rows
 
     # -- combining masks ---------------------------------------------------------------------------------------------
 

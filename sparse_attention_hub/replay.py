@@ -5,7 +5,7 @@ All configurations of a call share each layer's scores, exponentials, sorted sco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,10 +59,11 @@ def replay(
     layers = trace.layers if layers is None else layers
     kept = list(range(trace.rows)) if rows is None else list(rows)
     states = SharedStates() if states is None else states
+    positions: dict[Hashable, dict[Hashable, object]] = {}
     errors: list[list[Tensor]] = [[] for _ in attentions]
     densities: list[list[Tensor]] = [[] for _ in attentions]
     for layer_idx in layers:
-        inputs = _layer_inputs(trace.layer(layer_idx, device), trace.rows, kept, seed)
+        inputs = _layer_inputs(trace.layer(layer_idx, device), trace.rows, kept, seed, positions)
         inputs.viewers = len(attentions)
         for place, attention in enumerate(attentions):
             state = states.of(attention.maskers, trace.key, inputs.keys[:, :, : trace.context_length], layer_idx)
@@ -76,15 +77,19 @@ def replay(
     ]
 
 
-def _layer_inputs(stored: TraceLayer, rows: int, kept: list[int], seed: int) -> AttentionInputs:
-    """One layer's call for some of the recorded rows, its dense output already known."""
+def _layer_inputs(
+    stored: TraceLayer, rows: int, kept: list[int], seed: int, positions: dict[Hashable, dict[Hashable, object]]
+) -> AttentionInputs:
+    """One layer's call for some of the recorded rows, its dense output already known. positions: of all layers."""
     mask, queries, dense = None, stored.queries, stored.dense
     if len(kept) < rows:
         queries, dense = queries[:, :, kept], dense[:, kept]
         keys = stored.keys.shape[2]
         last = torch.tensor(kept, device=stored.keys.device) + (keys - rows)
         mask = (torch.arange(keys, device=stored.keys.device) <= last[:, None])[None, None]
-    inputs = AttentionInputs(queries, stored.keys, stored.values, mask, stored.scaling, stored.layer_idx, [seed])
+    inputs = AttentionInputs(
+        queries, stored.keys, stored.values, mask, stored.scaling, stored.layer_idx, [seed], positions=positions
+    )
     inputs.memo("dense_output", lambda: dense)
     return inputs
 

@@ -156,6 +156,15 @@ class MaskerContract:
             assert torch.equal(mask.inclusion_probability(), before)
             assert bool((after.inclusion_probability()[before == 1] == 1).all()), "a chosen key was dropped"
 
+    @pytest.mark.parametrize("rows", [1, 7])
+    def test_by_position_means_by_nothing_else(self, rows: int) -> None:
+        masker = create_masker(self.make_config())
+        if not masker.by_position:
+            return
+        calls = [AttentionInputs(*self.tensors(150, rows, seed=i), layer_idx=i, seeds=[i, i + 1]) for i in range(2)]
+        one, other = (masker.select(inputs, Mask.empty(inputs.shape, kv_heads=inputs.kv_heads)) for inputs in calls)
+        assert torch.equal(one.inclusion_probability(), other.inclusion_probability())
+
     @pytest.mark.parametrize("kv_heads", [8, 2, 1])
     @pytest.mark.parametrize("rows", [1, 5])
     def test_query_groups(self, kv_heads: int, rows: int) -> None:

@@ -21,6 +21,7 @@ from sparse_attention_hub import (
     SinkMaskerConfig,
     dense_attention,
 )
+from sparse_attention_hub.maskers.inputs import AttentionInputs
 
 
 def tensors(rows: int = 5, n: int = 60, batch: int = 2, heads: int = 8, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,3 +340,35 @@ def test_exact_moments_are_charged_for_every_key() -> None:
     sampled = make(AdaptiveSamplingMaskerConfig(**tail))(*tensors(1))
     exact = make(AdaptiveSamplingMaskerConfig(**tail, use_exact_estimation=True))(*tensors(1))
     assert exact.kv_fraction >= 0.5 and exact.kv_fraction - exact.density > sampled.kv_fraction - sampled.density
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_calls_that_share_their_positions_give_what_each_gives_alone(rows: int, masked: bool) -> None:
+    """Other queries, layers and seeds, some calls of another shape between them; bit for bit, whoever came first."""
+    ends = SinkMaskerConfig(3), LocalMaskerConfig(0.1)
+    adaptive = AdaptiveSamplingMaskerConfig(0.1, 0.2, 0.2, 0, 0)
+    pipelines = [
+        make(*ends),
+        make(*ends, OracleTopKConfig(0.1)),
+        make(*ends, adaptive),
+        make(SinkMaskerConfig(3), OracleTopKConfig(0.1), LocalMaskerConfig(0.1)),
+        make(*ends, OracleTopKConfig(0.1), RandomSamplingMaskerConfig(0.1)),
+        make(CausalMaskerConfig()),
+        make(SinkMaskerConfig(1), LocalMaskerConfig(0.1)),
+        make(SinkMaskerConfig(1.0), LocalMaskerConfig(0.1)),
+    ]
+    positions: dict = {}
+    for layer in range(3):
+        for n in (60, 70):
+            tensors_of = tensors(rows, n)
+            mask = torch.ones(2, 1, rows, n, dtype=torch.bool) if masked else None
+            if mask is not None:
+                mask[0, :, :, :7] = False
+            for pipeline in pipelines:
+                call = (tensors_of[0] * (1 + layer), *tensors_of[1:], mask, None, layer, [layer, 5])
+                shared = pipeline.attend_inputs(AttentionInputs(*call, positions=positions))
+                alone = pipeline.attend_inputs(AttentionInputs(*call))
+                assert torch.equal(shared.output, alone.output)
+                assert torch.equal(shared.mask.inclusion_probability(), alone.mask.inclusion_probability())
+                assert (shared.density, shared.kv_fraction) == (alone.density, alone.kv_fraction)

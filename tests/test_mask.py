@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,6 +88,19 @@ def test_union_is_that_of_independent_coins(first: Mask, second: Mask) -> None:
     for row in indices.reshape(-1, indices.shape[-1]):
         kept = row[row >= 0]
         assert kept.unique().numel() == kept.numel(), "a key stands twice in a list"
+
+
+@quick
+@given(first=masks, second=masks, seed=st.integers(0, 100))
+def test_a_mask_that_was_looked_at_joins_as_one_that_was_not(first: Mask, second: Mask, seed: int) -> None:
+    """Masks are shared: the form of what is made of them must not depend on who read them before."""
+    fresh = copy.copy(first).union(second)
+    allowed = torch.rand(2, 1, 3, 20, generator=torch.Generator().manual_seed(seed)) < 0.6
+    first.rows(), first.to_indices(), first.to_indices(group=True), first.residual(allowed), first.residual(~allowed)
+    again = first.union(second)
+    assert (again._indices is None) == (fresh._indices is None)
+    assert torch.equal(again.rows()[0], fresh.rows()[0])
+    assert torch.equal(first.residual(allowed), copy.copy(first).residual(allowed.clone()))
 
 
 @quick

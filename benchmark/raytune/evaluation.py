@@ -232,7 +232,7 @@ class TraceEvaluator:
         return trace.prefilled(self.lm, room, self._states) or prefill(self.lm, entry.prompt.context_ids, room)
 
     def _force(self, attentions: list[ResearchAttention], check: Any) -> list[Evaluation]:
-        """Question and dense answer in one forward: errors compound through the layers as in a real run."""
+        """The question, then the dense answer in one forward: errors compound through the layers as in a real run."""
         from sparse_attention_hub.models import forced_many
 
         per_sample: list[list[Evaluation]] = []

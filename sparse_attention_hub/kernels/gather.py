@@ -147,8 +147,12 @@ def _weigher(values: Tensor, indices: Tensor, heads: int, wide: torch.dtype) -> 
     if indices.shape[1] == heads and indices.shape[-1] and values.dtype == wide == torch.float32 and not values.is_cuda:
         # One row a list: summing the values as a weighted bag reads them in place, without the gathered copy.
         rows, places = _addressed(values, indices)
-        bags = places.view(-1, indices.shape[-1])
-        return lambda weights: F.embedding_bag(bags, rows, mode="sum", per_sample_weights=weights.flatten(0, 2))
+        width = indices.shape[-1]
+        starts = torch.arange(0, places.numel(), width)
+        # Called without F.embedding_bag's checks, which take as long as the sum itself.
+        return lambda weights: torch.embedding_bag(rows, places.flatten(), starts, False, 0, False, weights.flatten())[0].view(
+            *weights.shape[:3], -1
+        )
     picked = gather_rows(values, indices).to(wide)
     return lambda weights: weights @ picked
 

@@ -43,6 +43,9 @@ class Masker(ABC, Generic[ConfigT]):
     is_sampling = False
     #: True if `select` never returns a key outside inputs.allowed (the contract tests check it); else the pipeline sees to it.
     keeps_to_allowed = False
+    #: True if `select` looks at shapes, positions and inputs.allowed alone: not at queries, keys, values, state, layer or
+    #: seeds. What such maskers choose before any other is found once for all calls that share their positions.
+    by_position = False
     #: Config fields that decide what `fit` and `encode` make of keys; None = all. Configurations that agree in them share
     #: codes.
     code_fields: tuple[str, ...] | None = None

@@ -19,6 +19,7 @@ class CausalMasker(Masker[CausalMaskerConfig]):
     """Alone it is dense attention; behind other maskers it changes nothing."""
 
     keeps_to_allowed = True
+    by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         return Mask.from_dense(inputs.allowed, inputs.shape[1], inputs.kv_heads) if mask.is_empty else mask

@@ -35,8 +35,9 @@ class AttentionInputs:
     causal and padding masks permit. Everything memoised here is shared by the maskers of a call, and by all
     configurations that are replayed on the same call.
 
-    common: a dictionary that calls of the same shape, attention mask, layer and seeds may share: what follows from these
-    alone (positions, random order) is then computed once for all of them.
+    positions: a dictionary that calls with equal attention masks may share, common: one for those whose layer and seeds are
+    the same too. What follows from these alone (positions and what is chosen by them; random order) is then computed once for
+    all calls of one shape.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class AttentionInputs:
         layer_idx: int = 0,
         seeds: list[int] | None = None,
         common: dict[Hashable, object] | None = None,
+        positions: dict[Hashable, dict[Hashable, object]] | None = None,
     ) -> None:
         if queries.dim() != 4 or keys.dim() != 4 or values.dim() != 4:
             raise ValueError(
@@ -78,6 +80,9 @@ class AttentionInputs:
         self._attention_mask = attention_mask
         self._memo: dict[Hashable, object] = {}
         self._common: dict[Hashable, object] = {} if common is None else common
+        self._positions: dict[Hashable, object] = {}
+        if positions is not None:
+            self._positions = positions.setdefault((self.shape, self.kv_heads, self.device), {})
 
     def for_masker(self, state: MaskerState | None) -> AttentionInputs:
         """The same call with one masker's own state; all memoised sums stay shared."""
@@ -91,6 +96,12 @@ class AttentionInputs:
         if name not in self._memo:
             self._memo[name] = make()
         return self._memo[name]  # type: ignore[return-value]
+
+    def by_position(self, name: Hashable, make: Callable[[], T]) -> T:
+        """`memo` for what follows from shape and attention mask alone."""
+        if name not in self._positions:
+            self._positions[name] = make()
+        return self._positions[name]  # type: ignore[return-value]
 
     def _for_all(self, name: Hashable, make: Callable[[], T]) -> T:
         """`memo` for what follows from shape, attention mask, layer and seeds alone."""
@@ -116,21 +127,21 @@ class AttentionInputs:
     @property
     def allowed(self) -> Tensor:
         """bool (B, 1, Q, N)."""
-        return self._for_all("allowed", self._make_allowed)
+        return self.by_position("allowed", self._make_allowed)
 
     @property
     def all_allowed(self) -> bool:
         """True if every query may attend to every key (plain decoding)."""
         if self._attention_mask is None:
             return self.shape[2] == 1
-        return self._for_all("all_allowed", lambda: bool(self.allowed.all()))
+        return self.by_position("all_allowed", lambda: bool(self.allowed.all()))
 
     @property
     def n_allowed(self) -> list[int]:
         """N of each item: the allowed keys of its last query row. Sizes given as a fraction are fractions of it."""
         if self._attention_mask is None:
             return [self.shape[3]] * self.shape[0]
-        return self._for_all("n_allowed", lambda: self.allowed[:, 0, -1].sum(-1).tolist())
+        return self.by_position("n_allowed", lambda: self.allowed[:, 0, -1].sum(-1).tolist())
 
     @property
     def has_bias(self) -> bool:
@@ -138,7 +149,7 @@ class AttentionInputs:
         mask = self._attention_mask
         if mask is None or mask.dtype == torch.bool:
             return False
-        return self._for_all("has_bias", lambda: bool(self._bias.any()))
+        return self.by_position("has_bias", lambda: bool(self._bias.any()))
 
     @property
     def key_positions(self) -> Tensor:
@@ -151,7 +162,7 @@ class AttentionInputs:
             usable = self.allowed[:, 0].any(1)
             return (usable.cumsum(-1) - 1).masked_fill(~usable, -1)
 
-        return self._for_all("key_positions", make)
+        return self.by_position("key_positions", make)
 
     @property
     def row_positions(self) -> Tensor:
@@ -162,12 +173,12 @@ class AttentionInputs:
                 return self.key_positions[:, self.shape[3] - self.shape[2] :]
             return self.key_positions.unsqueeze(1).masked_fill(~self.allowed[:, 0], -1).amax(-1)
 
-        return self._for_all("row_positions", make)
+        return self.by_position("row_positions", make)
 
     @property
     def row_lengths(self) -> Tensor:
         """Allowed keys of each query row: int64 (B, Q)."""
-        return self._for_all("row_lengths", lambda: self.allowed[:, 0].sum(-1))
+        return self.by_position("row_lengths", lambda: self.allowed[:, 0].sum(-1))
 
     def share_of_allowed(self, counts: Tensor) -> float:
         """Keys counted for each row, (B, h, Q), over those it may attend to: mean over heads, and over rows that may attend
@@ -357,14 +368,23 @@ class AttentionInputs:
             bias = mask[..., : self.shape[3]].float().expand(self.allowed.shape)
             return bias.masked_fill(~self.allowed, 0.0)
 
-        return self.memo("bias", make)
+        return self.by_position("bias", make)
 
     def biased(self, scores: Tensor) -> Tensor:
         """scores (B, H, Q, N) plus the attention mask's bias, -inf where not allowed; changed in place."""
         if self.has_bias:
             scores += self._bias
-        # Filled, not added: what stands on padding may be anything, NaN too.
-        return scores if self.all_allowed else scores.masked_fill_(~self.allowed, NEVER)
+        if not self.all_allowed:
+            # Filled, not added: what stands on padding may be anything, NaN too.
+            start, forbidden = self.by_position("forbidden", self._forbidden)
+            scores[..., start:].masked_fill_(forbidden, NEVER)
+        return scores
+
+    def _forbidden(self) -> tuple[int, Tensor]:
+        """(the first key that some row may not attend to, which keys from there on each row may not: bool (B, 1, Q, n))."""
+        seen_by_all = self.allowed.all(2).all(0).flatten()
+        start = int(seen_by_all.to(torch.uint8).argmin()) if seen_by_all.numel() else 0
+        return start, ~self.allowed[..., start:]
 
 
 def _check_mask(mask: Tensor, batch: int, rows: int, keys: int) -> None:

@@ -32,6 +32,7 @@ class LocalMasker(Masker[LocalMaskerConfig]):
     """Row i attends to the keys in (i - window_size, i], exactly, however short the text is."""
 
     keeps_to_allowed = True
+    by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         sizes = inputs.resolve(self.config.window_size)

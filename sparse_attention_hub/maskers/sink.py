@@ -32,6 +32,7 @@ class SinkMasker(Masker[SinkMaskerConfig]):
     """Attends to the first `sink_size` allowed keys of every item, as far as causality lets a row see them."""
 
     keeps_to_allowed = True
+    by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         sizes = inputs.resolve(self.config.sink_size)

@@ -36,7 +36,8 @@ def _choose_above(scores: Tensor, residual: Tensor, size: int, inputs: Attention
     else:
         eligible = np.where(residual.numpy(), scores.numpy(), scores.numpy().dtype.type(NEVER))
         place = scores.shape[-1] - min(size, scores.shape[-1])
-        threshold = torch.from_numpy(np.partition(eligible, place, axis=-1)[..., place : place + 1])
+        eligible.partition(place, axis=-1)
+        threshold = torch.from_numpy(eligible[..., place : place + 1])
     threshold = threshold.clamp(min=torch.finfo(scores.dtype).min)  # a score of -inf is never chosen
     chosen = np.greater_equal(scores.numpy(), threshold.numpy())
     chosen &= residual.numpy()

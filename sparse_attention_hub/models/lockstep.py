@@ -31,7 +31,7 @@ class Recorder(Protocol):
     """Called after each layer's attention of a row. result is None for a dense row.
 
     queries (1, H, Q, D), after RoPE, of the last Q positions; keys, values (1, Hkv, N, D), views of the cache that
-    are valid only during the call; step 0 is the question (or a forced pass), 1, 2, ... the generated tokens.
+    are valid only during the call; step 0 is the question, 1, 2, ... the generated tokens (a forced answer's are all step 1).
     """
 
     def __call__(
@@ -89,6 +89,7 @@ class Lockstep:
         """learned: what maskers know of this context, which goes by the name `context` there."""
         self.cache, self.context_length, self.rows = cache, context_length, rows
         self.learned, self.context = learned if learned is not None else SharedStates(), context
+        self.positions: dict[Hashable, dict[Hashable, object]] = {}  # what all rows and layers of one forward pass share
         self.step = 0
         self.calls = 0
         self.windows: dict[int, int | None] = {}  # what each layer that was called says of itself
@@ -126,7 +127,7 @@ class Lockstep:
             if layer_idx not in row.memory.prepared:
                 self._prepare(row.attention, row.memory, layer_idx, keys[:, :, : self.context_length])
             seeds = [row.seed]
-            inputs = AttentionInputs(queries, keys, values, None, scaling, layer_idx, seeds, common)
+            inputs = AttentionInputs(queries, keys, values, None, scaling, layer_idx, seeds, common, self.positions)
             result = row.attention.attend_inputs(inputs, row.memory.state)
             output = result.output.to(queries.dtype)
             length = queries.shape[2]
@@ -200,6 +201,7 @@ def running(lm: LanguageModel, session: Lockstep) -> Iterator[None]:
 def forward(lm: LanguageModel, session: Lockstep, ids: Tensor, keep: int) -> Tensor:
     """Logits (rows, keep, V) of the last `keep` of ids (rows, Q)."""
     before = session.calls
+    session.positions.clear()
     kwargs = {"logits_to_keep": keep} if lm.keeps_logits else {}
     logits: Tensor = lm.model(input_ids=ids, past_key_values=session.cache, use_cache=True, **kwargs).logits[:, -keep:]
     check_calls(lm, session, before)

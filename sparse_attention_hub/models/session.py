@@ -2,8 +2,8 @@
 
 A `Prefilled` holds the KV cache of a context. `answer_many` generates greedily under several attentions in lockstep:
 all linear layers run as one batch (one read of the weights a step), attention runs for each row on the shared prefix
-and the row's private tail, and a finished row leaves the batch. `forced_many` runs one forward pass over a question
-and a given answer instead. Both leave the `Prefilled` as they found it.
+and the row's private tail, and a finished row leaves the batch. `forced_many` is given the answer instead: one forward
+pass over the question, one over the answer. Both leave the `Prefilled` as they found it.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def forced(
     seed: int = 0,
     recorder: Recorder | None = None,
 ) -> Forced:
-    """How likely this answer is under an attention: one forward pass. `forced_many` says the rest."""
+    """How likely this answer is under an attention, in two forward passes. `forced_many` says the rest."""
     return forced_many(
         lm, prefilled, question_ids, answer_ids, [attention], sparse_from=sparse_from, seed=seed, recorders=[recorder]
     )[0]
@@ -257,10 +257,10 @@ def forced_many(
     seed: int = 0,
     recorders: Sequence[Recorder | None] | None = None,
 ) -> list[Forced]:
-    """One forward pass over question and answer under several attentions, as one batch.
+    """One forward pass over the question and one over the answer's tokens, under several attentions as one batch.
 
-    The answer's last token is predicted but never fed, as in generation: an answer that ends with EOS has no row
-    after it.
+    The question goes by itself, as in generation: a fraction of N is then of what the question's own last row sees. The
+    answer's last token is predicted but never fed, as in generation: an answer that ends with EOS has no row after it.
     """
     if not answer_ids:
         raise UserError("the answer has no tokens: nothing to force")
@@ -269,14 +269,11 @@ def forced_many(
         rows,
     ):
         tails = len(question_ids) + len(answer_ids)
-        if sparse_from == "question":
-            logits = _ask(lm, session, rows, [*question_ids, *answer_ids[:-1]], sparse_from, tails, keep=len(answer_ids))
-        else:
-            logits = _ask(lm, session, rows, question_ids, sparse_from, tails)
-            if len(answer_ids) > 1:
-                session.step += 1
-                ids = torch.tensor([answer_ids[:-1]], device=lm.device).expand(len(rows), -1)
-                logits = torch.cat([logits, forward(lm, session, ids, len(answer_ids) - 1)], dim=1)
+        logits = _ask(lm, session, rows, question_ids, sparse_from, tails)
+        if len(answer_ids) > 1:
+            session.step += 1
+            ids = torch.tensor([answer_ids[:-1]], device=lm.device).expand(len(rows), -1)
+            logits = torch.cat([logits, forward(lm, session, ids, len(answer_ids) - 1)], dim=1)
         target = torch.tensor(answer_ids, device=logits.device)
         results = []
         for row, scores in zip(rows, logits, strict=True):
@@ -349,18 +346,16 @@ def _memories(prefilled: Prefilled, attentions: Sequence[ResearchAttention | Non
     return memories
 
 
-def _ask(
-    lm: LanguageModel, session: Lockstep, rows: list[Row], ids: list[int], sparse_from: str, tails: int, keep: int = 1
-) -> Tensor:
-    """Feed the question to all rows; logits (rows, keep, V). Under "decode" the question is dense and part of the
+def _ask(lm: LanguageModel, session: Lockstep, rows: list[Row], ids: list[int], sparse_from: str, tails: int) -> Tensor:
+    """Feed the question to all rows; logits (rows, 1, V). Under "decode" the question is dense and part of the
     prefix."""
     batch = torch.tensor([ids], device=lm.device)
     if sparse_from == "question":
         session.cache.fork(len(rows), tails)
-        return forward(lm, session, batch.expand(len(rows), -1), keep)
+        return forward(lm, session, batch.expand(len(rows), -1), 1)
     dense_recorders = [recorder for row in rows if row.attention is None for recorder in row.recorders]
     session.rows = [Row(None, None, 0, dense_recorders)]
-    logits = forward(lm, session, batch, keep).expand(len(rows), -1, -1)
+    logits = forward(lm, session, batch, 1).expand(len(rows), -1, -1)
     session.rows = rows
     session.cache.fork(len(rows), tails)
     return logits

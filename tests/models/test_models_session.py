@@ -9,7 +9,17 @@ import pytest
 import torch
 from tiny_models import all_keys, attention, build, few_keys, tokens, wrap
 
-from sparse_attention_hub import LocalMaskerConfig, Mask, Masker, MaskerConfig, SinkMaskerConfig, register_masker
+from sparse_attention_hub import (
+    LocalMaskerConfig,
+    Mask,
+    Masker,
+    MaskerConfig,
+    OracleTopKConfig,
+    ResearchAttention,
+    ResearchAttentionConfig,
+    SinkMaskerConfig,
+    register_masker,
+)
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.maskers.state import MaskerState
 from sparse_attention_hub.models import (
@@ -161,6 +171,25 @@ def test_an_answer_that_ends_with_eos_is_forced_and_reproduced(llama: LanguageMo
     assert again.reproduced
     assert again.density == pytest.approx(found.density, rel=0.05)
     assert not forced(llama, prefilled, QUESTION, [*found.token_ids[:-1], found.token_ids[-1] ^ 1], few_keys()[1]).reproduced
+
+
+def test_the_question_of_a_forced_answer_is_attended_to_as_in_generation(llama: LanguageModel) -> None:
+    """A fraction of N is of what the question sees, whatever answer follows: 0.1 of 99 keys are 9, of 104 they are 10."""
+    seen: list[list[tuple[int, Any]]] = []
+
+    def keep(*, layer_idx: int, result: Any, step: int, **_: Any) -> None:
+        if step == 0:
+            seen[-1].append((layer_idx, result.mask.inclusion_probability()))
+
+    prefilled = prefill(llama, tokens(99 - len(QUESTION), 4), 40)
+    way = ResearchAttention(ResearchAttentionConfig([OracleTopKConfig(0.1)]))
+    seen.append([])
+    real = answer(llama, prefilled, QUESTION, way, 9, recorder=keep)
+    seen.append([])
+    forced(llama, prefilled, QUESTION, real.token_ids, way, recorder=keep)
+    assert len(seen[0]) == llama.num_layers
+    for (layer_idx, expected), (told, found) in zip(*seen, strict=True):
+        assert layer_idx == told and torch.equal(expected, found)
 
 
 class Count:
