@@ -84,6 +84,10 @@ class SharedPrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Let `forks` rows go on, each for itself, for about tail_capacity tokens."""
         self.forks, self.tail_length, self._tail_capacity = forks, 0, tail_capacity
         self._tail_keys = self._tail_values = None
+        if forks and self.is_initialized:
+            # All layers at once and before anything else: between the large temporary tensors of attention, tails that stay
+            # would leave holes in the heap.
+            self._tail_keys, self._tail_values = self._new_tails(forks, tail_capacity)
         self._owner, self._owned = _NO_OWNER, 0
 
     def select(self, forks: list[int], index: Tensor) -> None:
@@ -105,14 +109,16 @@ class SharedPrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def _grow_tails(self, key_states: Tensor, value_states: Tensor, added: int) -> tuple[Tensor, Tensor]:
         needed = self.tail_length + added
         if self._tail_keys is None or self._tail_values is None or self._tail_keys.shape[2] < needed:
-            capacity = max(needed, self._tail_capacity)
-            keys = key_states.new_empty((*key_states.shape[:2], capacity, key_states.shape[3]))
-            values = value_states.new_empty((*value_states.shape[:2], capacity, value_states.shape[3]))
+            keys, values = self._new_tails(key_states.shape[0], max(needed, self._tail_capacity))
             if self._tail_keys is not None and self._tail_values is not None:
                 keys[:, :, : self.tail_length] = self._tail_keys[:, :, : self.tail_length]
                 values[:, :, : self.tail_length] = self._tail_values[:, :, : self.tail_length]
             self._tail_keys, self._tail_values = keys, values
         return self._tail_keys, self._tail_values
+
+    def _new_tails(self, forks: int, capacity: int) -> tuple[Tensor, Tensor]:
+        keys, values = (held.new_empty((forks, held.shape[1], capacity, held.shape[3])) for held in (self._keys, self._values))
+        return keys, values
 
     # What transformers asks of a layer.
 

@@ -269,18 +269,25 @@ def forced_many(
         rows,
     ):
         tails = len(question_ids) + len(answer_ids)
-        logits = _ask(lm, session, rows, question_ids, sparse_from, tails)
+        target = torch.tensor(answer_ids, device=lm.device)
+        told = [_predicted(_ask(lm, session, rows, question_ids, sparse_from, tails), target[:1])]
         if len(answer_ids) > 1:
             session.step += 1
-            ids = torch.tensor([answer_ids[:-1]], device=lm.device).expand(len(rows), -1)
-            logits = torch.cat([logits, forward(lm, session, ids, len(answer_ids) - 1)], dim=1)
-        target = torch.tensor(answer_ids, device=logits.device)
-        results = []
-        for row, scores in zip(rows, logits, strict=True):
-            nll = torch.nn.functional.cross_entropy(scores.float(), target).item()
-            reproduced = bool((scores.argmax(dim=-1) == target).all())
-            results.append(Forced(nll, reproduced, row.density(), row.kv_fraction()))
-    return results
+            ids = target[:-1].expand(len(rows), -1)
+            told.append(_predicted(forward(lm, session, ids, len(answer_ids) - 1), target[1:]))
+        losses, hits = (torch.cat(parts, 1) for parts in zip(*told, strict=True))
+        return [
+            Forced(float(nll), bool(hit), row.density(), row.kv_fraction())
+            for row, nll, hit in zip(rows, losses.mean(1), hits.all(1), strict=True)
+        ]
+
+
+def _predicted(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(negative log-likelihoods float32 (rows, n), whether the argmax is the token, bool (rows, n)) of the n target tokens
+    under logits (rows, n, V), which are large: a row at a time, and kept no longer than this."""
+    target = target.to(logits.device)
+    losses = [torch.nn.functional.cross_entropy(scores.float(), target, reduction="none") for scores in logits]
+    return torch.stack(losses), logits.argmax(dim=-1) == target
 
 
 @contextmanager
