@@ -334,7 +334,7 @@ def test_dense_rows_is_softmax_over_what_each_row_may_see(
 ) -> None:
     monkeypatch.setattr(dense, "_ROWS", 8)
     monkeypatch.setattr(dense, "_BLOCK_SCORES", 6 * 45 * 3)  # rows a block on a GPU
-    for length, total in [(1, 40), (20, 20), (13, 40), (16, 45)]:
+    for length, total in [(1, 40), (20, 20), (13, 40), (16, 45), (32, 33), (40, 75)]:
         queries = torch.randn(1, 6, length, 16).to(dtype)
         buffer = torch.randn(2, 1, 2, total + 5, 16).to(dtype)  # a cache hands over the front of its buffers
         keys, values = buffer[0, :, :, :total], buffer[1, :, :, :total]
