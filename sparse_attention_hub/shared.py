@@ -28,7 +28,7 @@ def attend_shared(mask: Mask, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     sums, totals = way(mask, inputs, values)
     if float(totals.min()) < LEAST_SHARED_MASS:
         return _by_logits(mask, inputs)
-    return (sums / totals.unsqueeze(-1)).transpose(1, 2), totals.log() + inputs.scores().amax(-1)
+    return (sums / totals.unsqueeze(-1)).transpose(1, 2), totals.log() + inputs.highest()
 
 
 def _by_logits(mask: Mask, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

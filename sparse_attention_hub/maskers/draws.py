@@ -11,8 +11,8 @@ from torch import Tensor
 from ..mask import Mask, expand_heads
 from .inputs import AttentionInputs, count_true
 
-# Places around a guess in which the bound of a draw is looked for: a few standard deviations of the guess.
-_WINDOW = 192
+# Standard deviations of a guess, to both sides, in which the bound of a draw is looked for.
+_DEVIATIONS = 4
 
 
 def draws_by_comparison(inputs: AttentionInputs, mask: Mask) -> bool:
@@ -46,6 +46,7 @@ class OrderedResidual:
         rows = residual.unsqueeze(2) if residual.shape[1] == 1 else residual.view(grouped)
         wanted, left = sizes.unsqueeze(-1), expand_heads(self.left, heads).unsqueeze(-1).clamp(min=1)
         bounds = -(-wanted * keys // left)
+        width = self._width(wanted, left)
         low, high = torch.zeros_like(bounds), torch.full_like(bounds, keys)
         for turn in itertools.count():
             below = bounds.numpy().astype(places.dtype).reshape(*grouped[:-1], 1)
@@ -55,7 +56,7 @@ class OrderedResidual:
             if torch.equal(counts, wanted):
                 return torch.from_numpy(flags).view(*sizes.shape, keys), bounds
             low, high = torch.where(counts < wanted, bounds, low), torch.where(counts > wanted, bounds, high)
-            seen, inside = self._read_off(bounds, counts, wanted)
+            seen, inside = self._read_off(bounds, counts, wanted, width)
             jump = bounds + torch.div((wanted - counts) * keys, left, rounding_mode="floor")
             halved = (jump <= low) | (jump >= high) | (turn % 2 == 1)
             bounds = torch.where(inside, seen, torch.where(halved, (low + high) // 2, jump))
@@ -78,10 +79,17 @@ class OrderedResidual:
         )
         return keys.masked_fill_(~residual.gather(-1, keys) | (places >= end), -1)
 
-    def _read_off(self, bounds: Tensor, counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """(bounds below which `wanted` residual keys lie, where they stand near enough to be seen). All (B, h, Q, 1)."""
+    def _width(self, wanted: Tensor, left: Tensor) -> int:
+        """Places in which almost every row's bound is found: of the keys below a guess, the residual ones are as many as in
+        a draw without replacement, so the guess strays by their standard deviation."""
         total = self._inputs.shape[3]
-        width = min(_WINDOW, total)
+        share, part = left / total, wanted / left
+        deviation = float((wanted * (1 - share) * (1 - part).clamp(min=0) / share.square()).max()) ** 0.5
+        return min(total, 2 * int(_DEVIATIONS * deviation) + 16)
+
+    def _read_off(self, bounds: Tensor, counts: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """(bounds below which `wanted` residual keys lie, where they are among `width` places around). All (B, h, Q, 1)."""
+        total = self._inputs.shape[3]
         start = (bounds - width // 2).clamp(min=0, max=total - width)
         running = (self._window(start, width, torch.tensor(total)) >= 0).cumsum(-1)
         before = running.gather(-1, (bounds - start - 1).clamp(min=0)).masked_fill_(bounds == start, 0)

@@ -215,11 +215,15 @@ class AttentionInputs:
 
         return self.memo("ranked", make) if scores is self._memo.get("scores") else make()
 
+    def highest(self) -> Tensor:
+        """The highest score of each row, float32 (B, H, Q), -inf where nothing is allowed."""
+        return self.memo("highest", lambda: self.scores().amax(-1))
+
     def exponentials(self) -> Tensor:
         """exp(score - highest score of the row), float32 (B, H, Q, N), 0 where not allowed."""
 
         def make() -> Tensor:
-            top = self.scores().amax(-1, keepdim=True)
+            top = self.highest().unsqueeze(-1)
             return (self.scores() - top.masked_fill(top == NEVER, 0.0)).exp_()
 
         return self.memo("exponentials", make)
