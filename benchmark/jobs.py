@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sparse_attention_hub import ResearchAttentionConfig
 
 #: Raised when the meaning of a journalled answer changes, so that older ones are not reused.
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 #: Samples a block: small enough that all workers finish together.
 MAX_BLOCK = 4
 

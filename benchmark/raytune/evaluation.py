@@ -24,7 +24,7 @@ from sparse_attention_hub.errors import UserError
 from .trial import Evaluation, with_deadline
 
 if TYPE_CHECKING:
-    from sparse_attention_hub.models import LanguageModel, Prefilled
+    from sparse_attention_hub.models import Forced, LanguageModel, Prefilled
     from sparse_attention_hub.models.trace import Trace
 
 RUNG0_ROWS = 6
@@ -98,6 +98,7 @@ class TraceEvaluator:
         self.samples = tuning_samples(lm.tokenizer, task_name, settings)
         self.traces: list[Trace] = []
         self._states = SharedStates()
+        self._reproduced: dict[tuple[str, int], Forced] = {}  # by configuration and sample, what rung 2 saw of dense answers
         self.bytes_per_layer = 0
         for entry in self.samples:
             rows = entry.max_new_tokens + (len(entry.prompt.question_ids) if settings.sparse_from == "question" else 0)
@@ -232,11 +233,12 @@ class TraceEvaluator:
         return trace.prefilled(self.lm, room, self._states) or prefill(self.lm, entry.prompt.context_ids, room)
 
     def _force(self, attentions: list[ResearchAttention], check: Any) -> list[Evaluation]:
-        """The question, then the dense answer in one forward: errors compound through the layers as in a real run."""
+        """Question and dense answer through the model, token by token: errors compound through the layers as in a real run,
+        and a configuration that would reproduce an answer does so when it generates, which need not be done again."""
         from sparse_attention_hub.models import forced_many
 
         per_sample: list[list[Evaluation]] = []
-        for entry, trace in zip(self.samples, self.traces, strict=True):
+        for number, (entry, trace) in enumerate(zip(self.samples, self.traces, strict=True)):
             room = len(entry.prompt.question_ids) + len(trace.answer_ids)
             meters = [ErrorMeter() for _ in attentions]
             results = forced_many(
@@ -248,7 +250,11 @@ class TraceEvaluator:
                 sparse_from=self.settings.sparse_from,
                 seed=entry.seed,
                 recorders=meters,
+                stepwise=True,
             )
+            for attention, result in zip(attentions, results, strict=True):
+                if result.reproduced:
+                    self._reproduced[repr(attention.config), number] = result
             per_sample.append(
                 [
                     meter.evaluation(reference_nll=result.nll, reproduced=float(result.reproduced))
@@ -262,32 +268,40 @@ class TraceEvaluator:
     def _generate(self, attentions: list[ResearchAttention], check: Any) -> list[Evaluation]:
         """Real sparse generation, scored as the task scores. Its inputs differ from dense attention's more with every token, so
         its error says little that rung 2 does not, and is not measured."""
-        from sparse_attention_hub.models import answer_many
+        from sparse_attention_hub.models import Forced, answer_many
 
         per_sample: list[list[Evaluation]] = []
-        for entry, trace in zip(self.samples, self.traces, strict=True):
+        for number, (entry, trace) in enumerate(zip(self.samples, self.traces, strict=True)):
             room = len(entry.prompt.question_ids) + entry.max_new_tokens
-            answers = answer_many(
-                self.lm,
-                self._prefilled(entry, trace, room),
-                entry.prompt.question_ids,
-                attentions,
-                entry.max_new_tokens,
-                sparse_from=self.settings.sparse_from,
-                seed=entry.seed,
+            known = [self._reproduced.get((repr(attention.config), number)) for attention in attentions]
+            unknown = [attention for attention, forced in zip(attentions, known, strict=True) if forced is None]
+            generated = iter(
+                answer_many(
+                    self.lm,
+                    self._prefilled(entry, trace, room),
+                    entry.prompt.question_ids,
+                    unknown,
+                    entry.max_new_tokens,
+                    sparse_from=self.settings.sparse_from,
+                    seed=entry.seed,
+                )
+                if unknown
+                else ()
             )
-            per_sample.append(
-                [
+            column = []
+            for forced in known:
+                answer = next(generated) if forced is None else forced
+                text = trace.meta["answer"] if isinstance(answer, Forced) else answer.text
+                column.append(
                     Evaluation(
                         error=None,
                         density=float("nan") if answer.density is None else answer.density,
                         seconds=0.0,
                         kv_fraction=answer.kv_fraction,
-                        score=self.task.score(answer.text, entry.sample).get(self.task.metric),
+                        score=self.task.score(text, entry.sample).get(self.task.metric),
                     )
-                    for answer in answers
-                ]
-            )
+                )
+            per_sample.append(column)
             trim_heap()
             check()
         return [_over_samples(column) for column in zip(*per_sample, strict=True)]

@@ -17,7 +17,7 @@ from .study import Study
 from .trial import Level
 
 #: Raised when the meaning of what a search writes changes, so that older results are not reused.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)

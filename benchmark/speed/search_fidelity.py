@@ -68,7 +68,7 @@ def run_family(evaluator: Any, family: str, count: int, seed: int) -> list[Outco
             question = entry.prompt.question_ids
             prefilled = trace.prefilled(evaluator.lm, len(question) + entry.max_new_tokens + 1)
             asked = (evaluator.lm, prefilled, question)
-            forced = forced_many(*asked, trace.answer_ids, attentions, seed=entry.seed, recorders=forced_meters)
+            forced = forced_many(*asked, trace.answer_ids, attentions, seed=entry.seed, recorders=forced_meters, stepwise=True)
             real = answer_many(*asked, attentions, entry.max_new_tokens, seed=entry.seed, recorders=real_meters)
             for outcome, told, given in zip(found, forced, real, strict=True):
                 outcome.reproduced.append(told.reproduced)

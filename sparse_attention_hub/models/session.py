@@ -2,8 +2,8 @@
 
 A `Prefilled` holds the KV cache of a context. `answer_many` generates greedily under several attentions in lockstep:
 all linear layers run as one batch (one read of the weights a step), attention runs for each row on the shared prefix
-and the row's private tail, and a finished row leaves the batch. `forced_many` is given the answer instead: one forward
-pass over the question, one over the answer. Both leave the `Prefilled` as they found it.
+and the row's private tail, and a finished row leaves the batch. `forced_many` is given the answer instead, and tells
+how likely it is. Both leave the `Prefilled` as they found it.
 """
 
 from __future__ import annotations
@@ -239,10 +239,19 @@ def forced(
     sparse_from: SparseFrom = "question",
     seed: int = 0,
     recorder: Recorder | None = None,
+    stepwise: bool = False,
 ) -> Forced:
-    """How likely this answer is under an attention, in two forward passes. `forced_many` says the rest."""
+    """How likely this answer is under an attention. `forced_many` says the rest."""
     return forced_many(
-        lm, prefilled, question_ids, answer_ids, [attention], sparse_from=sparse_from, seed=seed, recorders=[recorder]
+        lm,
+        prefilled,
+        question_ids,
+        answer_ids,
+        [attention],
+        sparse_from=sparse_from,
+        seed=seed,
+        recorders=[recorder],
+        stepwise=stepwise,
     )[0]
 
 
@@ -256,11 +265,14 @@ def forced_many(
     sparse_from: SparseFrom = "question",
     seed: int = 0,
     recorders: Sequence[Recorder | None] | None = None,
+    stepwise: bool = False,
 ) -> list[Forced]:
-    """One forward pass over the question and one over the answer's tokens, under several attentions as one batch.
+    """How likely a given answer is under several attentions, as one batch: the question, then the answer's tokens.
 
-    The question goes by itself, as in generation: a fraction of N is then of what the question's own last row sees. The
-    answer's last token is predicted but never fed, as in generation: an answer that ends with EOS has no row after it.
+    The answer's last token is predicted but never fed, as in generation: an answer that ends with EOS has no row after it.
+    stepwise: feed the tokens one by one, as generation does, instead of in one pass. It takes as long as generation, and is
+    what generation of these tokens would be: in one pass a fraction of N is of what the last token sees, and pages hold
+    tokens that come later.
     """
     if not answer_ids:
         raise UserError("the answer has no tokens: nothing to force")
@@ -268,13 +280,15 @@ def forced_many(
         session,
         rows,
     ):
-        tails = len(question_ids) + len(answer_ids)
         target = torch.tensor(answer_ids, device=lm.device)
+        tails = len(question_ids) + len(answer_ids)
         told = [_predicted(_ask(lm, session, rows, question_ids, sparse_from, tails), target[:1])]
-        if len(answer_ids) > 1:
+        done, step = 1, 1 if stepwise else len(answer_ids) - 1
+        while done < len(answer_ids):
             session.step += 1
-            ids = target[:-1].expand(len(rows), -1)
-            told.append(_predicted(forward(lm, session, ids, len(answer_ids) - 1), target[1:]))
+            ids = target[done - 1 : done - 1 + step].expand(len(rows), -1)
+            told.append(_predicted(forward(lm, session, ids, step), target[done : done + step]))
+            done += step
         losses, hits = (torch.cat(parts, 1) for parts in zip(*told, strict=True))
         return [
             Forced(float(nll), bool(hit), row.density(), row.kv_fraction())

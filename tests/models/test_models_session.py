@@ -15,6 +15,7 @@ from sparse_attention_hub import (
     Masker,
     MaskerConfig,
     OracleTopKConfig,
+    QuestTopKMaskerConfig,
     ResearchAttention,
     ResearchAttentionConfig,
     SinkMaskerConfig,
@@ -190,6 +191,23 @@ def test_the_question_of_a_forced_answer_is_attended_to_as_in_generation(llama: 
     assert len(seen[0]) == llama.num_layers
     for (layer_idx, expected), (told, found) in zip(*seen, strict=True):
         assert layer_idx == told and torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("sparse_from", ["question", "decode"])
+def test_an_answer_forced_step_by_step_is_its_generation(any_model: LanguageModel, sparse_from: Any) -> None:
+    """Fractions of a growing N and pages that fill up: all of it goes as in generation, for every row of a batch."""
+    prefilled = prefill(any_model, CONTEXT, 40)
+    pages = ResearchAttention(ResearchAttentionConfig([SinkMaskerConfig(0.01), QuestTopKMaskerConfig(0.5, 16)]))
+    fractions = ResearchAttention(ResearchAttentionConfig([LocalMaskerConfig(0.33), OracleTopKConfig(0.49)]))
+    for way in (pages, fractions, None):
+        real = answer(any_model, prefilled, QUESTION, way, 15, sparse_from=sparse_from, seed=3)
+        for found in forced_many(
+            any_model, prefilled, QUESTION, real.token_ids, [way, way], sparse_from=sparse_from, seed=3, stepwise=True
+        ):
+            assert found.reproduced
+            assert (found.density, found.kv_fraction) == (real.density, real.kv_fraction)
+        one_pass = forced(any_model, prefilled, QUESTION, real.token_ids, way, sparse_from=sparse_from, seed=3)
+        assert one_pass.nll == pytest.approx(found.nll, rel=0.2)
 
 
 class Count:

@@ -64,6 +64,29 @@ def test_every_rung_looks_at_the_layers_that_can_be_sparse(architecture: str, la
 
 
 @pytest.mark.usefixtures("samples")
+def test_what_rung_two_reproduced_is_not_generated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = wrap(build("llama"))
+    configs = [ResearchAttentionConfig([LocalMaskerConfig(1.0)]), *CONFIGS]  # the first is dense attention
+    alone, made = (evaluator(lm, tmp_path) for _ in range(2))
+    monkeypatch.setattr(made.task, "score", lambda text, _: {made.task.metric: float(len(text))})
+    monkeypatch.setattr(alone.task, "score", lambda text, _: {made.task.metric: float(len(text))})
+    expected = alone.evaluate(configs, 3, 60.0)
+    confirmed = made.evaluate(configs, 2, 60.0)
+    assert confirmed[0].reproduced == 1.0
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "sparse_attention_hub.models.answer_many", lambda *a, **k: asked.append(len(a[3])) or answer_many(*a, **k)
+    )
+    for found, one, forced in zip(made.evaluate(configs, 3, 60.0), expected, confirmed, strict=True):
+        assert found.sample_scores == one.sample_scores
+        assert found.density == pytest.approx(one.density, abs=1e-9)
+        if forced.reproduced == 1.0:
+            assert found.density == pytest.approx(forced.density, abs=1e-9)
+    reproduced = round(sum(forced.reproduced * 2 for forced in confirmed))
+    assert sum(asked) == 2 * len(configs) - reproduced
+
+
+@pytest.mark.usefixtures("samples")
 def test_a_model_of_windows_only_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sliding-window layers only") as told:
         evaluator(wrap(build("mistral_sliding")), tmp_path)
