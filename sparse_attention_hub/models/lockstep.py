@@ -31,7 +31,8 @@ class Recorder(Protocol):
     """Called after each layer's attention of a row. result is None for a dense row.
 
     queries (1, H, Q, D), after RoPE, of the last Q positions; keys, values (1, Hkv, N, D), views of the cache that
-    are valid only during the call; step 0 is the question, 1, 2, ... the generated tokens (a forced answer's are all step 1, unless it is fed stepwise).
+    are valid only during the call; step 0 is the question, 1, 2, ... the generated tokens (1 for a forced answer as a whole,
+    unless it is fed stepwise).
     """
 
     def __call__(
