@@ -112,7 +112,7 @@ def evaluations(journal: Path) -> list[dict[str, Any]]:
     return [record for line in Journal(journal).read() for record in line["evaluations"]]
 
 
-@pytest.mark.parametrize("flags", [[], ["--force-search"]], ids=["plain", "forced"])
+@pytest.mark.parametrize("flags", [[], pytest.param(["--force-search"], marks=pytest.mark.slow)], ids=["plain", "forced"])
 def test_a_killed_search_goes_on_and_ends_as_an_undisturbed_one(
     finished: Path, model: str, tmp_path: Path, flags: list[str]
 ) -> None:
@@ -143,7 +143,7 @@ def test_a_killed_search_goes_on_and_ends_as_an_undisturbed_one(
     assert comparable(runs(tmp_path)[-1]) == comparable(runs(finished)[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_search_says_how_to_go_on(model: str, tmp_path: Path, number: int) -> None:
     process = subprocess.Popen(
         command(model, "--phase", "1", "--num-samples", "500"),
