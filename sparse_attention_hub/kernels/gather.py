@@ -148,7 +148,7 @@ def _weigher(values: Tensor, indices: Tensor, heads: int, wide: torch.dtype) -> 
         # One row a list: summing the values as a weighted bag reads them in place, without the gathered copy.
         rows, places = _addressed(values, indices)
         width = indices.shape[-1]
-        starts = torch.arange(0, places.numel(), width)
+        starts = torch.arange(0, places.numel(), width, device=values.device)
         # Called without F.embedding_bag's checks, which take as long as the sum itself.
         return lambda weights: torch.embedding_bag(rows, places.flatten(), starts, False, 0, False, weights.flatten())[0].view(
             *weights.shape[:3], -1
