@@ -22,6 +22,7 @@ from sparse_attention_hub import (
     OracleTopKConfig,
     OracleTopPMaskerConfig,
     PQCacheConfig,
+    QuestTopKMaskerConfig,
     RandomSamplingMaskerConfig,
     ResearchAttention,
     ResearchAttentionConfig,
@@ -29,7 +30,7 @@ from sparse_attention_hub import (
     dense_attention,
     register_masker,
 )
-from sparse_attention_hub.maskers.state import SharedStates
+from sparse_attention_hub.maskers.state import MaskerState, SharedStates
 from sparse_attention_hub.models import LanguageModel, answer, forced, prefill
 from sparse_attention_hub.models.trace import Trace, record_trace, thinned_layers
 from sparse_attention_hub.replay import replay, spread_rows
@@ -123,6 +124,33 @@ def test_states_are_shared_between_calls_and_bounded(trace: Trace) -> None:
     states = SharedStates(limit_bytes=0)
     first = replay(trace, attentions(), states=states)
     assert [r.error for r in replay(trace, attentions(), states=states)] == [r.error for r in first]
+
+
+def test_states_hold_nothing_for_maskers_that_learn_nothing(trace: Trace) -> None:
+    """A search asks for hundreds of configurations: what it keeps of each, and walks through, would grow with them."""
+    states = SharedStates()
+    replay(trace, [attention(OracleTopKConfig(0.01 * percent)) for percent in range(1, 9)], states=states)
+    assert not states._held
+    replay(trace, [attention(QuestTopKMaskerConfig(0.1, page_size=4))] * 2, states=states)
+    assert len(states._held) == len(trace.layers)
+
+
+def test_states_are_trimmed_by_what_was_used_since(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    quest = [attention(QuestTopKMaskerConfig(0.1, page_size=size)) for size in (4, 8, 16)]
+    states = SharedStates()
+    replay(trace, quest, states=states)
+    held = sum(state.bytes() for state in states._held.values())
+    assert states._total == held > 0
+    asked: list[object] = []
+    size = MaskerState.bytes
+    monkeypatch.setattr(MaskerState, "bytes", lambda self: asked.append(self) or size(self))
+    replay(trace, quest[:1], states=states)
+    assert len(asked) == len(trace.layers)
+    states._limit = held // 2
+    states.trim()
+    assert 0 < states._total <= held // 2
+    states.forget(trace.key)
+    assert not states._held and states._total == 0
 
 
 def test_what_replay_learned_of_a_context_serves_the_model_too(

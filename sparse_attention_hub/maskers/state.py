@@ -114,30 +114,43 @@ class SharedStates:
     """
 
     def __init__(self, limit_bytes: int = 256 * 2**20) -> None:
-        self._limit = limit_bytes
+        self._limit, self._total = limit_bytes, 0
         self._held: OrderedDict[tuple[Any, ...], MaskerState] = OrderedDict()
+        self._sizes: dict[tuple[Any, ...], int] = {}
+        self._used: set[tuple[Any, ...]] = set()  # since the last trim: their codes may have grown
 
     def of(self, maskers: Sequence[Masker[Any]], context: str, keys: Tensor, layer_idx: int) -> AttentionState:
         """The states of a pipeline's maskers on one layer, fitted on the keys (1, Hkv, N, D) of the context of that name."""
         state = AttentionState()
         for position, masker in enumerate(maskers):
             name = (context, layer_idx, masker.codes_key())
-            if name not in self._held:
-                fresh = MaskerState()
-                masker.prepare(keys, layer_idx, fresh)
-                self._held[name] = fresh
-            self._held.move_to_end(name)
-            state.adopt(layer_idx, position, self._held[name])
+            held = self._held.get(name)
+            if held is None:
+                held = MaskerState()
+                masker.prepare(keys, layer_idx, held)
+                if held.is_fitted:  # most maskers learn nothing of keys: a search would pile up a state for each of its trials
+                    self._held[name] = held
+            if held.is_fitted:
+                self._held.move_to_end(name)
+                self._used.add(name)
+            state.adopt(layer_idx, position, held)
         return state
 
     def trim(self) -> None:
         """Forget what was used longest ago until the limit holds."""
-        total = sum(state.bytes() for state in self._held.values())
-        while total > self._limit and self._held:
-            _, state = self._held.popitem(last=False)
-            total -= state.bytes()
+        for name in self._used & self._held.keys():
+            size = self._held[name].bytes()
+            self._total += size - self._sizes.get(name, 0)
+            self._sizes[name] = size
+        self._used.clear()
+        while self._total > self._limit and self._held:
+            self._forget(next(iter(self._held)))
+
+    def _forget(self, name: tuple[Any, ...]) -> None:
+        del self._held[name]
+        self._total -= self._sizes.pop(name, 0)
 
     def forget(self, context: str) -> None:
         """Forget a context."""
         for name in [name for name in self._held if name[0] == context]:
-            del self._held[name]
+            self._forget(name)
