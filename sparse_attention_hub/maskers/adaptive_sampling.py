@@ -116,13 +116,13 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         order = OrderedResidual(inputs, residual)
         base_size = torch.minimum(self._base_size(order.left), order.left)
         base, bounds = order.first(base_size)
-        indices = expand_heads(order.keys_below(bounds), heads)
-        terms = inputs.exponentials().gather(-1, indices.clamp(min=0)).masked_fill_(indices < 0, 0.0)
+        indices, valid = (expand_heads(part, heads) for part in order.keys_below(bounds))
+        terms = inputs.exponentials().gather(-1, indices).mul_(valid)
         static = inputs.exponentials_where(mask.chosen())
         if float((static + terms.sum(-1)).min()) < LEAST_SHARED_MASS:
             return None
         rest = expand_heads(order.left - base_size, heads)
-        budget = self._needed(terms, indices >= 0, static, rest)
+        budget = self._needed(terms, valid, static, rest)
         drawn, _ = order.first(expand_heads(base_size, heads) + budget)
         drawn.numpy()[:] &= ~expand_heads(base, heads).numpy()
         sure = expand_heads(mask.chosen(), max(mask.shared_heads, base.shape[1])) | base

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..mask import Mask, expand_heads
-from .inputs import AttentionInputs, count_true
+from .inputs import AttentionInputs
 
 # Standard deviations of a guess, to both sides, in which the bound of a draw is looked for.
 _DEVIATIONS = 4
@@ -29,8 +29,9 @@ class OrderedResidual:
 
     def __init__(self, inputs: AttentionInputs, residual: Tensor) -> None:
         self.heads = max(residual.shape[1], inputs.kv_heads)
-        self.left = expand_heads(torch.from_numpy(count_true(residual.numpy())), self.heads)
         self._inputs, self._residual = inputs, residual
+        self._bits = np.packbits(residual.numpy(), axis=-1)
+        self.left = expand_heads(_count_bits(self._bits), self.heads)
 
     def first(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """The first sizes (B, H or h', Q) residual keys of each row: (flags bool (B, H or h', Q, N), bounds (B, H or h', Q, 1)).
@@ -41,43 +42,48 @@ class OrderedResidual:
         inputs, heads = self._inputs, sizes.shape[1]
         keys = inputs.shape[3]
         places = inputs.random_places()[:, :, None]
-        grouped = (inputs.shape[0], inputs.kv_heads, heads // inputs.kv_heads, inputs.shape[2], keys)
-        residual = self._residual if self._residual.shape[1] == 1 else expand_heads(self._residual, heads)
-        rows = residual.unsqueeze(2) if residual.shape[1] == 1 else residual.view(grouped)
+        grouped = (inputs.shape[0], inputs.kv_heads, heads // inputs.kv_heads, inputs.shape[2])
+        bits = self._bits if self._bits.shape[1] == 1 else expand_heads(torch.from_numpy(self._bits), heads).numpy()
         wanted, left = sizes.unsqueeze(-1), expand_heads(self.left, heads).unsqueeze(-1).clamp(min=1)
         bounds = -(-wanted * keys // left)
         width = self._width(wanted, left)
         low, high = torch.zeros_like(bounds), torch.full_like(bounds, keys)
+
+        def below(bounds: Tensor) -> np.ndarray:
+            return np.less(places, bounds.numpy().astype(places.dtype).reshape(*grouped, 1)).reshape(*sizes.shape, keys)
+
         for turn in itertools.count():
-            below = bounds.numpy().astype(places.dtype).reshape(*grouped[:-1], 1)
-            flags = np.less(places, below)
-            flags &= rows.numpy()
-            counts = torch.from_numpy(count_true(flags)).view(sizes.shape).unsqueeze(-1)
+            counts = _count_bits(np.packbits(below(bounds), axis=-1) & bits).unsqueeze(-1)
             if torch.equal(counts, wanted):
-                return torch.from_numpy(flags).view(*sizes.shape, keys), bounds
+                break
             low, high = torch.where(counts < wanted, bounds, low), torch.where(counts > wanted, bounds, high)
             seen, inside = self._read_off(bounds, counts, wanted, width)
+            if bool(inside.all()):
+                bounds = seen
+                break
             jump = bounds + torch.div((wanted - counts) * keys, left, rounding_mode="floor")
             halved = (jump <= low) | (jump >= high) | (turn % 2 == 1)
             bounds = torch.where(inside, seen, torch.where(halved, (low + high) // 2, jump))
-        raise AssertionError("unreachable")
+        flags = torch.from_numpy(below(bounds))
+        flags &= expand_heads(self._residual, heads) if self._residual.shape[1] > 1 else self._residual
+        return flags, bounds
 
-    def keys_below(self, bounds: Tensor) -> Tensor:
-        """The residual keys whose places lie below the bounds (B, h, Q, 1), h = H or h': int64 (B, h, Q, K), -1 = padding."""
-        return self._window(torch.zeros_like(bounds), int(bounds.max()), bounds)
+    def keys_below(self, bounds: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual keys whose places lie below the bounds (B, h, Q, 1), h = H or h': (keys int64 (B, h, Q, K), which of
+        them are meant: bool (B, h, Q, K))."""
+        width = int(bounds.max())
+        keys, residual = self._window(torch.zeros_like(bounds), width)
+        return keys, residual.logical_and_(torch.arange(width) < bounds)
 
-    def _window(self, start: Tensor, width: int, end: Tensor) -> Tensor:
-        """Keys of the order from `start` on, `width` of them, -1 where not residual or past `end`."""
+    def _window(self, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """`width` keys of the order from `start` (B, h, Q, 1) on, and which of them are residual. Both (B, h, Q, width)."""
         heads, rows = start.shape[1], start.shape[2]
-        places = start + torch.arange(width)
         order = self._inputs.random_order()
-        grouped = places.reshape(places.shape[0], order.shape[1], heads // order.shape[1], rows, width)
-        order = order.unsqueeze(2).expand(*grouped.shape[:3], rows, -1)
-        keys = order.gather(-1, grouped).flatten(1, 2)
-        residual = (
-            self._residual.expand(-1, heads, -1, -1) if self._residual.shape[1] == 1 else expand_heads(self._residual, heads)
-        )
-        return keys.masked_fill_(~residual.gather(-1, keys) | (places >= end), -1)
+        places = (start + torch.arange(width)).view(start.shape[0], order.shape[1], -1, rows, width)
+        keys = order.unsqueeze(2).expand(*places.shape[:3], rows, -1).gather(-1, places).flatten(1, 2)
+        residual = self._residual
+        residual = residual.expand(-1, heads, -1, -1) if residual.shape[1] == 1 else expand_heads(residual, heads)
+        return keys, residual.gather(-1, keys)
 
     def _width(self, wanted: Tensor, left: Tensor) -> int:
         """Places in which almost every row's bound is found: of the keys below a guess, the residual ones are as many as in
@@ -91,11 +97,17 @@ class OrderedResidual:
         """(bounds below which `wanted` residual keys lie, where they are among `width` places around). All (B, h, Q, 1)."""
         total = self._inputs.shape[3]
         start = (bounds - width // 2).clamp(min=0, max=total - width)
-        running = (self._window(start, width, torch.tensor(total)) >= 0).cumsum(-1)
+        running = self._window(start, width)[1].cumsum(-1)
         before = running.gather(-1, (bounds - start - 1).clamp(min=0)).masked_fill_(bounds == start, 0)
         lacking = wanted - (counts - before)
         inside = (lacking >= 0) & (lacking <= running[..., -1:])
         return start + (running < lacking).sum(-1, keepdim=True) + (lacking > 0), inside
+
+
+def _count_bits(packed: np.ndarray) -> Tensor:
+    """How many bits of the last axis are set: int64."""
+    narrow = np.uint16 if packed.shape[-1] < 2**13 else np.uint32  # sums several times as fast
+    return torch.from_numpy(np.bitwise_count(packed).sum(-1, dtype=narrow).astype(np.int64))
 
 
 def draw_without_replacement(inputs: AttentionInputs, residual: Tensor, sizes: Tensor, skip: Tensor | None = None) -> Mask:
