@@ -8,7 +8,7 @@ configurations that fit are clearly worse, as replayed, than one that is expecte
 forced forward has added so far), that one is confirmed too: at most three more a level. What fits a level only as replayed is
 its best where nothing confirmed fits.
 
-A study asks a seeded Optuna study for configurations and looks each up in a journal before evaluating it, so one that was
+A study asks seeded Optuna studies for configurations (`proposals.py`) and looks each up in a journal before evaluating it, so one that was
 killed goes on where it was by simply running again: what was journalled is not evaluated twice, and the outcome is the same.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -29,9 +28,9 @@ from sparse_attention_hub import ResearchAttentionConfig
 from sparse_attention_hub.errors import UserError
 
 from .optimizer_factory import CombinationSpace
+from .proposals import BATCH, Proposals
 from .trial import RUNGS, Best, Evaluation, Evaluator, Level, Trial, TrialTimeout, finite, objective_value
 
-BATCH = 8
 MAX_FINALISTS = 6
 PROMOTED_SHARE = 0.1
 DENSITY_SLACK = 1.05
@@ -94,44 +93,25 @@ class Study:
     # -- rung 0 ------------------------------------------------------------------------------------------------------
 
     def _search(self) -> Iterator[dict[str, Any]]:
-        import optuna
-        from ray.tune.search.optuna import OptunaSearch
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        distributions = OptunaSearch.convert_search_space(self.space.ray_space())
         limit = len(self.levels) * self.num_samples
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Optuna marks batch options as experimental
-            sampler = optuna.samplers.TPESampler(
-                seed=self.seed, multivariate=True, constant_liar=True, n_startup_trials=min(2 * BATCH, max(4, limit // 4))
-            )
-            study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-            for level in self.levels:
-                study.enqueue_trial(self.space.template_values(level.template), skip_if_exists=True)
-            seen: dict[str, Trial] = {}
-            duplicates = since_moved = 0
-            while len(self.trials) < limit and duplicates < MAX_DUPLICATES and since_moved < self.num_samples:
-                asked = [study.ask(distributions) for _ in range(min(BATCH, limit - len(self.trials)))]
-                fresh: list[Trial] = []
-                for candidate in asked:
-                    name = _canonical(candidate.params)
-                    duplicates = duplicates + 1 if name in seen else 0
-                    if name not in seen:
-                        seen[name] = self._new_trial(dict(candidate.params))
-                        fresh.append(seen[name])
-                before = list(self.trials)[: len(self.trials) - len(fresh)]
-                self._run_batch(fresh, 0)
-                for candidate in asked:
-                    trial = seen[_canonical(candidate.params)]
-                    if trial.status == "completed":
-                        figures = trial.rungs[0]
-                        # Orders of magnitude, so that the front is searched as closely at 5% as at 50%.
-                        study.tell(candidate, [math.log10(figures.error + 1e-6), math.log10(figures.density + 1e-6)])
-                    else:
-                        study.tell(candidate, state=optuna.trial.TrialState.FAIL)
-                moved = any(_moves_front(trial, before) for trial in fresh)
-                since_moved = 0 if moved else since_moved + len(asked)
-                yield self.progress("search")
+        proposals = Proposals(self.space, self.levels, limit=limit, seed=self.seed, objective=self.objective)
+        seen: dict[str, Trial] = {}
+        duplicates = since_moved = 0
+        while len(self.trials) < limit and duplicates < MAX_DUPLICATES and since_moved < self.num_samples:
+            asked = proposals.ask(min(BATCH, limit - len(self.trials)))
+            before, fresh = list(self.trials), []
+            for params in asked:
+                name = _canonical(params)
+                duplicates = duplicates + 1 if name in seen else 0
+                if name not in seen:
+                    seen[name] = self._new_trial(params)
+                    fresh.append(seen[name])
+            self._run_batch(fresh, 0)
+            told = [seen[_canonical(params)] for params in asked]
+            proposals.tell([trial.rungs[0] if trial.status == "completed" else None for trial in told])
+            moved = any(_moves_front(trial, before) for trial in fresh)
+            since_moved = 0 if moved else since_moved + len(asked)
+            yield self.progress("search")
 
     def _new_trial(self, params: dict[str, Any]) -> Trial:
         trial = Trial(len(self.trials), params)

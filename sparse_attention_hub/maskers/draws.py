@@ -50,7 +50,8 @@ class OrderedResidual:
         low, high = torch.zeros_like(bounds), torch.full_like(bounds, keys)
 
         def below(bounds: Tensor) -> np.ndarray:
-            return np.less(places, bounds.numpy().astype(places.dtype).reshape(*grouped, 1)).reshape(*sizes.shape, keys)
+            flags: np.ndarray = np.less(places, bounds.numpy().astype(places.dtype).reshape(*grouped, 1))
+            return flags.reshape(*sizes.shape, keys)
 
         for turn in itertools.count():
             counts = _count_bits(np.packbits(below(bounds), axis=-1) & bits).unsqueeze(-1)
