@@ -80,7 +80,7 @@ class OrderedResidual:
         """`width` keys of the order from `start` (B, h, Q, 1) on, and which of them are residual. Both (B, h, Q, width)."""
         heads, rows = start.shape[1], start.shape[2]
         order = self._inputs.random_order()
-        places = (start + torch.arange(width)).view(start.shape[0], order.shape[1], -1, rows, width)
+        places = (start + torch.arange(width)).view(start.shape[0], order.shape[1], heads // order.shape[1], rows, width)
         keys = order.unsqueeze(2).expand(*places.shape[:3], rows, -1).gather(-1, places).flatten(1, 2)
         residual = self._residual
         residual = residual.expand(-1, heads, -1, -1) if residual.shape[1] == 1 else expand_heads(residual, heads)
