@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mask import Mask, expand_heads
-from .maskers.inputs import LEAST_SHARED_MASS, NEVER, AttentionInputs, group_scores
+from .maskers.inputs import LEAST_SHARED_MASS, NEVER, AttentionInputs, group_scores, keep
 
 # Up to this share of the keys, a CPU reads chosen ones one by one sooner than it multiplies all of them.
 LISTED_SHARE = 0.25
@@ -90,15 +90,20 @@ def _on_cpu(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor
         chosen = mask.chosen()
 
         def weigh(numbers: np.ndarray, out: np.ndarray, at: Callable[[Tensor], np.ndarray]) -> None:
-            np.multiply(numbers, at(chosen), out=out)
+            keep(numbers, at(chosen), out)
 
     elif mask.draw is not None:
         sure, drawn, rate = mask.draw
         inverse = 1 / rate.clamp(min=1e-30)
+        spare: list[np.ndarray] = []
 
         def weigh(numbers: np.ndarray, out: np.ndarray, at: Callable[[Tensor], np.ndarray]) -> None:
-            np.multiply(at(drawn), at(inverse), out=out)
-            np.add(out, at(sure), out=out)
+            if not spare or spare[0].shape != out.shape:
+                spare[:] = [np.empty_like(out)]
+            np.copyto(out, at(drawn))  # as in `keep`: no product of two types
+            np.multiply(out, at(inverse), out=out)
+            np.copyto(spare[0], at(sure))
+            np.add(out, spare[0], out=out)
             np.multiply(out, numbers, out=out)
 
     else:

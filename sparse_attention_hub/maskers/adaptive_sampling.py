@@ -115,17 +115,18 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         heads = inputs.shape[1]
         order = OrderedResidual(inputs, residual)
         base_size = torch.minimum(self._base_size(order.left), order.left)
-        base, bounds = order.first(base_size)
-        indices, valid = (expand_heads(part, heads) for part in order.keys_below(bounds))
+        base, meant = order.listed(base_size)
+        indices, valid = expand_heads(base, heads), expand_heads(meant, heads)
         terms = inputs.exponentials().gather(-1, indices).mul_(valid)
         static = inputs.exponentials_where(mask.chosen())
         if float((static + terms.sum(-1)).min()) < LEAST_SHARED_MASS:
             return None
         rest = expand_heads(order.left - base_size, heads)
         budget = self._needed(terms, valid, static, rest)
-        drawn, _ = order.first(expand_heads(base_size, heads) + budget)
-        drawn.numpy()[:] &= ~expand_heads(base, heads).numpy()
-        sure = expand_heads(mask.chosen(), max(mask.shared_heads, base.shape[1])) | base
+        sure = expand_heads(mask.chosen(), base.shape[1]).clone(memory_format=torch.contiguous_format)
+        sure.scatter_(-1, base, sure.gather(-1, base).logical_or_(meant))
+        drawn = order.first(expand_heads(base_size, heads) + budget)
+        np.greater(drawn.numpy(), expand_heads(sure, heads).numpy(), out=drawn.numpy())  # without the base samples
         rate = (budget / rest.clamp(min=1)).float().unsqueeze(-1)
         counts = expand_heads(mask.counts(), heads) + expand_heads(base_size, heads) + budget
         return Mask.from_draw(sure, drawn, rate, heads, inputs.kv_heads, counts)

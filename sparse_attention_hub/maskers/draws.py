@@ -33,8 +33,8 @@ class OrderedResidual:
         self._bits = np.packbits(residual.numpy(), axis=-1)
         self.left = expand_heads(_count_bits(self._bits), self.heads)
 
-    def first(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """The first sizes (B, H or h', Q) residual keys of each row: (flags bool (B, H or h', Q, N), bounds (B, H or h', Q, 1)).
+    def first(self, sizes: Tensor) -> Tensor:
+        """The first sizes (B, H or h', Q) residual keys of each row: bool (B, H or h', Q, N).
 
         A key is among them if its place in the order lies below its row's bound. Residual keys are spread evenly over a random
         order, so a bound is guessed, the keys below it counted, and what is missing read off near the guess: no sorting.
@@ -67,24 +67,36 @@ class OrderedResidual:
             bounds = torch.where(inside, seen, torch.where(halved, (low + high) // 2, jump))
         flags = torch.from_numpy(below(bounds))
         flags &= expand_heads(self._residual, heads) if self._residual.shape[1] > 1 else self._residual
-        return flags, bounds
+        return flags
 
-    def keys_below(self, bounds: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual keys whose places lie below the bounds (B, h, Q, 1), h = H or h': (keys int64 (B, h, Q, K), which of
-        them are meant: bool (B, h, Q, K))."""
-        width = int(bounds.max())
-        keys, residual = self._window(torch.zeros_like(bounds), width)
-        return keys, residual.logical_and_(torch.arange(width) < bounds)
+    def listed(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of a few as lists: (keys int64 (B, h', Q, K), which of them are meant: bool (B, h', Q, K)).
 
-    def _window(self, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """`width` keys of the order from `start` (B, h, Q, 1) on, and which of them are residual. Both (B, h, Q, width)."""
+        sizes: int64 (B, h', Q). The start of the order is read until it holds every row's draw.
+        """
+        keys = self._inputs.shape[3]
+        wanted, left = sizes.unsqueeze(-1), self.left.unsqueeze(-1).clamp(min=1)
+        width = int(-(-wanted * keys // left).max()) + self._width(wanted, left) // 2
+        while True:
+            width = min(width, keys)
+            indices = expand_heads(self._inputs.random_order()[..., :width], self.heads)
+            residual = self._residual_at(indices)
+            running = residual.numpy().cumsum(-1, dtype=np.int32)
+            if width == keys or not (running[..., -1:] < wanted.numpy()).any():
+                return indices, residual.logical_and_(torch.from_numpy(running <= wanted.numpy()))
+            width *= 2
+
+    def _window(self, start: Tensor, width: int) -> Tensor:
+        """Which of `width` keys of the order from `start` (B, h, Q, 1) on are residual: bool (B, h, Q, width)."""
         heads, rows = start.shape[1], start.shape[2]
         order = self._inputs.random_order()
         places = (start + torch.arange(width)).view(start.shape[0], order.shape[1], heads // order.shape[1], rows, width)
         keys = order.unsqueeze(2).expand(*places.shape[:3], rows, -1).gather(-1, places).flatten(1, 2)
-        residual = self._residual
-        residual = residual.expand(-1, heads, -1, -1) if residual.shape[1] == 1 else expand_heads(residual, heads)
-        return keys, residual.gather(-1, keys)
+        return self._residual_at(keys)
+
+    def _residual_at(self, keys: Tensor) -> Tensor:
+        """Which of some keys (B, h, Q, K), h = h' or H, are residual: bool of the same shape."""
+        return expand_heads(self._residual, keys.shape[1]).gather(-1, keys)
 
     def _width(self, wanted: Tensor, left: Tensor) -> int:
         """Places in which almost every row's bound is found: of the keys below a guess, the residual ones are as many as in
@@ -98,7 +110,7 @@ class OrderedResidual:
         """(bounds below which `wanted` residual keys lie, where they are among `width` places around). All (B, h, Q, 1)."""
         total = self._inputs.shape[3]
         start = (bounds - width // 2).clamp(min=0, max=total - width)
-        running = self._window(start, width)[1].cumsum(-1)
+        running = self._window(start, width).cumsum(-1)
         before = running.gather(-1, (bounds - start - 1).clamp(min=0)).masked_fill_(bounds == start, 0)
         lacking = wanted - (counts - before)
         inside = (lacking >= 0) & (lacking <= running[..., -1:])

@@ -241,7 +241,7 @@ class AttentionInputs:
     def exponentials_where(self, chosen: Tensor) -> Tensor:
         """Sums of a row's exponentials where chosen (B, h, Q, N): float32 (B, H, Q). On a CPU."""
         sums = torch.empty(self.shape[:3], dtype=self.exponentials().dtype)
-        for place, block in self.weight_blocks(lambda numbers, out, at: np.multiply(numbers, at(chosen), out=out)):
+        for place, block in self.weight_blocks(lambda numbers, out, at: keep(numbers, at(chosen), out)):
             sums[place] = block.sum(-1)
         return sums
 
@@ -408,6 +408,12 @@ def group_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     wide = torch.promote_types(queries.dtype, torch.float32)
     grouped = (queries.to(wide) * scaling).reshape(batch, keys.shape[1], -1, dim)
     return (grouped @ keys.to(wide).transpose(-1, -2)).view(batch, heads, rows, keys.shape[2])
+
+
+def keep(numbers: np.ndarray, flags: np.ndarray, out: np.ndarray) -> None:
+    """Fill out with the numbers where flagged, 0 elsewhere. To copy the flags first takes less than NumPy's mixed product."""
+    np.copyto(out, flags)
+    np.multiply(out, numbers, out=out)
 
 
 def count_true(flags: np.ndarray) -> np.ndarray:

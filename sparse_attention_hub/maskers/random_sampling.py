@@ -48,7 +48,7 @@ class RandomSamplingMasker(Masker[RandomSamplingMaskerConfig]):
         sizes = torch.minimum(sizes, order.left)
         rate = (sizes / order.left.clamp(min=1)).float().unsqueeze(-1)
         counts = expand_heads(mask.counts(), order.heads) + sizes
-        return Mask.from_draw(mask.chosen(), order.first(sizes)[0], rate, inputs.shape[1], inputs.kv_heads, counts)
+        return Mask.from_draw(mask.chosen(), order.first(sizes), rate, inputs.shape[1], inputs.kv_heads, counts)
 
 
 if __name__ == "__main__":
