@@ -8,8 +8,9 @@ configurations that fit are clearly worse, as replayed, than one that is expecte
 forced forward has added so far), that one is confirmed too: at most three more a level. What fits a level only as replayed is
 its best where nothing confirmed fits.
 
-A study asks seeded Optuna studies for configurations (`proposals.py`) and looks each up in a journal before evaluating it, so one that was
-killed goes on where it was by simply running again: what was journalled is not evaluated twice, and the outcome is the same.
+A study asks seeded Optuna studies for configurations (`proposals.py`) and looks each up in a journal before evaluating it,
+so one that was killed goes on where it was by simply running again: what was journalled is not evaluated twice, and the
+outcome is the same.
 """
 
 from __future__ import annotations
