@@ -42,7 +42,9 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_search_speed(tiny_model: str, same_process: None, capsys: pytest.CaptureFixture[str]) -> None:
     search_speed.main(["--model", tiny_model, *TINY, "--tokens", "3", "--families", "oracle_top_k", "--trials", "8"])
     figures = record_of(capsys)["figures"]
-    assert {"oracle_top_k_our_prefill_s", "capture_a_request_s", "oracle_top_k_full_replay_ratio", "search_8_ratio"} <= set(figures)
+    assert {"oracle_top_k_our_prefill_s", "capture_a_request_s", "oracle_top_k_full_replay_ratio", "search_8_ratio"} <= set(
+        figures
+    )
     assert figures["search_8_trials"] == 8 and all(value >= 0 for value in figures.values())
     # The first layer sees the same inputs on both sides, the second nearly so.
     assert figures["oracle_top_k_replayed_error"] == pytest.approx(figures["oracle_top_k_baseline_error"], rel=0.3)
