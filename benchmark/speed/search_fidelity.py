@@ -12,8 +12,8 @@ each family:
 - reproduced: of the answers that the forced forward says are reproduced, the share that generation gives token for token
   (held to a goal for maskers that do not sample).
 `right` is the mean score of the sparse answers: between 0.2 and 0.8 the task tells good configurations from bad. It is a goal for
-all families together and told for each: most of the random sampling space draws fewer than a tenth of the keys, and
-then no task that the embedded model can do is answered.
+all families together and told for each: most of random sampling's space draws fewer than a tenth of the keys, from which the
+embedded model answers no task that was tried (RULER's fwe, niah, cwe and vt, InfiniteBench's passkey and number_string).
 Exit code 1 if a goal does not hold.
 """
 
