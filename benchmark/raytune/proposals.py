@@ -1,16 +1,19 @@
-"""Which configurations a study tries next: half are asked of a two-objective study, half of one search a budget.
+"""Which configurations a study tries next: a quarter are asked of a two-objective study, the rest of one search a budget.
 
 All of them see every trial. The two-objective study (error and density, Optuna's multi-objective TPE) spreads over the whole
-front, most of which lies between the budgets or beyond them. A level's search looks at the front's one place that is used: just
-below its budget. Either alone finds less than both (`benchmark/speed/search_quality.py`).
+front, most of which lies between the budgets or beyond them. A level's search looks at the front's one place that is used, just
+below its budget: one in three of its questions by TPE, two by steps from its best trial (`local_search.py`). Each alone finds
+less than all together (`benchmark/speed/search_quality.py`).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .local_search import LocalSearch, magnitude
 from .optimizer_factory import CombinationSpace
 from .trial import Evaluation, Level, objective_value
 
@@ -19,8 +22,10 @@ if TYPE_CHECKING:
 
 BATCH = 8
 STARTUP = 2 * BATCH
+LEVELS_SHARE = 0.75
 # Orders of magnitude of error that an order of magnitude of density above a budget counts for.
 EXCESS_WEIGHT = 3.0
+OVER = 10.0  # orders of magnitude too, more than errors differ by
 
 
 class Proposals:
@@ -43,6 +48,7 @@ class Proposals:
                 directions=["minimize", "minimize"], sampler=front_sampler(seed=seed, startup=self._startup)
             )
             self._views = [optuna.create_study(sampler=_level_sampler(seed=seed + 1 + place)) for place in range(len(levels))]
+        self._local = LocalSearch(self._distributions, seed=seed)
         for level in levels:
             self._front.enqueue_trial(space.template_values(level.template), skip_if_exists=True)
 
@@ -51,17 +57,26 @@ class Proposals:
         self._asked = []
         for place in range(count):
             study = self._front
-            if self._told >= self._startup and place < count / 2:
-                study = self._views[self._turn % len(self._views)]
-                self._turn += 1
+            if self._told >= self._startup and place < LEVELS_SHARE * count:
+                study = self._of_a_level()
             self._asked.append(study.ask(self._distributions))
         return [dict(candidate.params) for candidate in self._asked]
+
+    def _of_a_level(self) -> optuna.Study:
+        """The study of the level whose turn it is, its next question decided where it is a step from the level's best."""
+        turn, place = divmod(self._turn, len(self._levels))
+        self._turn += 1
+        step = self._local.ask(partial(self._usable_value, level=self._levels[place])) if turn % 3 else None
+        if step is not None:
+            self._views[place].enqueue_trial(step)
+        return self._views[place]
 
     def tell(self, found: list[Evaluation | None]) -> None:
         """What the trials last asked for gave, in their order; None for one that failed."""
         import optuna
 
         for candidate, figures in zip(self._asked, found, strict=True):
+            self._local.tell(candidate.params, figures)
             if figures is None:
                 candidate.study.tell(candidate, state=optuna.trial.TrialState.FAIL)
                 continue
@@ -77,25 +92,30 @@ class Proposals:
 
     @staticmethod
     def _front_values(figures: Evaluation) -> list[float]:
-        """Orders of magnitude, so that the front is searched as closely at 5% as at 50%."""
-        return [_magnitude(figures.error), _magnitude(figures.density)]
+        return [magnitude(figures.error), magnitude(figures.density)]
 
     def _level_value(self, figures: Evaluation, level: Level) -> float:
         """The error, and what the density has above the budget; where there is no budget, the objective."""
         if level.budget is None:
             return objective_value(self._objective, figures)
-        return _magnitude(figures.error) + EXCESS_WEIGHT * max(0.0, math.log10(figures.density / level.budget + 1e-6))
+        return magnitude(figures.error) + EXCESS_WEIGHT * max(0.0, math.log10(figures.density / level.budget + 1e-6))
+
+    def _usable_value(self, figures: Evaluation, level: Level) -> float:
+        """The same, but nothing above the budget is better than what keeps to it: a step starts from, and aims at, a trial
+        that the level can use."""
+        over = level.budget is not None and figures.density > level.budget
+        return self._level_value(figures, level) + OVER * over
 
 
 def front_sampler(*, seed: int, startup: int) -> optuna.samplers.BaseSampler:
-    """What asks for the two-objective half."""
+    """What asks the two-objective study's questions."""
     import optuna
 
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=startup)
 
 
 def _level_sampler(*, seed: int) -> optuna.samplers.BaseSampler:
-    """What asks for one level. It sees all levels' trials, of which only few are near its own budget: so it takes the best
+    """What asks by TPE for one level. It sees all levels' trials, of which only few are near its own budget: so it takes the best
     thirtieth for good ones, where Optuna takes a tenth."""
     import optuna
 
@@ -105,8 +125,3 @@ def _level_sampler(*, seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(
         seed=seed, multivariate=True, constant_liar=True, n_startup_trials=0, gamma=best_thirtieth
     )
-
-
-def _magnitude(value: float | None) -> float:
-    assert value is not None
-    return math.log10(value + 1e-6)
