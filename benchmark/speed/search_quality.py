@@ -3,7 +3,7 @@
     python benchmark/speed/search_quality.py [--seeds 5] [--num-samples 50] [--json]
 
 Every evaluation is a replay (rung 0) of two recorded requests of the embedded model. For each masker combination and seed:
-- a study of all budgets as the program runs it, and with NSGA-II in place of its two-objective half's TPE: levels x num-samples
+- a study of all budgets as the program runs it, and with NSGA-II in place of its two-objective quarter's TPE: levels x num-samples
   trials;
 - a single-objective search for each level with num-samples trials of its own (TPE, error plus ten times the density above
   the level, started from that level's template).
@@ -54,7 +54,7 @@ class Remembering:
 
 @contextmanager
 def nsga2() -> Iterator[None]:
-    """Inside, studies ask NSGA-II for their two-objective half."""
+    """Inside, studies ask NSGA-II for their two-objective quarter."""
     import optuna
 
     def make(*, seed: int, startup: int) -> Any:
