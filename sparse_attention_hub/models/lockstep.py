@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -94,12 +94,15 @@ class Lockstep:
         self.step = 0
         self.calls = 0
         self.windows: dict[int, int | None] = {}  # what each layer that was called says of itself
+        self.last_call: int | None = None  # the call of attention whose output nobody wants
 
     def attend(self, module: Any, queries: Tensor, scaling: float, window: int | None) -> Tensor:
         """queries (rows, H, Q, D) -> (rows, Q, H, D)."""
         self.calls += 1
         layer_idx: int = module.layer_idx
         self.windows[layer_idx] = window
+        if self.calls == self.last_call:
+            raise _Filled
         layer = self.cache.layers[layer_idx]
         common: dict[int, dict[Hashable, object]] = {}  # of the rows of each seed, whose calls differ in their tensors alone
         outputs = []
@@ -157,6 +160,10 @@ class Lockstep:
         self.learned.trim()
 
 
+class _Filled(Exception):
+    """Ends a forward pass: all keys and values are in the cache."""
+
+
 _ACTIVE: ContextVar[Lockstep | None] = ContextVar("sparse_hub_lockstep", default=None)
 
 
@@ -207,6 +214,15 @@ def forward(lm: LanguageModel, session: Lockstep, ids: Tensor, keep: int) -> Ten
     logits: Tensor = lm.model(input_ids=ids, past_key_values=session.cache, use_cache=True, **kwargs).logits[:, -keep:]
     check_calls(lm, session, before)
     return logits
+
+
+def fill(lm: LanguageModel, session: Lockstep, ids: Tensor) -> None:
+    """Put the keys and values of ids (rows, Q) into the cache. What the last layer does after these is left out."""
+    before = session.calls
+    session.last_call = before + lm.num_layers
+    with suppress(_Filled):
+        lm.model.base_model(input_ids=ids, past_key_values=session.cache, use_cache=True)
+    check_calls(lm, session, before)
 
 
 def check_calls(lm: LanguageModel, session: Lockstep, before: int) -> None:

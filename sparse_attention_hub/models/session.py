@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..maskers.state import SharedStates
 from .cache import SharedPrefixCache
 from .load import LanguageModel
-from .lockstep import Lockstep, Memory, Recorder, Row, check_calls, forward, running
+from .lockstep import Lockstep, Memory, Recorder, Row, fill, forward, running
 from .switch import switched
 
 if TYPE_CHECKING:
@@ -102,17 +102,14 @@ def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
     started = time.perf_counter()
     cache = SharedPrefixCache(lm.num_layers, len(context_ids) + room)
     ids = torch.tensor([context_ids], device=lm.device)
-    base = lm.model.base_model
     if lm.dense_backend == "sdpa":
         session = Lockstep(cache, 0, [Row(None, None, 0, ())])
         with running(lm, session):
             for part in torch.split(ids, _prefill_chunk(lm), dim=1):
-                before = session.calls
-                base(input_ids=part, past_key_values=cache, use_cache=True)
-                check_calls(lm, session, before)
+                fill(lm, session, part)
     else:
         with switched(lm.attention_configs, lm.dense_backend), torch.no_grad():
-            base(input_ids=ids, past_key_values=cache, use_cache=True)
+            lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     if cache.length != len(context_ids):
         raise UserError(f"model {lm.id!r} does not keep its keys in the cache it is given: take another model")
     return Prefilled(cache, len(context_ids), time.perf_counter() - started)
@@ -132,8 +129,7 @@ def sparse_layers(lm: LanguageModel) -> list[int]:
         cache = SharedPrefixCache(lm.num_layers, 1)
         session = Lockstep(cache, 0, [Row(None, None, 0, ())])
         with running(lm, session):
-            lm.model.base_model(input_ids=torch.tensor([[0]], device=lm.device), past_key_values=cache, use_cache=True)
-            check_calls(lm, session, 0)
+            fill(lm, session, torch.tensor([[0]], device=lm.device))
         known = sorted(layer for layer, window in session.windows.items() if window is None)
         object.__setattr__(lm, "_sparse_layers", known)
     if not known:

@@ -385,3 +385,23 @@ def test_bad_input_is_told(llama: LanguageModel) -> None:
 
 def test_memory_grows_with_forks_and_context(llama: LanguageModel) -> None:
     assert estimate_bytes(llama, 1000, 100, 1) < estimate_bytes(llama, 1000, 100, 9) < estimate_bytes(llama, 4000, 100, 9)
+
+
+def test_a_prefill_leaves_out_what_the_last_layer_does_with_its_keys(llama: LanguageModel) -> None:
+    ran: list[int] = []
+    layers = llama.model.model.layers
+    hooks = [layer.mlp.register_forward_hook(lambda *_, place=place: ran.append(place)) for place, layer in enumerate(layers)]
+    try:
+        prefilled = prefill(llama, CONTEXT, 5)
+        assert ran == list(range(len(layers) - 1))
+        answer(llama, prefilled, QUESTION, None, 1)
+        assert ran[len(layers) - 1 :] == list(range(len(layers)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with torch.no_grad():
+        whole = llama.model(torch.tensor([CONTEXT]), use_cache=True).past_key_values
+    for layer in range(len(layers)):
+        keys, values = prefilled.context_keys(layer)
+        assert torch.allclose(keys, whole.layers[layer].keys, atol=1e-5)
+        assert torch.allclose(values, whole.layers[layer].values, atol=1e-5)
