@@ -392,7 +392,7 @@ def test_a_prefill_leaves_out_what_the_last_layer_does_with_its_keys(llama: Lang
     layers = llama.model.model.layers
     hooks = [layer.mlp.register_forward_hook(lambda *_, place=place: ran.append(place)) for place, layer in enumerate(layers)]
     try:
-        prefilled = prefill(llama, CONTEXT, 5)
+        prefilled = prefill(llama, CONTEXT, 40)
         assert ran == list(range(len(layers) - 1))
         answer(llama, prefilled, QUESTION, None, 1)
         assert ran[len(layers) - 1 :] == list(range(len(layers)))
