@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .trial import Evaluation
+from .trial import Evaluation, magnitude
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -36,7 +36,7 @@ class LocalSearch:
 
     def tell(self, params: Mapping[str, Any], figures: Evaluation | None) -> None:
         """What a trial gave; None if it failed."""
-        self._known.add(repr(sorted(params.items())))
+        self._known.add(_key(params))
         if figures is not None:
             self._places.append([_place(kind, params[name]) for name, kind in self._distributions.items()])
             self._found.append(figures)
@@ -55,8 +55,7 @@ class LocalSearch:
         for step in np.argsort(predicted, kind="stable"):
             places = zip(self._distributions.items(), steps[step], strict=True)
             params = {name: _value(kind, float(place)) for (name, kind), place in places}
-            key = repr(sorted(params.items()))
-            if key not in self._known:
+            if (key := _key(params)) not in self._known:
                 self._known.add(key)
                 return params
         return None
@@ -92,10 +91,8 @@ class LocalSearch:
         return [Evaluation(error=10**error, density=10**density, seconds=0.0) for error, density in logs.tolist()]
 
 
-def magnitude(value: float | None) -> float:
-    """Orders of magnitude, so that a search looks as closely at 5% as at 50%."""
-    assert value is not None
-    return math.log10(value + 1e-6)
+def _key(params: Mapping[str, Any]) -> str:
+    return repr(sorted(params.items()))
 
 
 def _terms(places: np.ndarray) -> np.ndarray:

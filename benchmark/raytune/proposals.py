@@ -13,9 +13,9 @@ import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .local_search import LocalSearch, magnitude
+from .local_search import LocalSearch
 from .optimizer_factory import CombinationSpace
-from .trial import Evaluation, Level, objective_value
+from .trial import Evaluation, Level, magnitude, objective_value
 
 if TYPE_CHECKING:
     import optuna

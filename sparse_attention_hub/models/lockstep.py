@@ -212,7 +212,7 @@ def forward(lm: LanguageModel, session: Lockstep, ids: Tensor, keep: int) -> Ten
     session.positions.clear()
     kwargs = {"logits_to_keep": keep} if lm.keeps_logits else {}
     logits: Tensor = lm.model(input_ids=ids, past_key_values=session.cache, use_cache=True, **kwargs).logits[:, -keep:]
-    check_calls(lm, session, before)
+    _check_calls(lm, session, before)
     return logits
 
 
@@ -222,10 +222,10 @@ def fill(lm: LanguageModel, session: Lockstep, ids: Tensor) -> None:
     session.last_call = before + lm.num_layers
     with suppress(_Filled):
         lm.model.base_model(input_ids=ids, past_key_values=session.cache, use_cache=True)
-    check_calls(lm, session, before)
+    _check_calls(lm, session, before)
 
 
-def check_calls(lm: LanguageModel, session: Lockstep, before: int) -> None:
+def _check_calls(lm: LanguageModel, session: Lockstep, before: int) -> None:
     if session.calls - before != lm.num_layers:
         raise UserError(
             f"model {lm.id!r} has {lm.num_layers} layers but {session.calls - before} of them used the attention "
