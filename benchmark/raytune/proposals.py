@@ -2,8 +2,8 @@
 
 All of them see every trial. The two-objective study (error and density, Optuna's multi-objective TPE) spreads over the whole
 front, most of which lies between the budgets or beyond them. A level's search looks at the front's one place that is used, just
-below its budget: one in three of its questions by TPE, two by steps from its best trial (`local_search.py`). Each alone finds
-less than all together (`benchmark/speed/search_quality.py`).
+below its budget: one in three of its questions by TPE, two by steps from its best trial (`local_search.py`). What that gives
+against a search for each budget alone: `benchmark/speed/search_quality.py`.
 """
 
 from __future__ import annotations
