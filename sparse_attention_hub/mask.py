@@ -173,7 +173,7 @@ class Mask:
         if self.is_empty:
             return allowed
         if self._residual is None or self._residual[0] is not allowed:
-            self._residual = (allowed, allowed & ~self.chosen())
+            self._residual = (allowed, torch.gt(allowed, self.chosen()))  # allowed and not chosen, in one pass
         return self._residual[1]
 
     def counts(self) -> Tensor:

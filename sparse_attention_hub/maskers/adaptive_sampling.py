@@ -125,8 +125,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         budget = self._needed(terms, valid, static, rest)
         sure = expand_heads(mask.chosen(), base.shape[1]).clone(memory_format=torch.contiguous_format)
         sure.scatter_(-1, base, sure.gather(-1, base).logical_or_(meant))
-        drawn = order.first(expand_heads(base_size, heads) + budget)
-        np.greater(drawn.numpy(), expand_heads(sure, heads).numpy(), out=drawn.numpy())  # without the base samples
+        drawn = order.first(expand_heads(base_size, heads) + budget, without=sure)
         rate = (budget / rest.clamp(min=1)).float().unsqueeze(-1)
         counts = expand_heads(mask.counts(), heads) + expand_heads(base_size, heads) + budget
         return Mask.from_draw(sure, drawn, rate, heads, inputs.kv_heads, counts)
@@ -173,7 +172,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         exact = None
         if self.config.use_exact_estimation:
             outside = expand_heads(residual, heads) & ~expand_heads(base.chosen(), heads)
-            exact = _moments((inputs.scores() - top).exp(), outside, rest)
+            exact = _moments((inputs.scores() - top).exp() * outside, outside, rest)
         return self._needed(terms, base_indices >= 0, static, rest, exact)
 
     def _needed(
@@ -181,7 +180,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
     ) -> Tensor:
         """Draws that the bound asks for, int64 (B, H, Q), at most `rest` (B, H, Q).
 
-        terms: of the base samples, (B, H, Q, K), where valid; static: the chosen keys' sum, (B, H, Q), on the same scale.
+        terms: of the base samples, (B, H, Q, K), 0 where not valid; static: the chosen keys' sum, (B, H, Q), on the same scale.
         exact: moments of the rest, where they are known.
         """
         count = valid.sum(-1)
@@ -205,11 +204,11 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
 
 
 def _moments(terms: Tensor, valid: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and the variance's standard error of the valid terms (..., K) of each row; count of them: (...)."""
-    mean = (terms * valid).sum(-1) / count.clamp(min=1)
-    square = ((terms - mean.unsqueeze(-1)) * valid).square()
+    """Mean, variance and the variance's standard error of each row's terms (..., K), 0 where not valid; count of them: (...)."""
+    mean = terms.sum(-1) / count.clamp(min=1)
+    square = (terms - mean.unsqueeze(-1)).mul_(valid).square_()
     variance = square.sum(-1) / (count - 1).clamp(min=1)
-    fourth = square.square().sum(-1) / count.clamp(min=1)
+    fourth = square.square_().sum(-1) / count.clamp(min=1)
     return mean, variance, ((fourth - variance.square()).clamp(min=0) / count.clamp(min=1)).sqrt()
 
 

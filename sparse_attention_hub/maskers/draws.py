@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..mask import Mask, expand_heads
-from .inputs import AttentionInputs
+from .inputs import AttentionInputs, count_true
 
 # Standard deviations of a guess, to both sides, in which the bound of a draw is looked for.
 _DEVIATIONS = 4
@@ -33,8 +33,10 @@ class OrderedResidual:
         self._bits = np.packbits(residual.numpy(), axis=-1)
         self.left = expand_heads(_count_bits(self._bits), self.heads)
 
-    def first(self, sizes: Tensor) -> Tensor:
+    def first(self, sizes: Tensor, without: Tensor | None = None) -> Tensor:
         """The first sizes (B, H or h', Q) residual keys of each row: bool (B, H or h', Q, N).
+
+        without: bool (B, h, Q, N), keys to leave out, among them every allowed one that is not residual.
 
         A key is among them if its place in the order lies below its row's bound. Residual keys are spread evenly over a random
         order, so a bound is guessed, the keys below it counted, and what is missing read off near the guess: no sorting.
@@ -65,9 +67,12 @@ class OrderedResidual:
             jump = bounds + torch.div((wanted - counts) * keys, left, rounding_mode="floor")
             halved = (jump <= low) | (jump >= high) | (turn % 2 == 1)
             bounds = torch.where(inside, seen, torch.where(halved, (low + high) // 2, jump))
-        flags = torch.from_numpy(below(bounds))
-        flags &= expand_heads(self._residual, heads) if self._residual.shape[1] > 1 else self._residual
-        return flags
+        flags = below(bounds)
+        if without is None:
+            flags &= (expand_heads(self._residual, heads) if self._residual.shape[1] > 1 else self._residual).numpy()
+            return torch.from_numpy(flags)
+        np.greater(flags, expand_heads(without, heads).numpy(), out=flags)
+        return inputs.only_allowed(torch.from_numpy(flags))
 
     def listed(self, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """The same of a few as lists: (keys int64 (B, h', Q, K), which of them are meant: bool (B, h', Q, K)).
@@ -110,11 +115,12 @@ class OrderedResidual:
         """(bounds below which `wanted` residual keys lie, where they are among `width` places around). All (B, h, Q, 1)."""
         total = self._inputs.shape[3]
         start = (bounds - width // 2).clamp(min=0, max=total - width)
-        running = self._window(start, width).cumsum(-1)
+        running = torch.from_numpy(self._window(start, width).numpy().cumsum(-1, dtype=np.int32))
         before = running.gather(-1, (bounds - start - 1).clamp(min=0)).masked_fill_(bounds == start, 0)
         lacking = wanted - (counts - before)
         inside = (lacking >= 0) & (lacking <= running[..., -1:])
-        return start + (running < lacking).sum(-1, keepdim=True) + (lacking > 0), inside
+        passed = count_true(np.less(running.numpy(), lacking.numpy().astype(np.int32)))
+        return start + torch.from_numpy(passed).unsqueeze(-1) + (lacking > 0), inside
 
 
 def _count_bits(packed: np.ndarray) -> Tensor:

@@ -384,6 +384,13 @@ class AttentionInputs:
             scores[..., start:].masked_fill_(forbidden, NEVER)
         return scores
 
+    def only_allowed(self, flags: Tensor) -> Tensor:
+        """Flags bool (B, h, Q, N), False where not allowed; changed in place."""
+        if not self.all_allowed:
+            start, forbidden = self.by_position("forbidden", self._forbidden)
+            flags[..., start:].logical_and_(~forbidden)
+        return flags
+
     def _forbidden(self) -> tuple[int, Tensor]:
         """(the first key that some row may not attend to, which keys from there on each row may not: bool (B, 1, Q, n))."""
         seen_by_all = self.allowed.all(2).all(0).flatten()

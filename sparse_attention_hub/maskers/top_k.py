@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -31,21 +32,45 @@ def _choose_above(scores: Tensor, residual: Tensor, size: int, inputs: Attention
     """`choose_top` for many rows as one comparison: a key is chosen if its score reaches its row's threshold. In NumPy, whose
     sorting, comparing and masking are several times faster than torch's on a CPU."""
     residual = expand_heads(residual, scores.shape[1]) if residual.shape[1] > 1 else residual
+    numbers, keys = scores.numpy(), scores.shape[-1]
     if inputs.viewers > 2 and scores is inputs.scores() and residual.shape[1] == 1:
-        threshold = _threshold_of_shared(scores, inputs.allowed & ~residual, size, inputs)
-    else:
-        eligible = np.where(residual.numpy(), scores.numpy(), scores.numpy().dtype.type(NEVER))
-        place = scores.shape[-1] - min(size, scores.shape[-1])
-        eligible.partition(place, axis=-1)
-        threshold = torch.from_numpy(eligible[..., place : place + 1])
-    threshold = threshold.clamp(min=torch.finfo(scores.dtype).min)  # a score of -inf is never chosen
-    chosen = np.greater_equal(scores.numpy(), threshold.numpy())
+        return _choose_above_shared(scores, torch.gt(inputs.allowed, residual).numpy(), size, inputs)
+    eligible = np.where(residual.numpy(), numbers, numbers.dtype.type(NEVER))
+    place = keys - min(size, keys)
+    eligible.partition(place, axis=-1)
+    threshold = _above_never(eligible[..., place : place + 1])
+    chosen = np.greater_equal(numbers, threshold)
     chosen &= residual.numpy()
+    return _without_ties(chosen, numbers, threshold, size, inputs)
+
+
+def _choose_above_shared(scores: Tensor, taken: np.ndarray, size: int, inputs: AttentionInputs) -> Mask:
+    """The same of the keys that are not taken, bool (B, 1, Q, N), by means of the sorted scores that all configurations of a
+    replay share. Taken keys stand in few columns, and only those are looked at."""
+    numbers, keys = scores.numpy(), scores.shape[-1]
+    columns = _columns(taken)
+    ranked = inputs.ranked(scores).numpy().reshape(-1, keys)
+    place = keys - 1 - _places_of_shared(numbers, ranked, taken, columns, size)
+    row = np.arange(len(ranked))
+    reached = ranked[row, place]
+    threshold = _above_never(reached.reshape(*scores.shape[:3], 1))
+    chosen = np.greater_equal(numbers, threshold)
+    for part in columns:
+        chosen[..., part] &= ~taken[..., part]
+    if size <= keys and place.min() > 0 and reached.min() > NEVER and (ranked[row, place - 1] < reached).all():
+        # Every row has enough keys and its last place no rival: nothing is left to count.
+        counts = torch.full(scores.shape[:3], size)
+        return Mask.from_dense(torch.from_numpy(chosen), inputs.shape[1], inputs.kv_heads, counts=counts)
+    return _without_ties(chosen, numbers, threshold, size, inputs)
+
+
+def _without_ties(chosen: np.ndarray, scores: np.ndarray, threshold: np.ndarray, size: int, inputs: AttentionInputs) -> Mask:
+    """The mask of the chosen keys, bool (B, H, Q, N). Of keys that tie for the last places the most recent are taken, as
+    everywhere: the oldest ones go."""
     counts = count_true(chosen)
     if counts.size and counts.max() > size:
-        # Of keys that tie for the last places the most recent are taken, as everywhere: the oldest ones go.
         rows = counts > size
-        held, limits = scores.numpy()[rows], threshold.numpy()[rows]
+        held, limits = scores[rows], threshold[rows]
         tied = (held == limits) & chosen[rows]
         oldest = tied & (tied.cumsum(-1) <= (counts[rows] - size)[:, None])
         chosen[rows] &= ~oldest
@@ -53,39 +78,58 @@ def _choose_above(scores: Tensor, residual: Tensor, size: int, inputs: Attention
     return Mask.from_dense(torch.from_numpy(chosen), inputs.shape[1], inputs.kv_heads, counts=torch.from_numpy(counts))
 
 
-def _threshold_of_shared(scores: Tensor, taken: Tensor, size: int, inputs: AttentionInputs) -> Tensor:
-    """The size-th highest score of the keys that are not taken, (B, H, Q, 1), from the sorted scores that all configurations
-    of a replay share. taken: bool (B, 1, Q, N).
+def _above_never(threshold: np.ndarray) -> np.ndarray:
+    """The threshold, raised so that a score of -inf is never chosen."""
+    raised: np.ndarray = np.maximum(threshold, np.finfo(threshold.dtype).min)
+    return raised
 
-    Its place in the shared order is found by bisection, counting how many taken keys lie above a place: they stand in few
-    columns, and nothing is sorted anew.
-    """
-    ranked = inputs.ranked(scores)
-    columns = np.flatnonzero(taken.numpy().any((0, 1, 2)))
+
+def _columns(taken: np.ndarray) -> list[Any]:
+    """The columns in which some row has a taken key, as a few slices, or one array if they are scattered."""
+    columns = np.flatnonzero(taken.any((0, 1, 2)))
+    if not columns.size:
+        return []
     ends = np.flatnonzero(np.diff(columns, append=-1) != 1)
-    starts = np.concatenate([[0], ends[:-1] + 1]) if columns.size else ends[:0]
-    parts: list[Any] = (
-        [slice(columns[i], columns[j] + 1) for i, j in zip(starts, ends, strict=True)] if ends.size < 9 else [columns]
-    )
-    held = [np.add(scores.numpy()[..., part], _forbidding(taken.numpy()[..., part], scores)) for part in parts]
-    # Places from the highest score down: with no taken key above it the threshold stands at size - 1, and each one that is
-    # above moves it one further. `last` is always far enough, `first` is where it might already be.
-    first = np.full((*scores.shape[:3], 1), min(size, scores.shape[-1]) - 1)
-    last = np.minimum(first + count_true(taken.numpy())[..., None], scores.shape[-1] - 1)
-    while True:
-        middle = (first + last) // 2
-        threshold = ranked.gather(-1, torch.from_numpy(scores.shape[-1] - 1 - middle))
-        if (first == last).all():
-            return threshold
-        above = sum(count_true(np.greater_equal(part, threshold.numpy())) for part in held)
-        enough = middle + 1 - np.asarray(above)[..., None] >= size
-        first, last = np.where(enough, first, np.minimum(middle + 1, last)), np.where(enough, middle, last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if ends.size > 8:
+        return [columns]
+    return [slice(columns[i], columns[j] + 1) for i, j in zip(starts, ends, strict=True)]
 
 
-def _forbidding(wanted: np.ndarray, scores: Tensor) -> np.ndarray:
-    """0 where a key is wanted, -inf elsewhere, in the type of the scores: adding it is the fastest way to mask them."""
-    dtype = scores.numpy().dtype.type
-    bias: np.ndarray = np.where(wanted, dtype(0.0), dtype(NEVER))
+def _places_of_shared(scores: np.ndarray, ranked: np.ndarray, taken: np.ndarray, columns: list[Any], size: int) -> np.ndarray:
+    """Where each row's threshold stands, counted from its highest score down: int64 (B * H * Q,).
+
+    With no taken key above it a threshold stands at size - 1, and each one that is above moves it one further: it is looked
+    for where size - 1 + (taken keys at or above a place) is that place. As this sum grows with the place, one that exceeds its
+    place is a lower bound, one that falls short an upper bound, and mostly itself the next best guess; every other guess
+    halves what is between the bounds.
+    """
+    keys = scores.shape[-1]
+    parts = [np.add(scores[..., part], _forbidding(taken[..., part], scores.dtype)) for part in columns]
+    held = np.concatenate(parts, -1).reshape(len(ranked), -1) if parts else np.empty((len(ranked), 0), scores.dtype)
+    nearest = min(size, keys) - 1
+    low = np.full(len(ranked), nearest)
+    high = np.minimum(low.reshape(scores.shape[:3]) + count_true(taken), keys - 1).ravel()
+    guess = (low + high) // 2
+    places: np.ndarray = guess.copy()
+    rows = np.arange(len(ranked))
+    for turn in itertools.count():
+        reached = ranked[rows, keys - 1 - guess]
+        found = np.minimum(nearest + count_true(np.greater_equal(held, reached[:, None])), keys - 1)
+        places[rows] = guess
+        missed = np.flatnonzero(found != guess)
+        if not missed.size:
+            return places
+        low, high = np.where(found > guess, found, low), np.where(found < guess, found, high)
+        guess = found if turn % 2 == 0 else np.where(found == guess, guess, (low + high) // 2)
+        if missed.size < len(rows) // 2:
+            rows, held, low, high, guess = (part[missed] for part in (rows, held, low, high, guess))
+    raise AssertionError("unreachable")
+
+
+def _forbidding(wanted: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """0 where a key is wanted, -inf elsewhere: adding it is the fastest way to mask scores."""
+    bias: np.ndarray = np.where(wanted, dtype.type(0.0), dtype.type(NEVER))
     return bias
 
 

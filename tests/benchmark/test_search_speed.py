@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,11 +52,23 @@ def test_search_speed(tiny_model: str, same_process: None, capsys: pytest.Captur
 
 
 def test_search_fidelity(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--families", "oracle_top_k", "random_sampling", "--configs", "4", "--tokens", "3"]
+    arguments = ["--families", "oracle_top_k", "random_sampling", "--configs", "4", "--tokens", "3", "--pool", "3"]
     search_fidelity.main(["--model", tiny_model, *TINY, *arguments])
     record = record_of(capsys)
-    assert {"oracle_top_k_forced_ordered", "random_sampling_regret", "right"} <= set(record["figures"])
+    assert {"oracle_top_k_forced_ordered", "random_sampling_regret", "right", "dense_right"} <= set(record["figures"])
     assert all(0 <= record["figures"][f"{name}_reproduced"] <= 1 for name in ("oracle_top_k", "random_sampling"))
+
+
+def test_the_requests_that_dense_attention_answers_best() -> None:
+    scores = [0.0, 1.0, 0.5, 0.5, None, 0.5]
+    task = SimpleNamespace(metric="m", score=lambda text, sample: {"m": scores[sample]})
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
+    evaluator = SimpleNamespace(task=task, lm=SimpleNamespace(tokenizer=tokenizer))
+    evaluator.samples = [SimpleNamespace(sample=place) for place in range(6)]
+    evaluator.traces = [SimpleNamespace(answer_ids=[place]) for place in range(6)]
+    assert search_fidelity.answered_best(evaluator, 3) == pytest.approx(2 / 3)
+    assert [entry.sample for entry in evaluator.samples] == [1, 2, 3]
+    assert [trace.answer_ids for trace in evaluator.traces] == [[1], [2], [3]]
 
 
 def test_search_quality(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
