@@ -95,15 +95,18 @@ def _on_cpu(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor
     elif mask.draw is not None:
         sure, drawn, rate = mask.draw
         inverse = 1 / rate.clamp(min=1e-30)
-        spare: list[np.ndarray] = []
+        # As unsigned bytes sure - drawn is 1 where sure, 255 where drawn: what exceeds the inverse is cut down to it.
+        cut = float(inverse.max()) <= 255
 
         def weigh(numbers: np.ndarray, out: np.ndarray, at: Callable[[Tensor], np.ndarray]) -> None:
-            if not spare or spare[0].shape != out.shape:
-                spare[:] = [np.empty_like(out)]
-            np.copyto(out, at(drawn))  # as in `keep`: no product of two types
-            np.multiply(out, at(inverse), out=out)
-            np.copyto(spare[0], at(sure))
-            np.add(out, spare[0], out=out)
+            certain, lucky = at(sure), at(drawn)
+            if cut:
+                np.copyto(out, np.subtract(certain.view(np.uint8), lucky.view(np.uint8)))
+                np.minimum(out, at(inverse), out=out)
+            else:
+                np.copyto(out, lucky)  # as in `keep`: no product of two types
+                np.multiply(out, at(inverse), out=out)
+                np.add(out, certain, out=out)
             np.multiply(out, numbers, out=out)
 
     else:

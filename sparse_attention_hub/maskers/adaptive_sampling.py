@@ -116,8 +116,8 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         order = OrderedResidual(inputs, residual)
         base_size = torch.minimum(self._base_size(order.left), order.left)
         base, meant = order.listed(base_size)
-        indices, valid = expand_heads(base, heads), expand_heads(meant, heads)
-        terms = inputs.exponentials().gather(-1, indices).mul_(valid)
+        valid = expand_heads(meant, heads)
+        terms = inputs.exponentials_in_order(base.shape[-1]) * valid
         static = inputs.exponentials_where(mask.chosen())
         if float((static + terms.sum(-1)).min()) < LEAST_SHARED_MASS:
             return None

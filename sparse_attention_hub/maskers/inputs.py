@@ -240,10 +240,22 @@ class AttentionInputs:
 
     def exponentials_where(self, chosen: Tensor) -> Tensor:
         """Sums of a row's exponentials where chosen (B, h, Q, N): float32 (B, H, Q). On a CPU."""
-        sums = torch.empty(self.shape[:3], dtype=self.exponentials().dtype)
-        for place, block in self.weight_blocks(lambda numbers, out, at: keep(numbers, at(chosen), out)):
-            sums[place] = block.sum(-1)
-        return sums
+        exponentials = self.exponentials().numpy()
+        sums = np.empty(self.shape[:3], dtype=exponentials.dtype)
+        for place, flags in self.weight_blocks(lambda _, out, at: np.copyto(out, at(chosen))):
+            sums[place] = np.vecdot(flags.numpy(), exponentials[place])
+        return torch.from_numpy(sums)
+
+    def exponentials_in_order(self, width: int) -> Tensor:
+        """The exponentials of the first `width` keys of the random order, (B, H, Q, width): for all configurations read once."""
+        batch, heads, rows, keys = self.shape
+        known = self._memo.get("exponentials_in_order")
+        if not isinstance(known, Tensor) or known.shape[-1] < width:
+            wide = min(keys, 1 << (width - 1).bit_length())  # some more, for those that follow
+            order = self.random_order()[..., None, :, :wide].expand(-1, -1, self.group_size, -1, -1)
+            grouped = self.exponentials().view(batch, self.kv_heads, -1, rows, keys)
+            known = self._memo["exponentials_in_order"] = grouped.gather(-1, order).view(batch, heads, rows, -1)
+        return known[..., :width]
 
     def weight_blocks(
         self, weigh: Callable[[np.ndarray, np.ndarray, Callable[[Tensor], np.ndarray]], object]

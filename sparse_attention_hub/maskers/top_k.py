@@ -41,7 +41,7 @@ def _choose_above(scores: Tensor, residual: Tensor, size: int, inputs: Attention
     threshold = _above_never(eligible[..., place : place + 1])
     chosen = np.greater_equal(numbers, threshold)
     chosen &= residual.numpy()
-    return _without_ties(chosen, numbers, threshold, size, inputs)
+    return _highest_of(chosen, numbers, size, inputs)
 
 
 def _choose_above_shared(scores: Tensor, taken: np.ndarray, size: int, inputs: AttentionInputs) -> Mask:
@@ -61,19 +61,20 @@ def _choose_above_shared(scores: Tensor, taken: np.ndarray, size: int, inputs: A
         # Every row has enough keys and its last place no rival: nothing is left to count.
         counts = torch.full(scores.shape[:3], size)
         return Mask.from_dense(torch.from_numpy(chosen), inputs.shape[1], inputs.kv_heads, counts=counts)
-    return _without_ties(chosen, numbers, threshold, size, inputs)
+    return _highest_of(chosen, numbers, size, inputs)
 
 
-def _without_ties(chosen: np.ndarray, scores: np.ndarray, threshold: np.ndarray, size: int, inputs: AttentionInputs) -> Mask:
-    """The mask of the chosen keys, bool (B, H, Q, N). Of keys that tie for the last places the most recent are taken, as
-    everywhere: the oldest ones go."""
+def _highest_of(chosen: np.ndarray, scores: np.ndarray, size: int, inputs: AttentionInputs) -> Mask:
+    """The mask of the chosen keys, bool (B, H, Q, N), of a row with more than `size` the highest. Of keys that tie for the last
+    places the most recent are taken, as everywhere: the oldest ones go."""
     counts = count_true(chosen)
     if counts.size and counts.max() > size:
         rows = counts > size
-        held, limits = scores[rows], threshold[rows]
-        tied = (held == limits) & chosen[rows]
-        oldest = tied & (tied.cumsum(-1) <= (counts[rows] - size)[:, None])
-        chosen[rows] &= ~oldest
+        held = np.where(chosen[rows], scores[rows], scores.dtype.type(NEVER))
+        limits = np.partition(held, -size, axis=-1)[:, -size, None]
+        above, tied = held > limits, held == limits
+        excess = count_true(above) + count_true(tied) - size
+        chosen[rows] = above | (tied & (tied.cumsum(-1) > excess[:, None]))
         counts = np.minimum(counts, size)
     return Mask.from_dense(torch.from_numpy(chosen), inputs.shape[1], inputs.kv_heads, counts=torch.from_numpy(counts))
 
@@ -102,7 +103,8 @@ def _places_of_shared(scores: np.ndarray, ranked: np.ndarray, taken: np.ndarray,
     With no taken key above it a threshold stands at size - 1, and each one that is above moves it one further: it is looked
     for where size - 1 + (taken keys at or above a place) is that place. As this sum grows with the place, one that exceeds its
     place is a lower bound, one that falls short an upper bound, and mostly itself the next best guess; every other guess
-    halves what is between the bounds.
+    halves what is between the bounds. Where taken keys tie, a place a little further down may pass for it: then more than
+    `size` keys reach it, never fewer.
     """
     keys = scores.shape[-1]
     parts = [np.add(scores[..., part], _forbidding(taken[..., part], scores.dtype)) for part in columns]
