@@ -69,7 +69,9 @@ def _by_lists(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tens
     if mask.draw is not None:
         _, drawn, rate = mask.draw
         inverse = np.repeat((1 / expand_heads(rate, heads).clamp(min=1e-30)).flatten().numpy(), counts)
-        np.multiply(weights, inverse, out=weights, where=expand_heads(drawn, heads).numpy().reshape(-1).take(places))
+        # The inverse rate where drawn, 1 elsewhere, without a branch a key: they lie mixed, and a branch is guessed wrong.
+        inverse *= expand_heads(drawn, heads).numpy().reshape(-1).take(places).astype(inverse.dtype)
+        weights *= np.maximum(inverse, 1, out=inverse)
     elif not mask.is_certain:
         weights /= expand_heads(mask.held_probability(), heads).numpy().reshape(-1).take(places)
     ends = counts.cumsum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -118,16 +118,17 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         base, meant = order.listed(base_size)
         valid = expand_heads(meant, heads)
         terms = inputs.exponentials_in_order(base.shape[-1]) * valid
+        samples = _Terms(terms, valid, expand_heads(base_size, heads), terms.sum(-1))
         static = inputs.exponentials_where(mask.chosen())
-        if float((static + terms.sum(-1)).min()) < LEAST_SHARED_MASS:
+        if float((static + samples.total).min()) < LEAST_SHARED_MASS:
             return None
         rest = expand_heads(order.left - base_size, heads)
-        budget = self._needed(terms, valid, static, rest)
+        budget = self._needed(samples, static, rest)
         sure = expand_heads(mask.chosen(), base.shape[1]).clone(memory_format=torch.contiguous_format)
         sure.scatter_(-1, base, sure.gather(-1, base).logical_or_(meant))
-        drawn = order.first(expand_heads(base_size, heads) + budget, without=sure)
+        drawn = order.first(samples.counts + budget, without=sure)
         rate = (budget / rest.clamp(min=1)).float().unsqueeze(-1)
-        counts = expand_heads(mask.counts(), heads) + expand_heads(base_size, heads) + budget
+        counts = expand_heads(mask.counts(), heads) + samples.counts + budget
         return Mask.from_draw(sure, drawn, rate, heads, inputs.kv_heads, counts)
 
     def _base_size(self, left: Tensor) -> Tensor:
@@ -166,33 +167,30 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         if self.config.use_exact_estimation:
             top = inputs.scores().amax(-1, keepdim=True)
         top = top.masked_fill(top == NEVER, 0.0)
-        terms = (base_scores - top).exp()
+        terms, valid = (base_scores - top).exp(), base_indices >= 0
+        samples = _Terms(terms, valid, valid.sum(-1), terms.sum(-1))
         static = (static_scores - top).exp().sum(-1)
-        rest = left - (base_indices >= 0).sum(-1)
+        rest = left - samples.counts
         exact = None
         if self.config.use_exact_estimation:
             outside = expand_heads(residual, heads) & ~expand_heads(base.chosen(), heads)
-            exact = _moments((inputs.scores() - top).exp() * outside, outside, rest)
-        return self._needed(terms, base_indices >= 0, static, rest, exact)
+            terms = (inputs.scores() - top).exp() * outside
+            exact = _Terms(terms, outside, rest, terms.sum(-1))
+        return self._needed(samples, static, rest, exact)
 
-    def _needed(
-        self, terms: Tensor, valid: Tensor, static: Tensor, rest: Tensor, exact: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def _needed(self, samples: _Terms, static: Tensor, rest: Tensor, exact: _Terms | None = None) -> Tensor:
         """Draws that the bound asks for, int64 (B, H, Q), at most `rest` (B, H, Q).
 
-        terms: of the base samples, (B, H, Q, K), 0 where not valid; static: the chosen keys' sum, (B, H, Q), on the same scale.
-        exact: moments of the rest, where they are known.
+        static: the chosen keys' sum, (B, H, Q), on the scale of the base samples. exact: the rest's own terms, where known.
         """
-        count = valid.sum(-1)
+        mean, variance, error = _moments(samples if exact is None else exact)
         if exact is not None:
-            mean, variance, _ = exact
             quantile: float | np.ndarray = _student_t(self.config.delta, None)
         else:
-            mean, variance, error = _moments(terms, valid, count)
             # One standard error on top: of heavy tails, a small sample more often shows too little spread than too much.
             variance = variance + error
-            quantile = _quantiles(self.config.delta, count - 1)
-        total = static + terms.sum(-1) + mean * rest
+            quantile = _quantiles(self.config.delta, samples.counts - 1)
+        total = static + samples.total + mean * rest
         # A few numbers a row are left, for which NumPy takes a fraction of torch's time; in float64 no square overflows.
         spread, whole, left = (t.cpu().numpy().astype(np.float64) for t in (variance.sqrt(), total, rest))
         # Sampling with replacement would need n0 draws; without, n0 / (1 + n0 / rest) are enough.
@@ -203,13 +201,23 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         return torch.from_numpy(draws.astype(np.int64)).to(rest.device)
 
 
-def _moments(terms: Tensor, valid: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and the variance's standard error of each row's terms (..., K), 0 where not valid; count of them: (...)."""
-    mean = terms.sum(-1) / count.clamp(min=1)
-    square = (terms - mean.unsqueeze(-1)).mul_(valid).square_()
-    variance = square.sum(-1) / (count - 1).clamp(min=1)
-    fourth = square.square_().sum(-1) / count.clamp(min=1)
-    return mean, variance, ((fourth - variance.square()).clamp(min=0) / count.clamp(min=1)).sqrt()
+class _Terms(NamedTuple):
+    """Softmax terms of some keys of each row (B, H, Q, K), 0 where not valid; how many are, and their sum: (B, H, Q)."""
+
+    each: Tensor
+    valid: Tensor
+    counts: Tensor
+    total: Tensor
+
+
+def _moments(terms: _Terms) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and the variance's standard error of each row's terms: (B, H, Q)."""
+    count = terms.counts.clamp(min=1)
+    mean = terms.total / count
+    square = (terms.each - mean.unsqueeze(-1)).mul_(terms.valid).square_()
+    variance = square.sum(-1) / (terms.counts - 1).clamp(min=1)
+    fourth = square.square_().sum(-1) / count
+    return mean, variance, ((fourth - variance.square()).clamp(min=0) / count).sqrt()
 
 
 def _quantiles(delta: float, freedoms: Tensor) -> float | np.ndarray:

@@ -107,8 +107,8 @@ class OrderedResidual:
         """Places in which almost every row's bound is found: of the keys below a guess, the residual ones are as many as in
         a draw without replacement, so the guess strays by their standard deviation."""
         total = self._inputs.shape[3]
-        share, part = left / total, wanted / left
-        deviation = float((wanted * (1 - share) * (1 - part).clamp(min=0) / share.square()).max()) ** 0.5
+        size, residual = wanted.numpy().astype(np.float64), left.numpy() / total
+        deviation = float(np.max(size * (1 - residual) * np.maximum(1 - size / (residual * total), 0) / residual**2)) ** 0.5
         return min(total, 2 * int(_DEVIATIONS * deviation) + 16)
 
     def _read_off(self, bounds: Tensor, counts: Tensor, wanted: Tensor, width: int) -> tuple[Tensor, Tensor]:

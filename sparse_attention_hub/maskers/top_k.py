@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from ..mask import Mask, expand_heads
 from .inputs import NEVER, AttentionInputs, count_true
+
+# Residuals whose complements are remembered: of the configurations of a replay or two.
+_REMEMBERED = 32
 
 
 def choose_top(scores: Tensor, residual: Tensor, sizes: list[int], inputs: AttentionInputs) -> Mask:
@@ -34,7 +38,7 @@ def _choose_above(scores: Tensor, residual: Tensor, size: int, inputs: Attention
     residual = expand_heads(residual, scores.shape[1]) if residual.shape[1] > 1 else residual
     numbers, keys = scores.numpy(), scores.shape[-1]
     if inputs.viewers > 2 and scores is inputs.scores() and residual.shape[1] == 1:
-        return _choose_above_shared(scores, torch.gt(inputs.allowed, residual).numpy(), size, inputs)
+        return _choose_above_shared(scores, _taken(residual, inputs), size, inputs)
     eligible = np.where(residual.numpy(), numbers, numbers.dtype.type(NEVER))
     place = keys - min(size, keys)
     eligible.partition(place, axis=-1)
@@ -44,24 +48,54 @@ def _choose_above(scores: Tensor, residual: Tensor, size: int, inputs: Attention
     return _highest_of(chosen, numbers, size, inputs)
 
 
-def _choose_above_shared(scores: Tensor, taken: np.ndarray, size: int, inputs: AttentionInputs) -> Mask:
-    """The same of the keys that are not taken, bool (B, 1, Q, N), by means of the sorted scores that all configurations of a
-    replay share. Taken keys stand in few columns, and only those are looked at."""
+def _choose_above_shared(scores: Tensor, taken: _Taken, size: int, inputs: AttentionInputs) -> Mask:
+    """The same of the keys that are not taken, by means of the sorted scores that all configurations of a replay share."""
     numbers, keys = scores.numpy(), scores.shape[-1]
-    columns = _columns(taken)
     ranked = inputs.ranked(scores).numpy().reshape(-1, keys)
-    place = keys - 1 - _places_of_shared(numbers, ranked, taken, columns, size)
+    place = keys - 1 - _places_of_shared(numbers, ranked, taken, size)
     row = np.arange(len(ranked))
     reached = ranked[row, place]
     threshold = _above_never(reached.reshape(*scores.shape[:3], 1))
     chosen = np.greater_equal(numbers, threshold)
-    for part in columns:
-        chosen[..., part] &= ~taken[..., part]
+    for part, free in zip(taken.columns, taken.free, strict=True):
+        chosen[..., part] &= free
     if size <= keys and place.min() > 0 and reached.min() > NEVER and (ranked[row, place - 1] < reached).all():
         # Every row has enough keys and its last place no rival: nothing is left to count.
         counts = torch.full(scores.shape[:3], size)
         return Mask.from_dense(torch.from_numpy(chosen), inputs.shape[1], inputs.kv_heads, counts=counts)
     return _highest_of(chosen, numbers, size, inputs)
+
+
+@dataclass
+class _Taken:
+    """The keys that others took, which stand in few columns: some slices, or one array if they are scattered.
+
+    In these columns: free, bool (B, 1, Q, n), where nothing was taken; barred, (B, 1, Q, n), 0 where something was, -inf
+    elsewhere: to add it is the fastest way to mask scores. counts: taken keys of each row, int64 (B, 1, Q).
+    """
+
+    residual: Tensor
+    columns: list[Any]
+    free: list[np.ndarray]
+    barred: list[np.ndarray]
+    counts: np.ndarray
+
+
+def _taken(residual: Tensor, inputs: AttentionInputs) -> _Taken:
+    """What is not residual, bool (B, 1, Q, N). The first maskers of a configuration mostly go by positions: then its residual is
+    one for all layers, and so is this."""
+    known: dict[int, _Taken] = inputs.by_position("taken", dict)
+    found = known.get(id(residual))
+    if found is None:
+        taken = torch.gt(inputs.allowed, residual).numpy()
+        columns = _columns(taken)
+        parts = [taken[..., part] for part in columns]
+        barred = [np.where(part, np.float32(0.0), np.float32(NEVER)) for part in parts]
+        found = _Taken(residual, columns, [~part for part in parts], barred, count_true(taken))
+        if len(known) >= _REMEMBERED:
+            known.clear()
+        known[id(residual)] = found  # which keeps the residual alive, so that no other has its id
+    return found
 
 
 def _highest_of(chosen: np.ndarray, scores: np.ndarray, size: int, inputs: AttentionInputs) -> Mask:
@@ -97,7 +131,7 @@ def _columns(taken: np.ndarray) -> list[Any]:
     return [slice(columns[i], columns[j] + 1) for i, j in zip(starts, ends, strict=True)]
 
 
-def _places_of_shared(scores: np.ndarray, ranked: np.ndarray, taken: np.ndarray, columns: list[Any], size: int) -> np.ndarray:
+def _places_of_shared(scores: np.ndarray, ranked: np.ndarray, taken: _Taken, size: int) -> np.ndarray:
     """Where each row's threshold stands, counted from its highest score down: int64 (B * H * Q,).
 
     With no taken key above it a threshold stands at size - 1, and each one that is above moves it one further: it is looked
@@ -107,11 +141,15 @@ def _places_of_shared(scores: np.ndarray, ranked: np.ndarray, taken: np.ndarray,
     `size` keys reach it, never fewer.
     """
     keys = scores.shape[-1]
-    parts = [np.add(scores[..., part], _forbidding(taken[..., part], scores.dtype)) for part in columns]
-    held = np.concatenate(parts, -1).reshape(len(ranked), -1) if parts else np.empty((len(ranked), 0), scores.dtype)
+    held = np.empty((*scores.shape[:3], sum(part.shape[-1] for part in taken.barred)), scores.dtype)
+    end = 0
+    for part, barred in zip(taken.columns, taken.barred, strict=True):
+        start, end = end, end + barred.shape[-1]
+        np.add(scores[..., part], barred, out=held[..., start:end])
+    held = held.reshape(len(ranked), -1)
     nearest = min(size, keys) - 1
     low = np.full(len(ranked), nearest)
-    high = np.minimum(low.reshape(scores.shape[:3]) + count_true(taken), keys - 1).ravel()
+    high = np.minimum(low.reshape(scores.shape[:3]) + taken.counts, keys - 1).ravel()
     guess = (low + high) // 2
     places: np.ndarray = guess.copy()
     rows = np.arange(len(ranked))
@@ -124,15 +162,9 @@ def _places_of_shared(scores: np.ndarray, ranked: np.ndarray, taken: np.ndarray,
             return places
         low, high = np.where(found > guess, found, low), np.where(found < guess, found, high)
         guess = found if turn % 2 == 0 else np.where(found == guess, guess, (low + high) // 2)
-        if missed.size < len(rows) // 2:
+        if missed.size < 0.75 * len(rows):
             rows, held, low, high, guess = (part[missed] for part in (rows, held, low, high, guess))
     raise AssertionError("unreachable")
-
-
-def _forbidding(wanted: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """0 where a key is wanted, -inf elsewhere: adding it is the fastest way to mask scores."""
-    bias: np.ndarray = np.where(wanted, dtype.type(0.0), dtype.type(NEVER))
-    return bias
 
 
 def top_indices(scores: Tensor, sizes: list[int]) -> Tensor:
