@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,8 +151,8 @@ def _places_of_shared(scores: np.ndarray, ranked: np.ndarray, taken: _Taken, siz
     high = np.minimum(low.reshape(scores.shape[:3]) + taken.counts, keys - 1).ravel()
     guess = (low + high) // 2
     places: np.ndarray = guess.copy()
-    rows = np.arange(len(ranked))
-    for turn in itertools.count():
+    rows, halve = np.arange(len(ranked)), False
+    while True:
         reached = ranked[rows, keys - 1 - guess]
         found = np.minimum(nearest + count_true(np.greater_equal(held, reached[:, None])), keys - 1)
         places[rows] = guess
@@ -161,10 +160,10 @@ def _places_of_shared(scores: np.ndarray, ranked: np.ndarray, taken: _Taken, siz
         if not missed.size:
             return places
         low, high = np.where(found > guess, found, low), np.where(found < guess, found, high)
-        guess = found if turn % 2 == 0 else np.where(found == guess, guess, (low + high) // 2)
+        guess = np.where(found == guess, guess, (low + high) // 2) if halve else found
+        halve = not halve
         if missed.size < 0.75 * len(rows):
             rows, held, low, high, guess = (part[missed] for part in (rows, held, low, high, guess))
-    raise AssertionError("unreachable")
 
 
 def top_indices(scores: Tensor, sizes: list[int]) -> Tensor:
