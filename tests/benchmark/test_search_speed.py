@@ -55,7 +55,7 @@ def test_search_fidelity(tiny_model: str, capsys: pytest.CaptureFixture[str]) ->
     arguments = ["--families", "oracle_top_k", "random_sampling", "--configs", "4", "--tokens", "3", "--pool", "3"]
     search_fidelity.main(["--model", tiny_model, *TINY, *arguments])
     record = record_of(capsys)
-    assert {"oracle_top_k_forced_ordered", "random_sampling_regret", "right", "dense_right"} <= set(record["figures"])
+    assert {"oracle_top_k_forced_ordered", "random_sampling_regret", "right", "dense_right_1024"} <= set(record["figures"])
     assert all(0 <= record["figures"][f"{name}_reproduced"] <= 1 for name in ("oracle_top_k", "random_sampling"))
 
 
