@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mask import Mask, expand_heads
-from .maskers.inputs import LEAST_SHARED_MASS, NEVER, AttentionInputs, group_scores, keep
+from .maskers.inputs import LEAST_SHARED_MASS, NEVER, AttentionInputs, group_scores
 
 # Up to this share of the keys, a CPU reads chosen ones one by one sooner than it multiplies all of them.
 LISTED_SHARE = 0.25
@@ -92,7 +92,7 @@ def _on_cpu(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor
         chosen = mask.chosen()
 
         def weigh(numbers: np.ndarray, out: np.ndarray, at: Callable[[Tensor], np.ndarray]) -> None:
-            keep(numbers, at(chosen), out)
+            _keep(numbers, at(chosen), out)
 
     elif mask.draw is not None:
         sure, drawn, rate = mask.draw
@@ -106,7 +106,7 @@ def _on_cpu(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor
                 np.copyto(out, np.subtract(certain.view(np.uint8), lucky.view(np.uint8)))
                 np.minimum(out, at(inverse), out=out)
             else:
-                np.copyto(out, lucky)  # as in `keep`: no product of two types
+                np.copyto(out, lucky)  # as in `_keep`: no product of two types
                 np.multiply(out, at(inverse), out=out)
                 np.add(out, certain, out=out)
             np.multiply(out, numbers, out=out)
@@ -126,3 +126,9 @@ def _on_cpu(mask: Mask, inputs: AttentionInputs, values: Tensor) -> tuple[Tensor
         own = values[place[0], place[1].start // inputs.group_size]
         sums[place] = (weights.flatten(0, 1) @ own).view(*weights.shape[:2], -1)
     return sums, totals
+
+
+def _keep(numbers: np.ndarray, flags: np.ndarray, out: np.ndarray) -> None:
+    """Fill out with the numbers where flagged, 0 elsewhere. To copy the flags first takes less than NumPy's mixed product."""
+    np.copyto(out, flags)
+    np.multiply(out, numbers, out=out)

@@ -429,12 +429,6 @@ def group_scores(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     return (grouped @ keys.to(wide).transpose(-1, -2)).view(batch, heads, rows, keys.shape[2])
 
 
-def keep(numbers: np.ndarray, flags: np.ndarray, out: np.ndarray) -> None:
-    """Fill out with the numbers where flagged, 0 elsewhere. To copy the flags first takes less than NumPy's mixed product."""
-    np.copyto(out, flags)
-    np.multiply(out, numbers, out=out)
-
-
 def count_true(flags: np.ndarray) -> np.ndarray:
     """How many of the last axis are True: int64."""
     narrow = np.uint16 if flags.shape[-1] < 2**16 else np.uint32  # sums twice as many at a time
