@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import BACKENDS, attend, attend_output, choose_backend
-from .mask import Mask, expand_heads
+from .kernels import BACKENDS, Known, attend
+from .kernels.portable import needs_grad
+from .kernels.reference import attend_reference
+from .mask import Mask
 from .maskers.base import Masker, MaskerConfig, config_from_dict, config_to_dict, create_masker
+from .maskers.call_cache import once
 from .maskers.inputs import AttentionInputs
 from .maskers.state import AttentionState
-from .shared import attend_shared
 
 
 @dataclass
@@ -42,22 +44,16 @@ class ResearchAttentionConfig:
 class AttentionResult:
     """What one attention call gave. The figures beside the output are computed when asked for.
 
-    output: (B, Q, H, D) in the queries' dtype. mask: the final Mask.
+    output: (B, Q, H, D) in the queries' dtype. mask: the final Mask. log_sum_exp: of the attended keys' logits, each term
+    weighted by 1/p: (B, H, Q), float32 or wider. empty_rows: rows (over batch, heads and queries) that attended to nothing and
+    were given their last allowed key.
     """
 
     def __init__(
-        self, output: Tensor, mask: Mask, inputs: AttentionInputs, selector: float, log_sum_exp: Callable[[], Tensor]
+        self, output: Tensor, log_sum_exp: Tensor, mask: Mask, inputs: AttentionInputs, selector: float, empty_rows: int
     ) -> None:
-        self.output = output
-        self.mask = mask
-        self._inputs = inputs
-        self._selector = selector
-        self._log_sum_exp = log_sum_exp
-
-    @cached_property
-    def log_sum_exp(self) -> Tensor:
-        """Of the attended keys' logits, each term weighted by 1/p: (B, H, Q), float32 or wider."""
-        return self._log_sum_exp()
+        self.output, self.log_sum_exp, self.mask, self.empty_rows = output, log_sum_exp, mask, empty_rows
+        self._inputs, self._selector = inputs, selector
 
     @cached_property
     def density_rows(self) -> Tensor:
@@ -69,21 +65,18 @@ class AttentionResult:
     @cached_property
     def density(self) -> float:
         """Attended allowed keys / allowed keys, mean over heads and rows that may attend to anything."""
-        return self._inputs.share_of_allowed(self.mask.counts())
+        return self._inputs.layout.share_of_allowed(self.mask.counts())
 
     @cached_property
     def kv_fraction(self) -> float:
         """Share of the dense KV bytes that the method reads, its selectors included; a key wanted by several query heads
         of a group is read once."""
-        return self._inputs.share_of_allowed(self.mask.group_counts()) + self._selector
+        return self._inputs.layout.share_of_allowed(self.mask.group_counts()) + self._selector
 
     @cached_property
     def dead_rows(self) -> int:
         """Rows without any allowed key: their output is 0 and they stay out of all averages."""
         return int((self._allowed_counts() == 0).sum())
-
-    #: Rows (over batch, heads and queries) that attended to nothing and were given their last allowed key.
-    empty_rows: int = 0
 
     def error_rows(self, dense: Tensor | None = None) -> Tensor:
         """||O_sparse - O_dense|| / ||O_dense|| per (batch, head, row): float32 (B, H, Q), NaN without allowed keys.
@@ -97,7 +90,7 @@ class AttentionResult:
         return error.masked_fill((self._allowed_counts() == 0).unsqueeze(1), float("nan"))
 
     def _allowed_counts(self) -> Tensor:
-        return self._inputs.row_lengths.float()
+        return self._inputs.layout.row_lengths.float()
 
 
 class ResearchAttention:
@@ -162,28 +155,31 @@ class ResearchAttention:
     def make_mask(self, inputs: AttentionInputs, state: AttentionState | None = None) -> Mask:
         """The mask of all maskers in order. No masker can make it hold a key that is not allowed."""
         if not self.maskers:
-            return Mask.from_dense(inputs.allowed, inputs.shape[1], inputs.kv_heads)
+            return inputs.mask(inputs.allowed)
         leading = list(itertools.takewhile(lambda masker: masker.by_position, self.maskers))
-        mask = inputs.by_position(
+        mask = inputs.layout.choose_once(
             tuple((type(masker), repr(masker.config)) for masker in leading), lambda: self._leading_mask(inputs, leading)
         )
         for position, masker in enumerate(self.maskers[len(leading) :], len(leading)):
             entry = None if state is None else state.entry(inputs.layer_idx, position)
-            mask = masker.select(inputs.for_masker(entry), mask)
-        trusted = inputs.all_allowed or all(masker.keeps_to_allowed for masker in self.maskers)
-        return mask if trusted else mask.restrict(inputs.allowed)
+            mask = self._select(masker, inputs.for_masker(entry), mask)
+        return mask
 
-    @staticmethod
-    def _leading_mask(inputs: AttentionInputs, maskers: Sequence[Masker[Any]]) -> Mask:
+    def _leading_mask(self, inputs: AttentionInputs, maskers: Sequence[Masker[Any]]) -> Mask:
         """What the first maskers choose, which go by positions."""
         mask = Mask.empty(inputs.shape, inputs.device, inputs.kv_heads)
         for masker in maskers:
-            mask = masker.select(inputs.for_masker(None), mask)
+            mask = self._select(masker, inputs, mask)
         return mask
+
+    @staticmethod
+    def _select(masker: Masker[Any], inputs: AttentionInputs, mask: Mask) -> Mask:
+        mask = masker.select(inputs, mask)
+        return mask if masker.keeps_to_allowed or inputs.all_allowed else mask.restrict(inputs.allowed)
 
     def final_mask(self, inputs: AttentionInputs, state: AttentionState | None = None) -> tuple[Mask, int]:
         """(the mask that is attended to, how many rows chose nothing and were given their last allowed key)."""
-        return _fill_empty_rows(self.make_mask(inputs, state), inputs)
+        return inputs.layout.fill_empty_rows(self.make_mask(inputs, state))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         """What the maskers' selectors read, as a share of the dense KV bytes."""
@@ -193,27 +189,18 @@ class ResearchAttention:
         """The same for prepared inputs, which several configurations may share."""
         with torch.no_grad():  # choosing keys is no differentiable function
             mask, empty_rows = self.final_mask(inputs, state)
-        # Kernels know no bias, the scores hold it.
-        if inputs.has_bias or self._from_scores(inputs):
-            shared, lse = attend_shared(mask, inputs)
-            output = shared.to(inputs.queries.dtype)
-            make_lse: Callable[[], Tensor] = lambda: lse  # noqa: E731
-        else:
-            # One row reads what it chose alone; several may be attended to densely, where weights of 0 meet all keys and values.
-            alone = inputs.shape[2] == 1 and self.config.backend != "reference"
-            keys, values = (inputs.keys, inputs.values) if alone else (inputs.usable_keys, inputs.usable_values)
-            known = inputs.scores() if inputs.has_scores and not inputs.needs_grad else None
-            call = (inputs.queries, keys, values, mask, inputs.scaling, self.config.backend, known)
-            output, make_lse = attend_output(*call), lambda: attend(*call)[1]
-        result = AttentionResult(output, mask, inputs, self.selector_fraction(inputs), make_lse)
-        result.empty_rows = empty_rows
-        return result
+        output, lse = self.attend_mask(inputs, mask)
+        return AttentionResult(output, lse, mask, inputs, self.selector_fraction(inputs), empty_rows)
 
-    def _from_scores(self, inputs: AttentionInputs) -> bool:
-        """Whether a masker computed the scores of several rows anyway: then the output is taken from them, on a CPU."""
-        if inputs.shape[2] == 1 or not inputs.has_scores or inputs.device.type != "cpu" or inputs.needs_grad:
-            return False
-        return choose_backend(self.config.backend, inputs.queries) == "gather"
+    def attend_mask(self, inputs: AttentionInputs, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Attention over a mask: (output (B, Q, H, D), log-sum-exp (B, H, Q))."""
+        known = inputs.known()
+        if known.scores is not None and needs_grad(inputs.queries, inputs.keys):
+            # Scores that maskers asked for carry no gradients.
+            fresh = AttentionInputs(inputs.queries, inputs.keys, inputs.values, None, inputs.scaling)
+            known = Known(inputs.layout.biased(fresh.scores()))
+        call = (inputs.queries, inputs.usable_keys, inputs.usable_values, mask, inputs.scaling, self.config.backend)
+        return attend(*call, known=known)
 
 
 def dense_attention(
@@ -227,30 +214,11 @@ def dense_of(inputs: AttentionInputs) -> Tensor:
     """Dense output of a call, (B, Q, H, D) in float32 or wider; computed once per call however many ask."""
 
     def make() -> Tensor:
-        weights = inputs.exponentials()
-        batch, heads, rows, keys = weights.shape
-        total = weights.sum(-1, keepdim=True)
-        grouped = weights.view(batch, inputs.kv_heads, -1, keys) @ inputs.usable_values.to(weights.dtype)
-        output = grouped.view(batch, heads, rows, -1) / total.masked_fill(total == 0, 1.0)
-        return output.transpose(1, 2)
+        known = Known(inputs.scores())
+        mask = inputs.mask(inputs.allowed)
+        return attend_reference(inputs.queries, inputs.keys, inputs.usable_values, mask, inputs.scaling, known=known)[0]
 
-    return inputs.memo("dense_output", make)
-
-
-def _fill_empty_rows(mask: Mask, inputs: AttentionInputs) -> tuple[Mask, int]:
-    """Rows that attend to nothing attend to their last allowed key. Returns the mask and how many rows that were."""
-    counts = mask.counts()
-    if int(counts.min()) > 0:
-        return mask, 0
-    lengths = inputs.row_lengths.unsqueeze(1)
-    empty = (counts == 0) & (lengths > 0)
-    rows = int(expand_heads(empty, inputs.shape[1]).sum())
-    if rows == 0:
-        return mask, 0
-    reversed_allowed = inputs.allowed.flip(-1).to(torch.uint8)
-    last = inputs.shape[3] - 1 - reversed_allowed.argmax(-1)
-    indices = last.expand_as(empty).masked_fill(~empty, -1).unsqueeze(-1)
-    return mask.union(Mask.from_indices(indices, inputs.shape, kv_heads=inputs.kv_heads)), rows
+    return once(inputs.cache.call, "dense_output", make)
 
 
 def _draw_seeds(

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from .attention import ResearchAttention, dense_of
-from .mask import expand_heads
+from .lists import expand_heads
+from .maskers.call_cache import CallCache
 from .maskers.inputs import AttentionInputs
-from .maskers.state import AttentionState, SharedStates
-from .shared import attend_shared
+from .maskers.layout import Layout
+from .maskers.shared_states import SharedStates
+from .maskers.state import AttentionState
 
 if TYPE_CHECKING:
     from .models.trace import Trace, TraceLayer
@@ -59,12 +61,11 @@ def replay(
     layers = trace.layers if layers is None else layers
     kept = list(range(trace.rows)) if rows is None else list(rows)
     states = SharedStates() if states is None else states
-    positions: dict[Hashable, dict[Hashable, object]] = {}
+    layouts: dict[Hashable, Layout] = {}
     errors: list[list[Tensor]] = [[] for _ in attentions]
     densities: list[list[Tensor]] = [[] for _ in attentions]
     for layer_idx in layers:
-        inputs = _layer_inputs(trace.layer(layer_idx, device), trace.rows, kept, seed, positions)
-        inputs.viewers = len(attentions)
+        inputs = _layer_inputs(trace.layer(layer_idx, device), trace.rows, kept, seed, layouts)
         for place, attention in enumerate(attentions):
             state = states.of(attention.maskers, trace.key, inputs.keys[:, :, : trace.context_length], layer_idx)
             error, density = _replay_layer(attention, inputs, state)
@@ -78,27 +79,26 @@ def replay(
 
 
 def _layer_inputs(
-    stored: TraceLayer, rows: int, kept: list[int], seed: int, positions: dict[Hashable, dict[Hashable, object]]
+    stored: TraceLayer, rows: int, kept: list[int], seed: int, layouts: dict[Hashable, Layout]
 ) -> AttentionInputs:
-    """One layer's call for some of the recorded rows, its dense output already known. positions: of all layers."""
+    """One layer's call for some of the recorded rows, its dense output already known. layouts: of all layers."""
     mask, queries, dense = None, stored.queries, stored.dense
     if len(kept) < rows:
         queries, dense = queries[:, :, kept], dense[:, kept]
         keys = stored.keys.shape[2]
         last = torch.tensor(kept, device=stored.keys.device) + (keys - rows)
         mask = (torch.arange(keys, device=stored.keys.device) <= last[:, None])[None, None]
-    inputs = AttentionInputs(
-        queries, stored.keys, stored.values, mask, stored.scaling, stored.layer_idx, [seed], positions=positions
-    )
-    inputs.memo("dense_output", lambda: dense)
+    cache = CallCache(call={"dense_output": dense}, layouts=layouts, keeps_order=True)
+    inputs = AttentionInputs(queries, stored.keys, stored.values, mask, stored.scaling, stored.layer_idx, [seed], cache)
+    inputs.exponentials()  # for all configurations: attention over their lists reads these instead of keys
     return inputs
 
 
 def _replay_layer(attention: ResearchAttention, inputs: AttentionInputs, state: AttentionState) -> tuple[Tensor, Tensor]:
     """(error (H,), density (H,)) of one attention on one layer, means over rows."""
     mask, _ = attention.final_mask(inputs, state)
-    output, _ = attend_shared(mask, inputs)
+    output = attention.attend_mask(inputs, mask)[0]
     dense = dense_of(inputs)
     error = (output - dense).norm(dim=-1) / dense.norm(dim=-1).clamp(min=1e-30)
-    density = expand_heads(mask.counts(), inputs.shape[1])[0] / inputs.row_lengths.float()
+    density = expand_heads(mask.counts(), inputs.shape[1])[0] / inputs.layout.row_lengths.float()
     return error[0].mean(0).cpu(), density.mean(-1).cpu()

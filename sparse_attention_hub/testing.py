@@ -149,7 +149,7 @@ class MaskerContract:
             earlier,
             Mask.from_dense(chosen, kv_heads=inputs.kv_heads),
             Mask.from_dense(by_group, self.heads, inputs.kv_heads),
-            Mask.from_indices(Mask.from_dense(by_group).rows()[0], inputs.shape, kv_heads=inputs.kv_heads),
+            Mask.from_indices(Mask.from_dense(by_group).lists().indices, inputs.shape, kv_heads=inputs.kv_heads),
         ):
             before = mask.inclusion_probability().clone()
             after = create_masker(self.make_config()).select(inputs, mask)

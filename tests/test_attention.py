@@ -21,6 +21,7 @@ from sparse_attention_hub import (
     SinkMaskerConfig,
     dense_attention,
 )
+from sparse_attention_hub.maskers.call_cache import CallCache
 from sparse_attention_hub.maskers.inputs import AttentionInputs
 
 
@@ -144,8 +145,9 @@ def test_a_full_result_has_no_error_and_a_small_one_has() -> None:
 def test_backends_agree() -> None:
     args = tensors()
     configs = (SinkMaskerConfig(2), OracleTopKConfig(6), AdaptiveSamplingMaskerConfig(6, 0.3, 0.3, 0, 0))
-    gather, reference = (make(*configs, backend=backend)(*args, seeds=3) for backend in ("gather", "reference"))
-    torch.testing.assert_close(gather.output, reference.output, atol=1e-5, rtol=1e-4)
+    loops, portable, reference = (make(*configs, backend=name)(*args, seeds=3) for name in ("cpu", "torch", "reference"))
+    torch.testing.assert_close(loops.output, reference.output, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(portable.output, reference.output, atol=1e-5, rtol=1e-4)
 
 
 def test_one_instance_serves_many_layers() -> None:
@@ -358,7 +360,7 @@ def test_calls_that_share_their_positions_give_what_each_gives_alone(rows: int, 
         make(SinkMaskerConfig(1), LocalMaskerConfig(0.1)),
         make(SinkMaskerConfig(1.0), LocalMaskerConfig(0.1)),
     ]
-    positions: dict = {}
+    layouts: dict = {}
     for layer in range(3):
         for n in (60, 70):
             tensors_of = tensors(rows, n)
@@ -367,7 +369,7 @@ def test_calls_that_share_their_positions_give_what_each_gives_alone(rows: int, 
                 mask[0, :, :, :7] = False
             for pipeline in pipelines:
                 call = (tensors_of[0] * (1 + layer), *tensors_of[1:], mask, None, layer, [layer, 5])
-                shared = pipeline.attend_inputs(AttentionInputs(*call, positions=positions))
+                shared = pipeline.attend_inputs(AttentionInputs(*call, CallCache(layouts=layouts)))
                 alone = pipeline.attend_inputs(AttentionInputs(*call))
                 assert torch.equal(shared.output, alone.output)
                 assert torch.equal(shared.mask.inclusion_probability(), alone.mask.inclusion_probability())

@@ -30,7 +30,8 @@ from sparse_attention_hub import (
     dense_attention,
     register_masker,
 )
-from sparse_attention_hub.maskers.state import MaskerState, SharedStates
+from sparse_attention_hub.maskers.shared_states import SharedStates
+from sparse_attention_hub.maskers.state import MaskerState
 from sparse_attention_hub.models import LanguageModel, answer, forced, prefill
 from sparse_attention_hub.models.trace import Trace, record_trace, thinned_layers
 from sparse_attention_hub.replay import replay, spread_rows

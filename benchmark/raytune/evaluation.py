@@ -89,7 +89,7 @@ class TraceEvaluator:
     def __init__(self, lm: LanguageModel, task_name: str, settings: Settings, traces_dir: Path) -> None:
         """Nothing is recorded yet: iterate `record()` first. UserError as `tuning_samples`, for a model without a layer that
         can be sparse, or a backend that cannot run here."""
-        from sparse_attention_hub.maskers.state import SharedStates
+        from sparse_attention_hub.maskers.shared_states import SharedStates
         from sparse_attention_hub.models.session import sparse_layers
         from sparse_attention_hub.models.trace import layer_bytes, thinned_layers, trace_key
 

@@ -1,18 +1,23 @@
-"""Kernels: attention over the keys that a mask names, behind one function."""
+"""Kernels: attention over the keys that a mask names, and choosing keys. docs/engine.md explains them."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from ..lists import uses_loops
 from ..mask import Mask
-from .gather import attend_gather, attend_gather_output
+from .known import Known
+from .portable import attend_torch, dot_torch, needs_grad
 from .reference import attend_reference
 
-BACKENDS = ("auto", "reference", "gather", "triton")
+__all__ = ["BACKENDS", "Known", "attend", "choose_backend", "dot", "log_mass"]
+
+HAS_TRITON = find_spec("triton") is not None
+BACKENDS = ("auto", "reference", "cpu", "torch", "triton")
 
 
 def attend(
@@ -22,57 +27,85 @@ def attend(
     mask: Mask,
     scaling: float,
     backend: str = "auto",
-    scores: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the mask's keys, each term weighted by 1/p in numerator and denominator.
 
-    queries (B, H, Q, D), keys and values (B, Hkv, N, D). Returns (output (B, Q, H, D) in the queries' dtype, log-sum-exp
-    (B, H, Q) in float32 or wider); a row without keys gives 0 and -inf.
-    scores: float32 or wider (B, H, Q, N), the scaled logits where they are known anyway: gather then reads no keys for one row.
-    backend: "auto" = triton on a GPU, gather elsewhere; the environment variable SPARSE_ATTENTION_HUB_BACKEND overrides auto.
-    Raises ValueError for an unknown backend, or triton without a GPU or where gradients are asked for: it has none.
+    queries (B, H, Q, D), keys and values (B, Hkv, N, D). softcap: logits become softcap * tanh(logit / softcap). sinks (H,): a
+    logit a head that joins the denominator. known: scores that the caller has anyway, softcap and bias included; a kernel then
+    need not read the keys.
+    Returns (output (B, Q, H, D) in the queries' dtype, log-sum-exp (B, H, Q) in float32 or wider); a row without keys gives 0
+    and, without a sink, -inf.
+    backend: "auto" = triton on a GPU, cpu (compiled loops) on a CPU, torch elsewhere and for gradients; the environment variable
+    SPARSE_ATTENTION_HUB_BACKEND overrides auto. Raises ValueError for an unknown backend, or one that cannot take these tensors.
     """
     name = choose_backend(backend, queries, keys, values)
+    if name == "triton" and known is not None and known.scores is not None:
+        name = "torch"
     if name == "triton":
         from .triton import attend_triton
 
-        output, lse = attend_triton(queries, keys, values, mask, scaling)
-    elif name == "reference":
-        output, lse = attend_reference(queries, keys, values, mask, scaling)
+        output, lse = attend_triton(queries, keys, values, mask, scaling, softcap=softcap, sinks=sinks)
+    elif name == "cpu":
+        from .cpu import attend_cpu
+
+        found, lse = attend_cpu(queries, keys, values, mask, scaling, softcap, sinks, known)
+        assert found is not None
+        output = found
     else:
-        output, lse = attend_gather(queries, keys, values, mask, scaling, scores)
+        function = attend_reference if name == "reference" else attend_torch
+        output, lse = function(queries, keys, values, mask, scaling, softcap, sinks, known)
     return output.to(queries.dtype), lse
 
 
-def attend_output(
+def dot(queries: Tensor, keys: Tensor, mask: Mask, scaling: float, softcap: float | None = None) -> Tensor:
+    """Scaled logits of the mask's keys, in the order of its lists: float32 or wider (B, H, Q, K), -inf on padding."""
+    if choose_backend("auto", queries, keys) == "cpu":
+        from .cpu import dot_cpu
+
+        return dot_cpu(queries, keys, mask, scaling, softcap)
+    return dot_torch(queries, keys, mask, scaling, softcap)
+
+
+def log_mass(
     queries: Tensor,
     keys: Tensor,
-    values: Tensor,
     mask: Mask,
     scaling: float,
-    backend: str = "auto",
-    scores: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    known: Known | None = None,
 ) -> Tensor:
-    """The output of `attend`, which a CPU has sooner without the log-sum-exp. Of several rows, keys and values must be finite
-    also where the mask does not attend."""
-    if choose_backend(backend, queries, keys, values) == "gather":
-        return attend_gather_output(queries, keys, values, mask, scaling, scores).to(queries.dtype)
-    return attend(queries, keys, values, mask, scaling, backend, scores)[0]
+    """The log-sum-exp of `attend` alone, without reading values: (B, H, Q)."""
+    if choose_backend("auto", queries, keys) == "cpu":
+        from .cpu import attend_cpu
+
+        return attend_cpu(queries, keys, None, mask, scaling, softcap, sinks, known)[1]
+    return attend_torch(queries, keys, keys[..., :1], mask, scaling, softcap, sinks, known)[1]
 
 
-def choose_backend(backend: str, queries: Tensor, *others: Tensor) -> str:
+def choose_backend(backend: str, *tensors: Tensor) -> str:
     """The kernel that `backend` means for these tensors."""
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (queries, *others))
     if backend not in BACKENDS:
         raise ValueError(f"attention backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    first, gradients = tensors[0], needs_grad(*tensors)
     if backend == "auto":
-        backend = os.environ.get("SPARSE_ATTENTION_HUB_BACKEND", "auto")
-        if backend == "auto":
-            has_triton = queries.is_cuda and importlib.util.find_spec("triton") is not None
-            return "triton" if has_triton and queries.element_size() <= 4 and not needs_grad else "gather"
-        return choose_backend(backend, queries, *others)
-    if backend == "triton" and not queries.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        chosen = os.environ.get("SPARSE_ATTENTION_HUB_BACKEND", "auto")
+        if chosen != "auto":
+            return choose_backend(chosen, *tensors)
+        if gradients:
+            return "torch"
+        if first.is_cuda:
+            return "triton" if HAS_TRITON and first.element_size() <= 4 else "torch"
+        return "cpu" if uses_loops(first) else "torch"
+    if backend == "triton" and not first.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("attention backend triton needs tensors on a GPU (or TRITON_INTERPRET=1), got a CPU tensor")
-    if backend == "triton" and needs_grad:
-        raise ValueError("attention backend triton has no gradients: take gather or auto, or torch.no_grad()")
+    if backend == "cpu" and not uses_loops(first):
+        raise ValueError(f"attention backend cpu needs Numba and tensors on a CPU, got a tensor on {first.device}")
+    if backend in ("triton", "cpu") and gradients:
+        raise ValueError(f"attention backend {backend} has no gradients: take torch or auto, or torch.no_grad()")
     return backend

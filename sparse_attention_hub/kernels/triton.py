@@ -23,7 +23,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..mask import Mask, expand_heads
+from ..lists import expand_heads
+from ..mask import Mask
 from .triton_kernels import INTERPRETED, groups_kernel, merge_kernel, rows_kernel
 
 KERNELS = ("rows", "groups")
@@ -45,6 +46,8 @@ def attend_triton(
     mask: Mask,
     scaling: float,
     *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     kernel: str | None = None,
     splits: int | None = None,
     output_dtype: torch.dtype | None = None,
@@ -67,11 +70,12 @@ def attend_triton(
     if output.numel() == 0:
         return output, lse
     if indices.shape[-1] == 0:
-        return output.zero_(), lse.fill_(float("-inf"))
+        own = float("-inf") if sinks is None else sinks.float().view(1, -1, 1)
+        return output.zero_(), torch.zeros_like(lse) + own
     launch = _launch_rows if kernel == "rows" else _launch_groups
     with torch.cuda.device_of(queries):
-        partial, top, total = launch(queries, keys, values, indices, log_weight, scaling, splits)
-        _launch_merge(partial, top, total, output, lse)
+        partial, top, total = launch(queries, keys, values, indices, log_weight, scaling, softcap or 0.0, splits)
+        _launch_merge(partial, top, total, sinks, output, lse)
     return output, lse
 
 
@@ -100,7 +104,7 @@ def _rows_lists(mask: Mask) -> tuple[Tensor, Tensor | None]:
 
     The lists are used as the mask holds them: packing them would cost a sort and a wait for the GPU in every layer.
     """
-    indices, probability = mask.rows()
+    indices, _, probability = mask.lists()
     heads = mask.shape[1]
     log_weight = None if probability is None else expand_heads(_log_weight(probability), heads)
     return expand_heads(indices, heads), log_weight
@@ -110,7 +114,7 @@ def _groups_lists(mask: Mask, rows: int, kv_heads: int) -> tuple[Tensor, Tensor 
     """(indices (B, Hkv, K), -1 = padding; log weight (B, H, Q, K) or None)."""
     heads = mask.shape[1]
     if rows == 1 and mask.shared_heads in (1, kv_heads):
-        indices, probability = mask.rows()
+        indices, _, probability = mask.lists()
         log_weight = None if probability is None else expand_heads(_log_weight(probability), heads)
         return expand_heads(indices[:, :, 0], kv_heads), log_weight
     if mask.kv_heads != kv_heads:
@@ -133,18 +137,19 @@ def _launch_rows(
     indices: Tensor,
     log_weight: Tensor | None,
     scaling: float,
+    softcap: float,
     splits: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = queries.shape
     programs, width = batch * heads * rows, indices.shape[-1]
-    constants = rows_constants(queries, values, log_weight is not None)
+    constants = rows_constants(queries, values, log_weight is not None, softcap > 0)
     splits, chunk = _cut(width, splits or choose_splits(programs, width, _processors(queries)), constants["BLOCK_K"])
     partial, top, total = _partials(programs, splits, values)
     indices, weights, weight_strides = _list_arguments(indices, log_weight)
     rows_kernel[(programs, splits)](
         queries, keys, values, indices, weights, partial, top, total,
         *queries.stride(), *keys.stride(), *values.stride(), *indices.stride()[:3], *weight_strides,
-        heads, rows, heads // keys.shape[1], width, chunk, splits, scaling,
+        heads, rows, heads // keys.shape[1], width, chunk, splits, scaling, softcap,
         **constants, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return partial, top, total
@@ -157,11 +162,12 @@ def _launch_groups(
     indices: Tensor,
     log_weight: Tensor | None,
     scaling: float,
+    softcap: float,
     splits: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = queries.shape
     kv_heads, width = keys.shape[1], indices.shape[-1]
-    constants = groups_constants(queries, values, kv_heads, log_weight is not None)
+    constants = groups_constants(queries, values, kv_heads, log_weight is not None, softcap > 0)
     tiles = triton.cdiv(heads // kv_heads * rows, constants["BLOCK_R"])
     programs = batch * kv_heads * tiles
     splits, chunk = _cut(width, splits or choose_splits(programs, width, _processors(queries)), constants["BLOCK_K"])
@@ -170,32 +176,34 @@ def _launch_groups(
     groups_kernel[(programs, splits)](
         queries, keys, values, indices, weights, partial, top, total,
         *queries.stride(), *keys.stride(), *values.stride(), *indices.stride()[:2], *weight_strides,
-        kv_heads, rows, heads // kv_heads, tiles, width, chunk, splits, scaling,
+        kv_heads, rows, heads // kv_heads, tiles, width, chunk, splits, scaling, softcap,
         **constants, num_warps=groups_warps(constants), num_stages=GROUPS_STAGES, enable_fp_fusion=True,
     )  # fmt: skip
     return partial, top, total
 
 
-def _launch_merge(partial: Tensor, top: Tensor, total: Tensor, output: Tensor, lse: Tensor) -> None:
+def _launch_merge(partial: Tensor, top: Tensor, total: Tensor, sinks: Tensor | None, output: Tensor, lse: Tensor) -> None:
     batch, rows, heads, dim = output.shape
     merge_kernel[(batch * heads * rows,)](
-        partial, top, total, output, lse, heads, rows, partial.shape[1],
-        **merge_constants(partial.shape[1], dim), num_warps=4, enable_fp_fusion=True,
+        partial, top, total, partial if sinks is None else sinks.float().contiguous(), output, lse, heads, rows, partial.shape[1],
+        **merge_constants(partial.shape[1], dim, sinks is not None), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def rows_constants(queries: Tensor, values: Tensor, weighted: bool) -> dict[str, Any]:
+def rows_constants(queries: Tensor, values: Tensor, weighted: bool, capped: bool = False) -> dict[str, Any]:
     """What `rows_kernel` is compiled for, given the tensors it will read."""
     dim, value_dim = queries.shape[3], values.shape[3]
     widest = max(choose_block(dim), choose_block(value_dim))
     return {
         "D": dim, "DV": value_dim, "BLOCK_D": choose_block(dim), "BLOCK_DV": choose_block(value_dim),
         # Keys, values and the float32 sums of a block live in registers.
-        "BLOCK_K": 32 if widest <= 128 else 16, "WEIGHTED": weighted,
+        "BLOCK_K": 32 if widest <= 128 else 16, "WEIGHTED": weighted, "CAPPED": capped,
     }  # fmt: skip
 
 
-def groups_constants(queries: Tensor, values: Tensor, kv_heads: int, weighted: bool) -> dict[str, Any]:
+def groups_constants(
+    queries: Tensor, values: Tensor, kv_heads: int, weighted: bool, capped: bool = False
+) -> dict[str, Any]:
     """What `groups_kernel` is compiled for, given the tensors it will read."""
     dim, value_dim = queries.shape[3], values.shape[3]
     block_d, block_dv = choose_block(dim), choose_block(value_dim)
@@ -206,7 +214,7 @@ def groups_constants(queries: Tensor, values: Tensor, kv_heads: int, weighted: b
     block_r = min(choose_block(rows), 64 if block_k == 64 else 32 if block_k == 32 else 16)
     return {
         "D": dim, "DV": value_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_K": block_k, "BLOCK_R": block_r,
-        "WEIGHTED": weighted,
+        "WEIGHTED": weighted, "CAPPED": capped,
         # The interpreter's tl.dot multiplies the raw bits of bfloat16 numbers.
         "UPCAST": INTERPRETED and queries.dtype == torch.bfloat16,
     }  # fmt: skip
@@ -217,10 +225,10 @@ def groups_warps(constants: dict[str, Any]) -> int:
     return 8 if constants["BLOCK_R"] * constants["BLOCK_DV"] >= 8192 else 4
 
 
-def merge_constants(splits: int, value_dim: int) -> dict[str, Any]:
+def merge_constants(splits: int, value_dim: int, sinks: bool = False) -> dict[str, Any]:
     """What `merge_kernel` is compiled for."""
     block_dv = choose_block(value_dim)
-    return {"DV": value_dim, "BLOCK_DV": block_dv, "BLOCK_S": min(triton.next_power_of_2(splits), 16)}
+    return {"DV": value_dim, "BLOCK_DV": block_dv, "BLOCK_S": min(triton.next_power_of_2(splits), 16), "SINKS": sinks}
 
 
 def _cut(width: int, splits: int, block: int) -> tuple[int, int]:

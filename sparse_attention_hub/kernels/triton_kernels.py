@@ -12,6 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
+@triton.jit
+def _cap(score, softcap):
+    """softcap * tanh(score / softcap)."""
+    return softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
+
+
 # Sizes that change from one decode step to the next are not specialised on, or steps would wait for the compiler.
 
 
@@ -19,9 +26,9 @@ import triton.language as tl
 def rows_kernel(
     q_ptr, k_ptr, v_ptr, i_ptr, w_ptr, partial_ptr, top_ptr, total_ptr,
     sq_b, sq_h, sq_q, sq_d, sk_b, sk_h, sk_n, sk_d, sv_b, sv_h, sv_n, sv_d, si_b, si_h, si_q, sw_b, sw_h, sw_q,
-    H, Q, G, width, chunk, splits, scaling,
+    H, Q, G, width, chunk, splits, scaling, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    WEIGHTED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H * Q, splits): one row's attention over one split of its list."""
     row = tl.program_id(0).to(tl.int64)
@@ -52,6 +59,8 @@ def rows_kernel(
         v_at = v_ptr + index[:, None] * sv_n + value_dims[None, :] * sv_d
         v = tl.load(v_at, mask=live[:, None] & (value_dims < DV)[None, :], other=0.0).to(tl.float32)
         score = tl.sum(k * q[None, :], 1)
+        if CAPPED:
+            score = _cap(score, softcap)
         if WEIGHTED:
             score += tl.load(w_ptr + slots, mask=live, other=0.0)
         score = tl.where(live, score, float("-inf"))
@@ -75,9 +84,9 @@ def rows_kernel(
 def groups_kernel(
     q_ptr, k_ptr, v_ptr, i_ptr, w_ptr, partial_ptr, top_ptr, total_ptr,
     sq_b, sq_h, sq_q, sq_d, sk_b, sk_h, sk_n, sk_d, sv_b, sv_h, sv_n, sv_d, si_b, si_h, sw_b, sw_h, sw_q,
-    HKV, Q, G, tiles, width, chunk, splits, scaling,
+    HKV, Q, G, tiles, width, chunk, splits, scaling, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, WEIGHTED: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr, WEIGHTED: tl.constexpr, CAPPED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * Hkv * tiles, splits): a tile of a kv head's G * Q rows over one split of their common list.
 
@@ -123,6 +132,8 @@ def groups_kernel(
             v = v.to(tl.float32)
         # "ieee": the default would round float32 inputs to 10 bits. It changes nothing for 16-bit inputs.
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        if CAPPED:
+            score = _cap(score, softcap)
         if WEIGHTED:
             score += log_weight
         else:
@@ -144,8 +155,8 @@ def groups_kernel(
 
 @triton.jit(do_not_specialize=["Q", "splits"])
 def merge_kernel(
-    partial_ptr, top_ptr, total_ptr, out_ptr, lse_ptr, H, Q, splits,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
+    partial_ptr, top_ptr, total_ptr, sink_ptr, out_ptr, lse_ptr, H, Q, splits,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H * Q,): the splits of one row joined, as output (B, Q, H, DV) and log-sum-exp (B, H, Q)."""
     row = tl.program_id(0).to(tl.int64)
@@ -173,9 +184,14 @@ def merge_kernel(
         summed = summed * shrink[:, None] + partial * weight[:, None]
         top = new_top
     row_top = tl.max(top, 0)
+    if SINKS:
+        sink = tl.load(sink_ptr + head)
+        row_top = tl.maximum(row_top, sink)
     base = tl.where(row_top == float("-inf"), 0.0, row_top)
     shrink = tl.exp(top - base)
     row_total = tl.sum(total * shrink, 0)
+    if SINKS:
+        row_total += tl.exp(sink - base)
     divisor = tl.where(row_total == 0.0, 1.0, row_total)
     out = tl.sum(summed * shrink[:, None], 0) / divisor
     out_at = out_ptr + ((batch * Q + query) * H + head) * DV + dims

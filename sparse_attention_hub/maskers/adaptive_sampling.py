@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..mask import Mask, expand_heads
+from ..lists import expand_heads
+from ..mask import Mask
 from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_flag, check_number, check_size, register_masker
-from .draws import OrderedResidual, draw_without_replacement, draws_by_comparison
-from .inputs import LEAST_SHARED_MASS, NEVER, AttentionInputs
+from .inputs import AttentionInputs
+from .layout import NEVER
 
 
 @dataclass
@@ -84,52 +85,19 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         if self.config.base_rate_sampling == 0:
             return mask
         mask = self._with_offsets(inputs, mask)
-        residual = mask.residual(inputs.allowed)
-        if draws_by_comparison(inputs, mask) and not self.config.use_exact_estimation:
-            compared = self._select_by_comparison(inputs, mask, residual)
-            if compared is not None:
-                return compared
-        left = residual.sum(-1)
+        left = inputs.left(mask)
         if int(left.max()) == 0:
             return mask
-        base_size = self._base_size(left)
-        base = draw_without_replacement(inputs, residual, base_size)
-        # Kept for certain: no weights.
-        base = Mask(base.shape, indices=base.rows()[0], kv_heads=base.kv_heads, counts=base.counts())
-        budget = self._budget(inputs, mask, base, residual, expand_heads(left, inputs.shape[1]))
-        mask = mask.union(base, disjoint=True)
-        if int(budget.max()) == 0:
-            return mask
-        return mask.union(draw_without_replacement(inputs, residual, budget, skip=base_size), disjoint=True)
+        drawn = inputs.draw(mask, self._base_size(left))
+        base = inputs.mask(drawn.lists()._replace(probability=None))  # kept for certain
+        budget = self._budget(inputs, mask, base)
+        mask = mask.union(base)
+        return mask.union(inputs.draw(mask, budget))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         return (
             0.5 if self.config.use_exact_estimation and self.config.base_rate_sampling else 0.0
         )  # exact moments read every key
-
-    def _select_by_comparison(self, inputs: AttentionInputs, mask: Mask, residual: Tensor) -> Mask | None:
-        """The same for many rows, with what all configurations of a replay share: the exponentials and the random order.
-
-        None where a row's chosen keys and base samples have too small a share of its mass for the shared exponentials.
-        """
-        heads = inputs.shape[1]
-        order = OrderedResidual(inputs, residual)
-        base_size = torch.minimum(self._base_size(order.left), order.left)
-        base, meant = order.listed(base_size)
-        valid = expand_heads(meant, heads)
-        terms = inputs.exponentials_in_order(base.shape[-1]) * valid
-        samples = _Terms(terms, valid, expand_heads(base_size, heads), terms.sum(-1))
-        static = inputs.exponentials_where(mask.chosen())
-        if float((static + samples.total).min()) < LEAST_SHARED_MASS:
-            return None
-        rest = expand_heads(order.left - base_size, heads)
-        budget = self._needed(samples, static, rest)
-        sure = expand_heads(mask.chosen(), base.shape[1]).clone(memory_format=torch.contiguous_format)
-        sure.scatter_(-1, base, sure.gather(-1, base).logical_or_(meant))
-        drawn = order.first(samples.counts + budget, without=sure)
-        rate = (budget / rest.clamp(min=1)).float().unsqueeze(-1)
-        counts = expand_heads(mask.counts(), heads) + samples.counts + budget
-        return Mask.from_draw(sure, drawn, rate, heads, inputs.kv_heads, counts)
 
     def _base_size(self, left: Tensor) -> Tensor:
         """Base samples for each row: at least 2, since one sample has no spread. left: int64 (B, h, Q)."""
@@ -149,34 +117,23 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         positions = inputs.key_positions[:, None, None, :]
         age = inputs.row_positions[:, None, :, None] - positions
         inside = ((positions < first) | (age < last)) & mask.residual(inputs.allowed)
-        return mask.union(Mask.from_dense(inside, inputs.shape[1], inputs.kv_heads))
+        return mask.union(inputs.mask(inside))
 
-    def _budget(self, inputs: AttentionInputs, mask: Mask, base: Mask, residual: Tensor, left: Tensor) -> Tensor:
-        """How many of the keys that are neither chosen nor base samples must be drawn: int64 (B, H, Q).
-
-        left: residual keys of each row, base samples included, int64 (B, H, Q).
-        """
+    def _budget(self, inputs: AttentionInputs, mask: Mask, base: Mask) -> Tensor:
+        """How many of the keys that are neither chosen nor base samples must be drawn: int64 (B, H, Q)."""
         heads = inputs.shape[1]
-        base_scores = inputs.scores_at(base.rows()[0])
-        base_indices = expand_heads(base.rows()[0], heads)
-        static_indices, static_probability = mask.rows()
-        static_scores = inputs.scores_at(static_indices)
-        if static_probability is not None:
-            static_scores = static_scores - expand_heads(static_probability, heads).clamp(min=1e-30).log()
-        top = torch.cat([base_scores, static_scores], -1).amax(-1, keepdim=True)
+        static, scores = inputs.log_mass(mask), inputs.scores_at(base)
+        top = torch.maximum(static, scores.amax(-1))
         if self.config.use_exact_estimation:
-            top = inputs.scores().amax(-1, keepdim=True)
+            top = inputs.highest()
         top = top.masked_fill(top == NEVER, 0.0)
-        terms, valid = (base_scores - top).exp(), base_indices >= 0
-        samples = _Terms(terms, valid, valid.sum(-1), terms.sum(-1))
-        static = (static_scores - top).exp().sum(-1)
-        rest = left - samples.counts
+        samples = _Terms((scores - top.unsqueeze(-1)).exp_(), scores > NEVER, expand_heads(base.counts(), heads))
+        rest = expand_heads(inputs.left(mask) - base.counts(), heads)
         exact = None
         if self.config.use_exact_estimation:
-            outside = expand_heads(residual, heads) & ~expand_heads(base.chosen(), heads)
-            terms = (inputs.scores() - top).exp() * outside
-            exact = _Terms(terms, outside, rest, terms.sum(-1))
-        return self._needed(samples, static, rest, exact)
+            outside = expand_heads(mask.union(base).residual(inputs.allowed), heads)
+            exact = _Terms((inputs.scores() - top.unsqueeze(-1)).exp() * outside, outside, rest)
+        return self._needed(samples, (static - top).exp(), rest, exact)
 
     def _needed(self, samples: _Terms, static: Tensor, rest: Tensor, exact: _Terms | None = None) -> Tensor:
         """Draws that the bound asks for, int64 (B, H, Q), at most `rest` (B, H, Q).
@@ -190,7 +147,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
             # One standard error on top: of heavy tails, a small sample more often shows too little spread than too much.
             variance = variance + error
             quantile = _quantiles(self.config.delta, samples.counts - 1)
-        total = static + samples.total + mean * rest
+        total = static + samples.each.sum(-1) + mean * rest
         # A few numbers a row are left, for which NumPy takes a fraction of torch's time; in float64 no square overflows.
         spread, whole, left = (t.cpu().numpy().astype(np.float64) for t in (variance.sqrt(), total, rest))
         # Sampling with replacement would need n0 draws; without, n0 / (1 + n0 / rest) are enough.
@@ -202,18 +159,17 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
 
 
 class _Terms(NamedTuple):
-    """Softmax terms of some keys of each row (B, H, Q, K), 0 where not valid; how many are, and their sum: (B, H, Q)."""
+    """Softmax terms of some keys of each row (B, H, Q, K), 0 where not valid; how many are valid: (B, H, Q)."""
 
     each: Tensor
     valid: Tensor
     counts: Tensor
-    total: Tensor
 
 
 def _moments(terms: _Terms) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and the variance's standard error of each row's terms: (B, H, Q)."""
     count = terms.counts.clamp(min=1)
-    mean = terms.total / count
+    mean = terms.each.sum(-1) / count
     square = (terms.each - mean.unsqueeze(-1)).mul_(terms.valid).square_()
     variance = square.sum(-1) / (terms.counts - 1).clamp(min=1)
     fourth = square.square_().sum(-1) / count

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..mask import Mask
-from .inputs import AttentionInputs, end_of_allowed
+from .call_cache import once
+from .inputs import AttentionInputs
+from .layout import end_of_allowed
 from .state import MaskerState
 
 
@@ -87,8 +89,7 @@ class Masker(ABC, Generic[ConfigT]):
 
     def shared(self, inputs: AttentionInputs, make: Callable[[], T]) -> T:
         """`make()` once for all maskers of this call whose codes are the same ones: equal settings, one state."""
-        # The state is kept beside the value, lest another one take its id.
-        return inputs.memo((self.codes_key(), id(inputs.state)), lambda: (inputs.state, make()))[1]
+        return once(inputs.cache.call, (self.codes_key(), inputs.state), make)
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         """Bytes the selector itself reads per allowed key, as a share of the key's and value's own bytes.

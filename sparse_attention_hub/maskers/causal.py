@@ -22,7 +22,7 @@ class CausalMasker(Masker[CausalMaskerConfig]):
     by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        return Mask.from_dense(inputs.allowed, inputs.shape[1], inputs.kv_heads) if mask.is_empty else mask
+        return inputs.mask(inputs.allowed) if mask.is_empty else mask
 
 
 if __name__ == "__main__":

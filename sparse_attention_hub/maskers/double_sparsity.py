@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels.reference import group_scores
 from ..mask import Mask
 from ..search_space import Choice, LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
 from .channel_file import layer_channels, read_channels
-from .inputs import AttentionInputs, group_scores
+from .inputs import AttentionInputs
 from .quantise import pseudo_quantise
-from .top_k import choose_top
 
 CHANNEL_SELECTIONS = ("q_proj", "k_proj", "qk_proj")
 
@@ -81,9 +81,7 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
-        residual = mask.residual(inputs.allowed)
-        chosen = choose_top(scores, residual, inputs.resolve(self.config.heavy_size), inputs)
-        return mask.union(chosen, disjoint=True)
+        return mask.union(inputs.choose_top(scores, mask, inputs.resolve(self.config.heavy_size)))
 
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
         """Labels of keys (B, Hkv, n, D): (B, Hkv, n, g * c), c channels for each of the g query heads of a kv head."""
@@ -126,7 +124,7 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
         # Each head's channels stand in a block of their own, zeros in its neighbours': one matrix product scores the group.
         spread = own.new_zeros((batch, heads // group, group, rows, group, kept))
         spread.diagonal(dim1=2, dim2=4).copy_(own.view(batch, heads // group, group, rows, kept).permute(0, 1, 3, 4, 2))
-        return inputs.biased(group_scores(spread.view(batch, heads, rows, group * kept), labels, kept**-0.5))
+        return inputs.layout.biased(group_scores(spread.view(batch, heads, rows, group * kept), labels, kept**-0.5))
 
 
 if __name__ == "__main__":

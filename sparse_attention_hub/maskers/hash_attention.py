@@ -19,8 +19,8 @@ from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
 from .bits import pack_bits, popcount
 from .hat_weights import Layer, check_weights, read_hat_weights, ready_layer
-from .inputs import NEVER, AttentionInputs
-from .top_k import choose_top
+from .inputs import AttentionInputs
+from .layout import NEVER
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -88,12 +88,10 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
-        residual = mask.residual(inputs.allowed)
-        chosen = choose_top(scores, residual, inputs.resolve(self.config.heavy_size), inputs)
-        return mask.union(chosen, disjoint=True)
+        return mask.union(inputs.choose_top(scores, mask, inputs.resolve(self.config.heavy_size)))
 
     def codes_key(self) -> tuple[str, ...]:
-        # Weights given in place have no name that others could know them by: they are this masker's own.
+        # Weights given in memory have no name: their codes are this masker's own.
         source = self.config.hat_weight_file or f"masker {self._number}"
         return type(self).__name__, source, self.config.hat_mlp_activation
 
@@ -127,7 +125,7 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         return pack_bits(x > 0)
 
     def _scores(self, inputs: AttentionInputs) -> Tensor:
-        """Shared bits less a little for age, (B, H, Q, N); float32 while that holds both exactly, else float64."""
+        """Bits that differ, negative: float32 (B, H, Q, N)."""
         batch, heads, rows, keys = inputs.shape
         _, codes = self.codes(inputs)
         layer = self._layer(inputs.layer_idx, inputs.keys)
@@ -139,9 +137,8 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         differ = torch.zeros((), dtype=torch.int32, device=inputs.device)
         for word in range(codes.shape[-1]):
             differ = differ + popcount(signatures[..., word].unsqueeze(-1) ^ codes[..., word].transpose(2, 3).unsqueeze(3))
-        exact = torch.float32 if (self.config.hat_bits + 1) * keys < 2**24 else torch.float64
-        scores = inputs.key_positions.to(exact)[:, None, None] - differ.to(exact).mul_(keys).reshape(batch, heads, rows, keys)
-        return scores if inputs.all_allowed else scores.masked_fill(~inputs.allowed, NEVER)
+        scores = differ.neg_().float().reshape(batch, heads, rows, keys)
+        return scores if inputs.all_allowed else scores.masked_fill_(~inputs.allowed, NEVER)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class LocalMasker(Masker[LocalMaskerConfig]):
         limit = torch.tensor(sizes, device=inputs.device).view(-1, 1, 1, 1)
         age = inputs.row_positions[:, None, :, None] - inputs.key_positions[:, None, None, :]
         window_keys = (age < limit) & inputs.allowed
-        return mask.union(Mask.from_dense(window_keys, inputs.shape[1], inputs.kv_heads))
+        return mask.union(inputs.mask(window_keys))
 
 
 if __name__ == "__main__":

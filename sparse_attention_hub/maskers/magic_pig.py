@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.gather import gather_rows
-from ..mask import Mask, expand_heads
+from ..kernels.reference import group_scores
+from ..lists import expand_heads
+from ..mask import Mask
 from ..search_space import Choice
 from .base import Masker, MaskerConfig, check_flag, check_int, register_masker
-from .inputs import AttentionInputs, group_scores
+from .inputs import AttentionInputs
 
 PACKINGS = ("int64", "float32")
 # Floats in the largest temporary of hashing: 32 MB.
@@ -84,10 +85,9 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         fitted, signatures = self.codes(inputs)
         shifted = inputs.queries.float() - expand_heads(fitted.mean, inputs.shape[1])
         hits = self._hits(inputs, signatures, self._signature(shifted, torch.zeros_like(shifted[..., 0]), fitted.projections))
-        residual = expand_heads(mask.residual(inputs.allowed), inputs.shape[1])
-        indices, _ = Mask.from_dense(hits & residual, kv_heads=inputs.kv_heads).rows()
-        probability = self._probability(_cosines(inputs, shifted, fitted, indices))
-        return mask.union(Mask.from_indices(indices, inputs.shape, probability, inputs.kv_heads), disjoint=True)
+        found = inputs.mask(hits & expand_heads(mask.residual(inputs.allowed), inputs.shape[1])).lists()
+        probability = self._probability(_cosines(inputs, shifted, fitted, found.indices))
+        return mask.union(inputs.mask(found._replace(probability=probability.float())))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         return self.config.lsh_l * self.config.lsh_k / 8 / (2 * inputs.keys.shape[-1] * inputs.keys.element_size())
@@ -189,10 +189,11 @@ def _cosines(inputs: AttentionInputs, shifted: Tensor, fitted: HashFit, indices:
 
     shifted: queries less the mean, float32 (B, H, Q, D).
     """
-    heads = inputs.shape[1]
-    safe = indices.clamp(min=0)
+    batch, heads = inputs.shape[:2]
+    safe = indices.clamp(min=0).long()
     if inputs.shape[2] == 1:
-        picked = gather_rows(inputs.keys, safe[:, :, 0]).float() - expand_heads(fitted.mean, heads)
+        places = safe.view(batch, inputs.kv_heads, -1, 1).expand(-1, -1, -1, inputs.keys.shape[3])
+        picked = (inputs.keys.gather(2, places).float() - fitted.mean).view(batch, heads, -1, inputs.keys.shape[3])
         dots = shifted @ picked.transpose(-1, -2)
         lengths = picked.norm(dim=-1).unsqueeze(2)
     else:

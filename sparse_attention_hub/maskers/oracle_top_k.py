@@ -9,7 +9,6 @@ from ..mask import Mask
 from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_size, register_masker
 from .inputs import AttentionInputs
-from .top_k import choose_top
 
 
 @dataclass
@@ -33,9 +32,7 @@ class OracleTopK(Masker[OracleTopKConfig]):
     keeps_to_allowed = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        residual = mask.residual(inputs.allowed)
-        chosen = choose_top(inputs.scores(), residual, inputs.resolve(self.config.heavy_size), inputs)
-        return mask.union(chosen, disjoint=True)
+        return mask.union(inputs.choose_top(inputs.scores(), mask, inputs.resolve(self.config.heavy_size)))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         return 0.5

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..mask import Mask, expand_heads
+from ..mask import Mask
 from ..search_space import Uniform
 from .base import Masker, MaskerConfig, check_number, register_masker
-from .inputs import NEVER, AttentionInputs
+from .inputs import AttentionInputs
 
 
 @dataclass
@@ -35,20 +35,9 @@ class OracleTopP(Masker[OracleTopPMaskerConfig]):
     keeps_to_allowed = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        residual = expand_heads(mask.residual(inputs.allowed), inputs.shape[1])
         if self.config.top_p >= 1.0:
-            return mask.union(Mask.from_dense(residual, inputs.shape[1], inputs.kv_heads))
-        scores = inputs.scores()
-        eligible = scores if residual is inputs.allowed else scores.masked_fill(~residual, NEVER)
-        ranked = inputs.ranked(eligible).flip(-1)
-        top = ranked[..., :1]
-        mass = (ranked - top.masked_fill(top == NEVER, 0.0)).exp_()
-        reached = mass.cumsum_(-1)
-        # The place at which the running mass first exceeds the share; none does if rounding eats the last step: take all.
-        place = (reached <= self.config.top_p * reached[..., -1:]).sum(-1, keepdim=True).clamp(max=reached.shape[-1] - 1)
-        threshold = ranked.gather(-1, place)
-        chosen = (scores >= threshold) & residual & (scores > NEVER)
-        return mask.union(Mask.from_dense(chosen, inputs.shape[1], inputs.kv_heads), disjoint=True)
+            return mask.union(inputs.mask(inputs.allowed))
+        return mask.union(inputs.choose_mass(mask, self.config.top_p))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         return 0.5

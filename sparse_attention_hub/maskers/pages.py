@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import NEVER
+from .layout import NEVER
 from .quantise import pseudo_quantise
 
 

@@ -13,7 +13,7 @@ from ..mask import Mask
 from ..search_space import Choice, LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
 from .inputs import AttentionInputs
-from .top_k import choose_top
+from .layout import NEVER
 
 METRICS = ("euclidean", "ip")
 # Floats in the largest temporary of clustering and coding: on a CPU, where it should stay in the cache, and on a GPU.
@@ -87,13 +87,12 @@ class PQCacheMasker(Masker[PQCacheConfig]):
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
         sizes = inputs.resolve(self.config.heavy_size)
-        eligible = mask.residual(inputs.allowed)
         if self.config.init_offset > 0:
             # A budget of every key means every key.
             offsets = [0 if k >= n else self.config.init_offset for k, n in zip(sizes, inputs.n_allowed, strict=True)]
             first = torch.tensor(offsets, device=inputs.device).unsqueeze(-1)
-            eligible = eligible & (inputs.key_positions >= first)[:, None, None]
-        return mask.union(choose_top(scores, eligible, sizes, inputs), disjoint=True)
+            scores = scores.masked_fill((inputs.key_positions < first)[:, None, None], NEVER)
+        return mask.union(inputs.choose_top(scores, mask, sizes))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         code_bytes = self.config.pq_group_factor * self.config.pq_bits / 8
@@ -136,7 +135,7 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         bases = torch.arange(batch * inputs.kv_heads * groups, device=inputs.device).view(batch, inputs.kv_heads, 1, groups)
         bags = (codes.long() + bases * centres).view(-1, groups)
         sums = F.embedding_bag(bags, table.reshape(-1, table.shape[-1]), mode="sum")
-        return inputs.biased(sums.view(batch, inputs.kv_heads, total, -1).transpose(2, 3).reshape(batch, heads, rows, total))
+        return inputs.layout.biased(sums.view(batch, inputs.kv_heads, total, -1).transpose(2, 3).reshape(batch, heads, rows, total))
 
     def _clustered(self, keys: Tensor, allowed: Tensor | None, item: int) -> Tensor:
         """The item's keys to cluster, (Hkv, M, D): allowed ones past the offset, or all allowed ones if those are none."""

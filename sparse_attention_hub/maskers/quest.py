@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.reference import group_scores
+from ..kernels.select import choose, expand_pages
 from ..mask import Mask
 from ..search_space import Choice, LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
-from .inputs import NEVER, AttentionInputs, end_of_allowed, group_scores
+from .inputs import AttentionInputs
+from .layout import NEVER, end_of_allowed
 from .pages import page_bounds, page_starts
 from .state import MaskerState
-from .top_k import top_indices
 
 MIN_PAGES = 3
 
@@ -58,25 +60,13 @@ class QuestTopKMasker(Masker[QuestTopKMaskerConfig]):
     code_fields = ("page_size", "label_bits")
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        page, keys = self.config.page_size, inputs.shape[3]
+        page = self.config.page_size
         starts, scores = self.shared(inputs, lambda: self._page_scores(inputs))
         pages = scores.shape[-1]
         sizes = zip(inputs.resolve(self.config.heavy_size), inputs.n_allowed, strict=True)
-        kept = top_indices(scores, [pages if size >= n else min(pages, max(MIN_PAGES, size // page)) for size, n in sizes])
-        if inputs.shape[2] == 1:
-            first = kept * page + starts.view(-1, 1, 1, 1)
-            indices = first.unsqueeze(-1) + torch.arange(page, device=inputs.device)
-            indices = indices.masked_fill((kept < 0).unsqueeze(-1) | (indices >= keys), -1).flatten(3)
-            chosen = Mask.from_indices(indices, inputs.shape, kv_heads=inputs.kv_heads)
-            return mask.union(chosen if inputs.all_allowed else chosen.restrict(inputs.allowed))
-        paged = torch.zeros((*scores.shape[:3], pages + 1), dtype=torch.bool, device=inputs.device)
-        paged = paged.scatter_(-1, kept.masked_fill(kept < 0, pages), True)[..., :pages]
-        page_of = (
-            (torch.arange(keys, device=inputs.device) - starts.unsqueeze(-1)).div(page, rounding_mode="floor").clamp(min=0)
-        )
-        same = inputs.shape[0] == 1
-        dense = paged[..., page_of[0]] if same else paged.gather(-1, page_of[:, None, None].expand(inputs.shape))
-        return mask.union(Mask.from_dense(dense & inputs.allowed, inputs.shape[1], inputs.kv_heads))
+        kept = [pages if size >= n else min(pages, max(MIN_PAGES, size // page)) for size, n in sizes]
+        chosen = choose(scores, Mask.empty((*inputs.shape[:3], pages), inputs.device), kept)
+        return mask.union(inputs.mask(expand_pages(chosen, starts, page, inputs.allowed)))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         width = 8 * inputs.keys.element_size()
@@ -98,8 +88,8 @@ class QuestTopKMasker(Masker[QuestTopKMaskerConfig]):
             state.append(page_bounds(keys, allowed, state.fitted, state.keys_per_code, have, complete, bits), seen)
         state.length = max(seen, state.length)
 
-    def _page_scores(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """(where each item's grid of pages starts (B,), bounds of q.k (B, H, Q, pages), -inf where nothing is allowed)."""
+    def _page_scores(self, inputs: AttentionInputs) -> tuple[list[int], Tensor]:
+        """(the key at which each item's first page starts, bounds of q.k (B, H, Q, pages), -inf where nothing is allowed)."""
         state = inputs.state if inputs.state is not None else MaskerState()
         allowed = None if inputs.all_allowed else inputs.allowed[:, 0, -1]
         self._extend(inputs.keys, inputs.layer_idx, state, allowed)
@@ -113,13 +103,12 @@ class QuestTopKMasker(Masker[QuestTopKMaskerConfig]):
             bounds = torch.cat([bounds, tail], 2)
         signed = torch.cat([inputs.queries.clamp(min=0), inputs.queries.clamp(max=0)], -1)
         scores = group_scores(signed, bounds, 1.0)
-        origin = torch.tensor(starts, device=inputs.device)
         if not inputs.all_allowed:
-            slots = origin.unsqueeze(-1) + torch.arange(pages * page, device=inputs.device)
+            slots = torch.tensor(starts, device=inputs.device).unsqueeze(-1) + torch.arange(pages * page, device=inputs.device)
             places = slots.clamp(max=keys - 1)[:, None, None].expand(-1, 1, inputs.shape[2], -1)
             permitted = inputs.allowed.gather(-1, places) & (slots < keys)[:, None, None]
             scores = scores.masked_fill(~permitted.view(*permitted.shape[:3], pages, page).any(-1), NEVER)
-        return origin, scores
+        return starts, scores
 
 
 if __name__ == "__main__":

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from ..mask import Mask, expand_heads
+from ..mask import Mask
 from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_number, register_masker
-from .draws import OrderedResidual, draw_without_replacement, draws_by_comparison
 from .inputs import AttentionInputs
 
 
@@ -40,15 +37,7 @@ class RandomSamplingMasker(Masker[RandomSamplingMaskerConfig]):
     keeps_to_allowed = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        residual = mask.residual(inputs.allowed)
-        sizes = torch.tensor(inputs.resolve(self.config.sampling_rate), device=inputs.device).view(-1, 1, 1)
-        if not draws_by_comparison(inputs, mask):
-            return mask.union(draw_without_replacement(inputs, residual, sizes), disjoint=True)
-        order = OrderedResidual(inputs, residual)
-        sizes = torch.minimum(sizes, order.left)
-        rate = (sizes / order.left.clamp(min=1)).float().unsqueeze(-1)
-        counts = expand_heads(mask.counts(), order.heads) + sizes
-        return Mask.from_draw(mask.chosen(), order.first(sizes), rate, inputs.shape[1], inputs.kv_heads, counts)
+        return mask.union(inputs.draw(mask, inputs.resolve(self.config.sampling_rate)))
 
 
 if __name__ == "__main__":

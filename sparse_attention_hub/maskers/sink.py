@@ -41,7 +41,7 @@ class SinkMasker(Masker[SinkMaskerConfig]):
             return mask.union(Mask.from_range(0, sizes[0], inputs.shape, inputs.device, inputs.kv_heads))
         limit = torch.tensor(sizes, device=inputs.device).view(-1, 1, 1, 1)
         first = (inputs.key_positions[:, None, None, :] < limit) & inputs.allowed
-        return mask.union(Mask.from_dense(first, inputs.shape[1], inputs.kv_heads))
+        return mask.union(inputs.mask(first))
 
 
 if __name__ == "__main__":

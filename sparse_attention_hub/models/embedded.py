@@ -14,12 +14,12 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..user_cache import cache_root
 from .notices import quiet_transformers
 
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
@@ -58,22 +58,6 @@ def embedded_folder(model_id: str = EMBEDDED_MODEL) -> Path:
             "set SPARSE_ATTENTION_HUB_CACHE to a writable folder with 600 MB free"
         ) from None
     return folder
-
-
-def cache_root() -> Path:
-    """Where this library keeps files between runs."""
-    chosen = os.environ.get("SPARSE_ATTENTION_HUB_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    if os.environ.get("XDG_CACHE_HOME"):
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path.home() / ".cache"
-    return base / "sparse-attention-hub"
 
 
 def _find_gguf() -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UserError, check_writable
 from ..maskers.hat_weights import Layer, write_hat_weights
-from ..maskers.inputs import group_scores
+from ..kernels.reference import group_scores
 from .hat_conversion import convert
 from .recording import Recording, read_texts, record, sample_texts
 

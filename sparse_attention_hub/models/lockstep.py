@@ -13,8 +13,11 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import UserError
+from ..maskers.call_cache import CallCache
 from ..maskers.inputs import AttentionInputs
-from ..maskers.state import SharedStates
+from ..maskers.layout import Layout
+from ..maskers.shared_states import SharedStates
+from ..maskers.state import AttentionState
 from .cache import SharedPrefixCache
 from .dense import dense_rows
 from .load import LanguageModel
@@ -50,10 +53,9 @@ class Recorder(Protocol):
 
 @dataclass
 class Memory:
-    """One attention's masker state on one context. `attention` is held so that its id stays its own."""
+    """One attention's masker state on one context. prepared: layers whose maskers have seen the context's keys."""
 
-    attention: ResearchAttention
-    state: Any
+    state: AttentionState
     prepared: set[int] = field(default_factory=set)
 
 
@@ -90,7 +92,7 @@ class Lockstep:
         """learned: what maskers know of this context, which goes by the name `context` there."""
         self.cache, self.context_length, self.rows = cache, context_length, rows
         self.learned, self.context = learned if learned is not None else SharedStates(), context
-        self.positions: dict[Hashable, dict[Hashable, object]] = {}  # what all rows and layers of one forward pass share
+        self.layouts: dict[Hashable, Layout] = {}  # of all rows and layers of one forward pass
         self.step = 0
         self.calls = 0
         self.windows: dict[int, int | None] = {}  # what each layer that was called says of itself
@@ -104,13 +106,13 @@ class Lockstep:
         if self.calls == self.last_call:
             raise _Filled
         layer = self.cache.layers[layer_idx]
-        common: dict[int, dict[Hashable, object]] = {}  # of the rows of each seed, whose calls differ in their tensors alone
+        draws: dict[int, dict[Hashable, object]] = {}  # of the rows of each seed, whose calls differ in their tensors alone
         outputs = []
         for index, row in enumerate(self.rows):
             keys, values = layer.view(index)
             own = queries if len(self.rows) == 1 else queries[index : index + 1]
-            shared = common.setdefault(row.seed, {})
-            outputs.append(self._attend_row(row, layer_idx, own, keys, values, scaling, window, shared))
+            cache = CallCache(draws=draws.setdefault(row.seed, {}), layouts=self.layouts)
+            outputs.append(self._attend_row(row, layer_idx, own, keys, values, scaling, window, cache))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_row(
@@ -122,7 +124,7 @@ class Lockstep:
         values: Tensor,
         scaling: float,
         window: int | None,
-        common: dict[Hashable, object],
+        cache: CallCache,
     ) -> Tensor:
         result: AttentionResult | None = None
         if row.attention is None or row.memory is None or window is not None:
@@ -130,8 +132,7 @@ class Lockstep:
         else:
             if layer_idx not in row.memory.prepared:
                 self._prepare(row.attention, row.memory, layer_idx, keys[:, :, : self.context_length])
-            seeds = [row.seed]
-            inputs = AttentionInputs(queries, keys, values, None, scaling, layer_idx, seeds, common, self.positions)
+            inputs = AttentionInputs(queries, keys, values, None, scaling, layer_idx, [row.seed], cache)
             result = row.attention.attend_inputs(inputs, row.memory.state)
             output = result.output.to(queries.dtype)
             length = queries.shape[2]
@@ -209,7 +210,7 @@ def running(lm: LanguageModel, session: Lockstep) -> Iterator[None]:
 def forward(lm: LanguageModel, session: Lockstep, ids: Tensor, keep: int) -> Tensor:
     """Logits (rows, keep, V) of the last `keep` of ids (rows, Q)."""
     before = session.calls
-    session.positions.clear()
+    session.layouts.clear()
     kwargs = {"logits_to_keep": keep} if lm.keeps_logits else {}
     logits: Tensor = lm.model(input_ids=ids, past_key_values=session.cache, use_cache=True, **kwargs).logits[:, -keep:]
     _check_calls(lm, session, before)

@@ -64,7 +64,7 @@ def channels_for(lm: LanguageModel) -> Path:
 
     from ..maskers.channel_file import write_channels
     from .channel_calibration import calibrate
-    from .embedded import cache_root
+    from ..user_cache import cache_root
     from .trace import weights_fingerprint
 
     path = cache_root() / "channels" / f"{weights_fingerprint(lm)}.json"

@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..errors import UserError
-from ..maskers.inputs import FORBIDDEN_BIAS
+from ..maskers.layout import FORBIDDEN_BIAS
 from .switch import attention_configs, check_call, check_supported, switched, window_of
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..maskers.state import SharedStates
+from ..maskers.shared_states import SharedStates
 from .cache import SharedPrefixCache
 from .load import LanguageModel
 from .lockstep import Lockstep, Memory, Recorder, Row, fill, forward, running
@@ -66,7 +66,7 @@ class Prefilled:
     cache: SharedPrefixCache
     context_length: int
     seconds: float
-    states: dict[int, list[Memory]] = field(default_factory=dict)
+    states: dict[ResearchAttention, list[Memory]] = field(default_factory=dict)
     learned: SharedStates = field(default_factory=SharedStates)
     name: str = ""  # of the context, in `learned`
 
@@ -336,7 +336,8 @@ def _asked(
     except BaseException:
         # A layer may have been left half-way: what was learned is learned again.
         for attention in attentions:
-            prefilled.states.pop(id(attention), None)
+            if attention is not None:
+                prefilled.states.pop(attention, None)
         raise
     else:
         for memory in memories:
@@ -348,17 +349,17 @@ def _asked(
 
 def _memories(prefilled: Prefilled, attentions: Sequence[ResearchAttention | None]) -> list[Memory | None]:
     """One memory a sparse row, kept from question to question; an attention asked for twice has two."""
-    used: dict[int, int] = {}
+    used: dict[ResearchAttention, int] = {}
     memories: list[Memory | None] = []
     for attention in attentions:
         if attention is None:
             memories.append(None)
             continue
-        known = prefilled.states.setdefault(id(attention), [])
-        place = used.get(id(attention), 0)
-        used[id(attention)] = place + 1
+        known = prefilled.states.setdefault(attention, [])
+        place = used.get(attention, 0)
+        used[attention] = place + 1
         if place == len(known):
-            known.append(Memory(attention, attention.new_state()))
+            known.append(Memory(attention.new_state()))
         memories.append(known[place])
     return memories
 

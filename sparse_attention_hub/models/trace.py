@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..attention import dense_attention
-from ..maskers.state import SharedStates
+from ..maskers.shared_states import SharedStates
 
 if TYPE_CHECKING:
     from .load import LanguageModel

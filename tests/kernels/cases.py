@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     layout: str = "plain"
     share: float = 0.4
+    softcap: float | None = None
+    sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Call:
     values: Tensor
     mask: Mask
     scaling: float
+    options: dict[str, Any]
 
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -66,6 +70,10 @@ CASES = [
     Case("17 queries bfloat16", rows=17, batch=1, weighted=True, dtype=BRAIN, layout="spread"),
     Case("17 queries of 256 dimensions", rows=17, batch=1, dim=256, keys=70, share=0.05),
     Case("one key", form="own", rows=3, keys=3, share=0.6),
+    Case("decode softcap and sinks", form="own", weighted=True, softcap=2.0, sinks=True),
+    Case("decode group lists sinks", form="group", heads=8, sinks=True, dtype=HALF),
+    Case("5 queries softcap and sinks", form="own", rows=5, softcap=1.5, sinks=True, dtype=BRAIN),
+    Case("nothing, sinks", form="own", share=0.0, sinks=True),
     Case("nothing", form="own", share=0.0),
     Case("nothing, 3 queries", form="group", rows=3, share=0.0),
 ]
@@ -97,7 +105,9 @@ def make_call(case: Case, device: str = "cpu") -> Call:
         weights = probability.gather(-1, order).to(device) if case.weighted else None
         mask = Mask.from_indices(lists.to(device), shape, weights, kv_heads=case.kv_heads)
     tensors = [_lay_out(normal(batch, case.kv_heads, keys, dim), case.layout) for _ in range(2)]
-    return Call(normal(batch, case.heads, rows, dim) * 2, tensors[0], tensors[1], mask, dim**-0.5)
+    sinks = 2 * uniform(case.heads).to(device) if case.sinks else None
+    options = {"softcap": case.softcap, "sinks": sinks}
+    return Call(normal(batch, case.heads, rows, dim) * 2, tensors[0], tensors[1], mask, dim**-0.5, options)
 
 
 def _lay_out(tensor: Tensor, layout: str) -> Tensor:

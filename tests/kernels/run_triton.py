@@ -28,9 +28,11 @@ def answer_cases(device: str) -> dict[tuple[str, str], Answer]:
     for case in CASES:
         call = make_call(case, device)
         arguments = (call.queries, call.keys, call.values, call.mask, call.scaling)
-        answers[case.name, "own choice"] = attend_triton(*arguments)
+        answers[case.name, "own choice"] = attend_triton(*arguments, **call.options)
         for kernel in kernels_for(case):
-            answers[case.name, kernel] = attend_triton(*arguments, kernel=kernel, splits=2, output_dtype=torch.float32)
+            answers[case.name, kernel] = attend_triton(
+                *arguments, **call.options, kernel=kernel, splits=2, output_dtype=torch.float32
+            )
     return {key: (output.cpu(), lse.cpu()) for key, (output, lse) in answers.items()}
 
 

@@ -15,11 +15,11 @@ def test_record(capsys):
     assert set(record) == {"figures", "goals", "machine"}
     assert code == (0 if all(goal["holds"] for goal in record["goals"]) else 1)
     assert all(value > 0 for value in record["figures"].values())
-    assert {"cpu_dense_ms", "cpu_gather_own_ms", "cpu_own_speedup", "cpu_shared_speedup"} <= set(record["figures"])
+    assert {"cpu_dense_sdpa_ms", "cpu_own_5%_ms", "cpu_own_5%_speedup", "cpu_shared_25%_speedup"} <= set(record["figures"])
     assert any(name.startswith("gpu") for name in record["figures"]) == torch.cuda.is_available()
     assert ("gpu" in record["machine"]) == torch.cuda.is_available()
 
 
 def test_table(capsys):
     main(["--rounds", "1", "--cpu-keys", "256", "--gpu-keys"])
-    assert "goal: cpu_shared_speedup at least 2.5" in capsys.readouterr().out
+    assert "goal: cpu_shared_5%_speedup at least 7" in capsys.readouterr().out

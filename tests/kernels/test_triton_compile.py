@@ -40,7 +40,7 @@ def compile_kernel(kernel, constants: dict, pointers: dict[str, str], capability
             signature[name] = "constexpr"
         elif name in ("sq_d", "sk_d", "sv_d"):
             signature[name], constants[name] = "constexpr", 1
-        elif name == "scaling":
+        elif name in ("scaling", "softcap"):
             signature[name] = "fp32"
         else:
             signature[name] = pointers.get(name, "i32")
@@ -79,25 +79,25 @@ def check(compiled, *, wide: bool) -> None:
 def test_rows_kernel_compiles(capability, dtype, dim, weighted):
     queries, values = shapes(dtype, 32, 1, dim)
     constants = rows_constants(queries, values, weighted)
-    check(compile_kernel(rows_kernel, constants, gather_pointers(dtype, "i64"), capability), wide=True)
+    check(compile_kernel(rows_kernel, constants, gather_pointers(dtype, "i32"), capability), wide=True)
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "rows", "dim", "weighted", "index"),
+    ("capability", "dtype", "rows", "dim", "weighted", "capped"),
     [
-        (80, torch.bfloat16, 1, 128, False, "i64"),
-        (90, torch.bfloat16, 1, 128, True, "i64"),
-        (90, torch.bfloat16, 32, 128, True, "i32"),
-        (80, torch.float16, 32, 96, True, "i32"),
-        (80, torch.float32, 8, 128, True, "i32"),
-        (90, torch.bfloat16, 8, 256, True, "i32"),
+        (80, torch.bfloat16, 1, 128, False, False),
+        (90, torch.bfloat16, 1, 128, True, True),
+        (90, torch.bfloat16, 32, 128, True, False),
+        (80, torch.float16, 32, 96, True, False),
+        (80, torch.float32, 8, 128, True, True),
+        (90, torch.bfloat16, 8, 256, True, False),
     ],
 )
-def test_groups_kernel_compiles(capability, dtype, rows, dim, weighted, index):
+def test_groups_kernel_compiles(capability, dtype, rows, dim, weighted, capped):
     queries, values = shapes(dtype, 32, rows, dim)
-    constants = groups_constants(queries, values, 8, weighted)
+    constants = groups_constants(queries, values, 8, weighted, capped)
     options = {"num_warps": groups_warps(constants), "num_stages": GROUPS_STAGES}
-    compiled = compile_kernel(groups_kernel, constants, gather_pointers(dtype, index), capability, **options)
+    compiled = compile_kernel(groups_kernel, constants, gather_pointers(dtype, "i32"), capability, **options)
     check(compiled, wide=True)
     if dtype != torch.float32:
         assert re.search(r"mma\.sync|wgmma", compiled.asm["ptx"]), "the tensor cores are not used"
@@ -105,5 +105,5 @@ def test_groups_kernel_compiles(capability, dtype, rows, dim, weighted, index):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_merge_kernel_compiles(capability):
-    pointers = dict.fromkeys(["partial_ptr", "top_ptr", "total_ptr", "lse_ptr"], "*fp32") | {"out_ptr": "*bf16"}
-    check(compile_kernel(merge_kernel, merge_constants(17, 128), pointers, capability), wide=True)
+    pointers = dict.fromkeys(["partial_ptr", "top_ptr", "total_ptr", "sink_ptr", "lse_ptr"], "*fp32") | {"out_ptr": "*bf16"}
+    check(compile_kernel(merge_kernel, merge_constants(17, 128, sinks=True), pointers, capability), wide=True)

@@ -1,0 +1,16 @@
+"""What a caller knows of a call's scores already."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Known(NamedTuple):
+    """scores (B, H, Q, N): logits with softcap and bias. terms (B, H, Q, N): exp(scores - highest), highest (B, H, Q): the
+    highest score of each row, 0 where it is -inf; both or neither."""
+
+    scores: Tensor | None = None
+    terms: Tensor | None = None
+    highest: Tensor | None = None

@@ -1,0 +1,125 @@
+"""Lists of keys as tensors: the one form in which choices are held. Compiled loops on a CPU, torch elsewhere."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+HAS_NUMBA = find_spec("numba") is not None
+
+
+def uses_loops(tensor: Tensor) -> bool:
+    """Whether compiled loops work on this tensor."""
+    return HAS_NUMBA and tensor.device.type == "cpu"
+
+
+class KeyLists(NamedTuple):
+    """indices int32 (B, h, Q, K), -1 = padding, no key twice; counts int32 (B, h, Q); probability float32 (B, h, Q, K), None =
+    certain. h is 1, the number of kv heads, or H. Where
+    compiled loops are used padding comes last in a list; elsewhere it may stand anywhere."""
+
+    indices: Tensor
+    counts: Tensor
+    probability: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.indices.shape[1]
+
+
+def expand_heads(tensor: Tensor, heads: int) -> Tensor:
+    """(B, h, ...) to (B, heads, ...): h = 1 is shared by all heads, otherwise each of the h rows serves heads/h in turn."""
+    held = tensor.shape[1]
+    if held == heads:
+        return tensor
+    if held == 1:
+        return tensor.expand(-1, heads, *tensor.shape[2:])
+    return tensor.repeat_interleave(heads // held, dim=1)
+
+
+def from_flags(flags: Tensor) -> KeyLists:
+    """Flags bool (B, h, Q, N) as lists of rising indices."""
+    counts = flags.sum(-1, dtype=torch.int32)
+    width = int(counts.max()) if counts.numel() else 0
+    if uses_loops(flags):
+        from .loops.lists import pack
+
+        indices = torch.empty((*flags.shape[:3], width), dtype=torch.int32)
+        pack(flags.contiguous().numpy(), indices.numpy())
+        return KeyLists(indices, counts)
+    order = (~flags).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width].int()
+    return KeyLists(order.masked_fill(torch.arange(width, device=flags.device) >= counts.unsqueeze(-1), -1), counts)
+
+
+def from_indices(indices: Tensor, probability: Tensor | None = None) -> KeyLists:
+    """Integer indices (B, h, Q, K) with -1 in any place as lists."""
+    padded = indices < 0
+    counts = (~padded).sum(-1, dtype=torch.int32)
+    indices = indices.int()
+    if uses_loops(indices):
+        if bool(padded.any()):
+            order = padded.to(torch.uint8).argsort(dim=-1, stable=True)  # keys keep their order, padding goes to the end
+            indices = indices.gather(-1, order)
+            probability = None if probability is None else probability.gather(-1, order)
+        indices = indices.contiguous()
+    return KeyLists(indices, counts, None if probability is None else probability.contiguous())
+
+
+def to_flags(lists: KeyLists, keys: int) -> Tensor:
+    """Lists as flags bool (B, h, Q, keys)."""
+    return _scatter(lists.indices, True, keys, torch.bool)
+
+
+def to_probability(lists: KeyLists, keys: int) -> Tensor:
+    """Lists as inclusion probabilities float32 (B, h, Q, keys)."""
+    return _scatter(lists.indices, 1.0 if lists.probability is None else lists.probability, keys, torch.float32)
+
+
+def join(first: KeyLists, second: KeyLists, keys: int) -> KeyLists:
+    """The keys of either. Two probabilities join as those of independent coins, p + q - pq; certain stays certain."""
+    heads, uncertain = max(first.heads, second.heads), first.probability is not None or second.probability is not None
+    if uses_loops(first.indices):
+        from .loops.lists import join as join_lists
+
+        shape = (first.indices.shape[0], heads, first.indices.shape[2])
+        indices = torch.empty((*shape, first.indices.shape[3] + second.indices.shape[3]), dtype=torch.int32)
+        counts = torch.empty(shape, dtype=torch.int32)
+        joined = KeyLists(indices, counts, torch.empty(indices.shape) if uncertain else None)
+        join_lists(*_arrays(first), *_arrays(second), keys, *_arrays(joined))
+        return joined
+    if uncertain:
+        p, q = (expand_heads(to_probability(lists, keys), heads) for lists in (first, second))
+        both = p + q - p * q
+        lists = from_flags(both > 0)
+        return lists._replace(probability=both.gather(-1, lists.indices.clamp(min=0).long()))
+    own, other = expand_heads(first.indices, heads), expand_heads(second.indices, heads)
+    double = expand_heads(to_flags(first, keys), heads).gather(-1, other.clamp(min=0).long())
+    indices = torch.cat([own, other.masked_fill(double, -1)], -1)
+    return KeyLists(indices, (indices >= 0).sum(-1, dtype=torch.int32))
+
+
+def count_groups(lists: KeyLists, kv_heads: int, keys: int) -> Tensor:
+    """Distinct keys in the lists of the query heads of a kv head: int32 (B, kv_heads, Q)."""
+    batch, heads, rows, _ = lists.indices.shape
+    if uses_loops(lists.indices):
+        from .loops.lists import count_groups as count
+
+        out = torch.empty((batch, kv_heads, rows), dtype=torch.int32)
+        count(lists.indices.numpy(), lists.counts.numpy(), keys, out.numpy())
+        return out
+    grouped = lists.indices.view(batch, kv_heads, heads // kv_heads, rows, -1).transpose(2, 3)
+    return _scatter(grouped.reshape(batch, kv_heads, rows, -1), True, keys, torch.bool).sum(-1, dtype=torch.int32)
+
+
+def _arrays(lists: KeyLists) -> tuple[object, ...]:
+    return tuple(None if part is None else part.numpy() for part in lists)
+
+
+def _scatter(indices: Tensor, value: Tensor | float | bool, keys: int, dtype: torch.dtype) -> Tensor:
+    """`value` where indices (B, h, Q, K) point, 0 elsewhere. Padding lands in a column before the first, which is cut off."""
+    out = torch.zeros((*indices.shape[:3], keys + 1), dtype=dtype, device=indices.device)
+    return out.scatter_(-1, indices.long() + 1, value)[..., 1:]

@@ -1,0 +1,153 @@
+"""Softmax attention over lists of keys, keys and values read in place.
+
+A unit is one list: of an item, a kv head or query head, and a query row. The G query heads that share it are neighbours:
+queries (B, h, Q, G, D), scores (B, h, G, Q, N), output (B, Q, h, G, DV), lse (B, h, G, Q). Keys and values are tables of rows,
+(M, D) and (M, DV); `starts` (B, h) say at which row a unit's keys begin.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .compiled import compiled, widen
+
+#: Below this share of a row's mass, exponentials relative to the row's highest score have lost too many bits.
+LEAST_SHARED_MASS = 1e-12
+
+
+@compiled
+def attend(
+    start: int,
+    stop: int,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    key_starts: np.ndarray,
+    values: np.ndarray | None,
+    value_starts: np.ndarray,
+    scores: np.ndarray | None,
+    terms: np.ndarray | None,
+    highest: np.ndarray,
+    lists: np.ndarray,
+    counts: np.ndarray,
+    probability: np.ndarray | None,
+    scaling: Any,
+    softcap: Any,
+    sinks: np.ndarray,
+    output: np.ndarray,
+    lse: np.ndarray,
+) -> None:
+    """Fill output and lse for units [start, stop). values None: lse alone.
+
+    queries: float32 or wider. scores: logits, where they are known: keys are then not read. terms: exp(scores - highest), where
+    known. softcap: 0 = none. sinks (h, G): logits that join the denominator, -inf = none. A row without keys gives 0 and -inf.
+    """
+    _, units, rows, group, _ = queries.shape
+    zero = scaling - scaling
+    weights = np.empty((group, lists.shape[3]), queries.dtype)
+    totals = np.empty(group, queries.dtype)
+    for unit in range(start, stop):
+        b, h, q = unit // (units * rows), unit // rows % units, unit % rows
+        held = h * lists.shape[1] // units
+        index, count = lists[b, held, q], counts[b, held, q]
+        if scores is None:
+            _dot(queries[b, h, q], keys, key_starts[b, h], index, count, scaling, softcap, weights)
+        for g in range(group):
+            weight, sink = weights[g], sinks[h, g]
+            total, top = zero, sink
+            if terms is not None:
+                top = highest[b, h, g, q]
+                for t in range(count):
+                    weight[t] = terms[b, h, g, q, index[t]]
+                    if probability is not None:
+                        weight[t] /= probability[b, held, q, t]
+                    total += weight[t]
+            if terms is None or total < LEAST_SHARED_MASS:
+                total, top = zero, sink
+                for t in range(count):
+                    if scores is not None:
+                        weight[t] = scores[b, h, g, q, index[t]]
+                    top = max(top, weight[t])
+                if top == -np.inf:
+                    top = zero
+                for t in range(count):
+                    weight[t] = np.exp(weight[t] - top)
+                    if probability is not None:
+                        weight[t] /= probability[b, held, q, t]
+                    total += weight[t]
+            total += np.exp(sink - top)
+            totals[g] = total
+            lse[b, h, g, q] = top + np.log(total)
+        if values is not None:
+            out = output[b, q, h]
+            _sum(values, value_starts[b, h], index, count, weights, out)
+            for g in range(group):
+                if totals[g] > 0:
+                    out[g] /= totals[g]
+
+
+@compiled
+def _dot(
+    queries: np.ndarray, keys: np.ndarray, first: int, index: np.ndarray, count: int, scaling: Any, softcap: Any, out: np.ndarray
+) -> None:
+    """Logits of listed keys: queries (G, D) to out (G, K). Four keys at a time: 1.3x, more keys are on their way from memory."""
+    zero, last = scaling - scaling, count - 1
+    for t in range(0, count, 4):  # the last keys are repeated up to four
+        k0, k1 = keys[first + index[t]], keys[first + index[min(t + 1, last)]]
+        k2, k3 = keys[first + index[min(t + 2, last)]], keys[first + index[min(t + 3, last)]]
+        for g in range(queries.shape[0]):
+            x0 = x1 = x2 = x3 = zero
+            for d in range(queries.shape[1]):
+                x = queries[g, d]
+                x0 += x * widen(k0[d])
+                x1 += x * widen(k1[d])
+                x2 += x * widen(k2[d])
+                x3 += x * widen(k3[d])
+            out[g, min(t + 3, last)], out[g, min(t + 2, last)] = x3 * scaling, x2 * scaling
+            out[g, min(t + 1, last)], out[g, t] = x1 * scaling, x0 * scaling
+    if softcap > 0:
+        for g in range(queries.shape[0]):
+            for t in range(count):
+                out[g, t] = softcap * np.tanh(out[g, t] / softcap)
+
+
+@compiled
+def _sum(values: np.ndarray, first: int, index: np.ndarray, count: int, weights: np.ndarray, out: np.ndarray) -> None:
+    """Weighted sums of listed values: weights (G, K) to out (G, DV). Four keys at a time: 1.3x, a sum is stored once for them."""
+    out[:] = 0
+    whole = count - count % 4
+    for t in range(0, whole, 4):
+        v0, v1 = values[first + index[t]], values[first + index[t + 1]]
+        v2, v3 = values[first + index[t + 2]], values[first + index[t + 3]]
+        for g in range(out.shape[0]):
+            w0, w1, w2, w3 = weights[g, t], weights[g, t + 1], weights[g, t + 2], weights[g, t + 3]
+            for d in range(out.shape[1]):
+                out[g, d] += w0 * widen(v0[d]) + w1 * widen(v1[d]) + w2 * widen(v2[d]) + w3 * widen(v3[d])
+    for t in range(whole, count):
+        v0 = values[first + index[t]]
+        for g in range(out.shape[0]):
+            for d in range(out.shape[1]):
+                out[g, d] += weights[g, t] * widen(v0[d])
+
+
+@compiled
+def dot_lists(
+    start: int,
+    stop: int,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    key_starts: np.ndarray,
+    lists: np.ndarray,
+    counts: np.ndarray,
+    scaling: Any,
+    softcap: Any,
+    out: np.ndarray,
+) -> None:
+    """The logits alone: out (B, h, Q, G, K), -inf on padding."""
+    _, units, rows, _, _ = queries.shape
+    for unit in range(start, stop):
+        b, h, q = unit // (units * rows), unit // rows % units, unit % rows
+        held = h * lists.shape[1] // units
+        out[b, h, q] = -np.inf
+        _dot(queries[b, h, q], keys, key_starts[b, h], lists[b, held, q], counts[b, held, q], scaling, softcap, out[b, h, q])

@@ -1,0 +1,121 @@
+"""Compiling loops: once for each machine, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numba.core import config, event
+from numba.extending import overload
+
+from ..user_cache import cache_root
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+logger = logging.getLogger(__name__)
+
+#: What the compiler may do to sums: reorder and contract them. Infinities and NaN keep their meaning.
+FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
+
+
+def compiled(function: FunctionT) -> FunctionT:
+    """Decorator: compile a loop over arrays when it is first called, and keep the result on disk where a disk lets us."""
+    settings: dict[str, Any] = {"nogil": True, "fastmath": FAST_MATH, "error_model": "numpy"}
+    folder = _cache_folder()
+    if folder is None:
+        return numba.njit(**settings)(function)  # type: ignore[no-any-return]
+    before = config.CACHE_DIR
+    config.CACHE_DIR = before or folder
+    try:
+        return numba.njit(cache=True, **settings)(function)  # type: ignore[no-any-return]
+    except (OSError, RuntimeError):  # Numba found no folder that it may write to
+        return numba.njit(**settings)(function)  # type: ignore[no-any-return]
+    finally:
+        config.CACHE_DIR = before
+
+
+@lru_cache
+def _cache_folder() -> str | None:
+    """The folder of compiled loops; None where there is no home or nothing can be written."""
+    try:
+        folder = cache_root() / "numba"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except (OSError, RuntimeError):
+        return None
+
+
+class _Notice(event.Listener):  # type: ignore[misc]
+    """Says once a process that loops are being compiled: it takes seconds in which nothing else happens."""
+
+    said = False
+
+    def on_start(self, event: Any) -> None:
+        if not self.said and event.data["dispatcher"].py_func.__module__.startswith(__package__):
+            self.said = True
+            logger.warning("compiling CPU kernels (about a minute, once for this machine)")
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+event.register("numba:compile", _Notice())
+
+
+def in_threads(loop: Callable[..., None], units: int, threads: int, *arguments: Any) -> None:
+    """loop(start, stop, *arguments) over all units, cut into one range a thread."""
+    threads = max(1, min(threads, units))
+    if threads == 1:
+        loop(0, units, *arguments)
+        return
+    cuts = [units * i // threads for i in range(threads + 1)]
+    done = [_pool(threads).submit(loop, a, b, *arguments) for a, b in zip(cuts[:-2], cuts[1:-1], strict=True)]
+    loop(cuts[-2], cuts[-1], *arguments)
+    for future in done:
+        future.result()
+
+
+@lru_cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="sparse-attention-loops")
+
+
+# -- numbers of 16 bits, which Numba does not know ---------------------------------------------------------------------
+
+
+def as_array(tensor: Any) -> np.ndarray:
+    """A CPU tensor as an array without a copy; bfloat16 as its bits in uint16, float16 as its bits in int16: see `widen`."""
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()  # type: ignore[no-any-return]
+    if tensor.dtype == torch.float16:
+        return tensor.view(torch.int16).numpy()  # type: ignore[no-any-return]
+    return tensor.numpy()  # type: ignore[no-any-return]
+
+
+def widen(x: Any) -> Any:
+    """In a loop: the number that an entry of `as_array` stands for, as float32 or wider."""
+    raise TypeError("widen() works in compiled loops only")
+
+
+@overload(widen)  # type: ignore[untyped-decorator]
+def _widen(x):  # type: ignore[no-untyped-def]  # Numba compares parameters, annotations too
+    if x == numba.uint16:
+        return lambda x: np.uint32(np.uint32(x) << 16).view(np.float32)
+    if x == numba.int16:
+
+        def from_half(x):  # type: ignore[no-untyped-def]
+            bits = np.uint32(np.uint16(x))
+            size = np.uint32((bits & 0x7FFF) << 13).view(np.float32) * np.float32(2.0**112)
+            return -size if bits & 0x8000 else size
+
+        return from_half
+    return lambda x: x

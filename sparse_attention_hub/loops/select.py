@@ -1,0 +1,153 @@
+"""Choosing among the keys that nothing took yet: by an order, by a threshold, by pages.
+
+Scores are higher for better keys, and of the lowest number of their type where a key is not allowed. Of keys that tie for the
+last places the most recent are taken, so that the choice depends neither on padding nor on the machine. `taken` lists keys
+that are not to be chosen. Rows with fewer keys take all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .attend import LEAST_SHARED_MASS
+from .compiled import compiled
+
+
+@compiled
+def walk(
+    order: np.ndarray,
+    lengths: np.ndarray,
+    taken: np.ndarray,
+    taken_counts: np.ndarray,
+    sizes: np.ndarray,
+    lists: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """The first sizes (B, h, Q) keys of a row's order (B, h', Q, N) that are not taken. lengths (B, Q): allowed keys, which
+    come first."""
+    batch, heads, rows, _ = lists.shape
+    skip = np.zeros(order.shape[3], np.bool_)
+    for b in range(batch):
+        for h in range(heads):
+            i, k = h * order.shape[1] // heads, h * taken.shape[1] // heads
+            for q in range(rows):
+                own, out, size = order[b, i, q], lists[b, h, q], sizes[b, h, q]
+                for t in range(taken_counts[b, k, q]):
+                    skip[taken[b, k, q, t]] = True
+                found = t = 0
+                while found < size and t < lengths[b, q]:
+                    out[found] = own[t]  # branch-free: taken keys are overwritten by the next one
+                    found += not skip[own[t]]
+                    t += 1
+                for t in range(taken_counts[b, k, q]):
+                    skip[taken[b, k, q, t]] = False
+                out[found:] = -1
+                counts[b, h, q] = found
+
+
+@compiled
+def blank(scores: np.ndarray, taken: np.ndarray, taken_counts: np.ndarray, lowest: Any, out: np.ndarray) -> None:
+    """Scores (B, h', Q, N) with the lowest number in place of taken keys: out (B, h, Q, N)."""
+    batch, heads, rows, _ = out.shape
+    for b in range(batch):
+        for h in range(heads):
+            i, k = h * scores.shape[1] // heads, h * taken.shape[1] // heads
+            for q in range(rows):
+                out[b, h, q] = scores[b, i, q]
+                for t in range(taken_counts[b, k, q]):
+                    out[b, h, q, taken[b, k, q, t]] = lowest
+
+
+@compiled
+def collect(scores: np.ndarray, thresholds: np.ndarray, sizes: np.ndarray, lowest: Any, lists: np.ndarray, counts: np.ndarray) -> None:
+    """The sizes (R,) highest keys of scores (R, N), given the score of the last of them: lists (R, K) in rising order."""
+    for r in range(scores.shape[0]):
+        threshold = thresholds[r]
+        above = ties = 0
+        for j in range(scores.shape[1]):
+            above += scores[r, j] > threshold
+            ties += scores[r, j] == threshold
+        ties = 0 if threshold == lowest else min(ties, sizes[r] - above)
+        found = above + ties if sizes[r] > 0 else 0
+        counts[r] = found
+        lists[r, found:] = -1
+        j = scores.shape[1] - 1
+        while found > 0:
+            score = scores[r, j]
+            if score > threshold or (score == threshold and ties > 0):
+                ties -= score == threshold
+                found -= 1
+                lists[r, found] = j
+            j -= 1
+
+
+@compiled
+def count_mass(
+    order: np.ndarray,
+    lengths: np.ndarray,
+    scores: np.ndarray,
+    terms: np.ndarray | None,
+    taken: np.ndarray,
+    taken_counts: np.ndarray,
+    share: float,
+    sizes: np.ndarray,
+) -> None:
+    """How many of a row's keys, in falling order of score, hold more than a share of the mass that is not taken: sizes
+    (B, H, Q). Keys that tie with the last one count too. terms: exponentials of the scores, where known."""
+    batch, heads, rows, keys = order.shape
+    skip = np.zeros(keys, np.bool_)
+    left = np.empty(keys, np.int64)
+    mass = np.empty(keys, np.float64)
+    for b in range(batch):
+        for h in range(heads):
+            k = h * taken.shape[1] // heads
+            for q in range(rows):
+                for t in range(taken_counts[b, k, q]):
+                    skip[taken[b, k, q, t]] = True
+                found = 0
+                for t in range(lengths[b, q]):
+                    left[found] = order[b, h, q, t]
+                    found += not skip[order[b, h, q, t]]
+                for t in range(taken_counts[b, k, q]):
+                    skip[taken[b, k, q, t]] = False
+                total = 0.0
+                if terms is not None:
+                    for t in range(found):
+                        total += terms[b, h, q, left[t]]
+                        mass[t] = total
+                if total < LEAST_SHARED_MASS:
+                    total = 0.0
+                    for t in range(found):
+                        total += np.exp(scores[b, h, q, left[t]] - scores[b, h, q, left[0]])
+                        mass[t] = total
+                size = 0
+                while size < found and (
+                    size == 0
+                    or mass[size - 1] <= share * total
+                    or scores[b, h, q, left[size]] == scores[b, h, q, left[size - 1]]
+                ):
+                    size += 1
+                sizes[b, h, q] = size
+
+
+@compiled
+def expand_pages(
+    pages: np.ndarray, counts: np.ndarray, starts: np.ndarray, page: int, allowed: np.ndarray, lists: np.ndarray, out: np.ndarray
+) -> None:
+    """The allowed keys of chosen pages (B, H, Q, P): lists (B, H, Q, K) and their counts. Page i of an item holds the keys from
+    starts[b] + i * page on; allowed bool (B, Q, N)."""
+    batch, heads, rows, _ = lists.shape
+    for b in range(batch):
+        for h in range(heads):
+            for q in range(rows):
+                found = 0
+                for t in range(counts[b, h, q]):
+                    first = starts[b] + pages[b, h, q, t] * page
+                    for j in range(first, min(first + page, allowed.shape[2])):
+                        if allowed[b, q, j]:
+                            lists[b, h, q, found] = j
+                            found += 1
+                lists[b, h, q, found:] = -1
+                out[b, h, q] = found

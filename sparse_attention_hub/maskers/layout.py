@@ -1,0 +1,148 @@
+"""What follows from a call's shapes and attention mask alone: allowed keys, positions, lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..lists import expand_heads
+
+if TYPE_CHECKING:
+    from ..mask import Mask
+
+# An additive mask forbids a key where it is at most this; smaller penalties are a bias, which is added to the scores.
+FORBIDDEN_BIAS = -1e4
+NEVER = float("-inf")
+
+
+class Layout:
+    """shape: (B, H, Q, N). attention_mask: additive or bool (True = allowed), broadcastable to (B, 1, Q, N); None = the queries
+    are the last Q positions and attention is causal. One object may serve all layers of a forward pass."""
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], kv_heads: int, device: torch.device, attention_mask: Tensor | None = None
+    ) -> None:
+        self.shape, self.kv_heads, self.device = shape, kv_heads, device
+        self._mask = None if attention_mask is None else attention_mask[..., : shape[3]]
+        self._chosen: dict[Hashable, Mask] = {}
+
+    def choose_once(self, maskers: Hashable, make: Callable[[], Mask]) -> Mask:
+        """What maskers that go by positions alone choose, found once for all calls of this layout."""
+        if maskers not in self._chosen:
+            self._chosen[maskers] = make()
+        return self._chosen[maskers]
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """bool (B, 1, Q, N): what the causal and padding masks permit."""
+        batch, _, rows, keys = self.shape
+        if self._mask is None:
+            position = torch.arange(keys, device=self.device)
+            allowed = position <= position[keys - rows :].unsqueeze(-1)
+        else:
+            allowed = self._mask if self._mask.dtype == torch.bool else self._mask > FORBIDDEN_BIAS
+        return allowed.expand(batch, 1, rows, keys)
+
+    @cached_property
+    def all_allowed(self) -> bool:
+        """True if every query may attend to every key (plain decoding)."""
+        return self.shape[2] == 1 if self._mask is None else bool(self.allowed.all())
+
+    @cached_property
+    def n_allowed(self) -> list[int]:
+        """N of each item: the allowed keys of its last query row. Sizes given as a fraction are fractions of it."""
+        if self._mask is None:
+            return [self.shape[3]] * self.shape[0]
+        return self.allowed[:, 0, -1].sum(-1).tolist()  # type: ignore[no-any-return]
+
+    @cached_property
+    def key_positions(self) -> Tensor:
+        """Position of each key among the keys its item may use, counted without padding: int64 (B, N), -1 on padding."""
+        if self._mask is None:
+            return torch.arange(self.shape[3], device=self.device).expand(self.shape[0], -1)
+        # Under causality the last row sees what any row sees; a banded mask hides early keys from it.
+        usable = self.allowed[:, 0].any(1)
+        return (usable.cumsum(-1) - 1).masked_fill(~usable, -1)
+
+    @cached_property
+    def row_positions(self) -> Tensor:
+        """Position of each query row, that of the last key it may attend to: int64 (B, Q), -1 without allowed keys."""
+        if self._mask is None:
+            return self.key_positions[:, self.shape[3] - self.shape[2] :]
+        return self.key_positions.unsqueeze(1).masked_fill(~self.allowed[:, 0], -1).amax(-1)
+
+    @cached_property
+    def row_lengths(self) -> Tensor:
+        """Allowed keys of each query row: int64 (B, Q)."""
+        return self.allowed[:, 0].sum(-1)
+
+    @cached_property
+    def unusable(self) -> Tensor | None:
+        """bool (B, N), True for keys that no row may attend to; None where there are none."""
+        unusable = self.key_positions < 0
+        return unusable if self._mask is not None and bool(unusable.any()) else None
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """What the attention mask adds to the scores of allowed keys: float32 (B, 1, Q, N), 0 elsewhere; None for nothing."""
+        if self._mask is None or self._mask.dtype == torch.bool:
+            return None
+        bias = self._mask.float().expand(self.allowed.shape).masked_fill(~self.allowed, 0.0)
+        return bias if bool(bias.any()) else None
+
+    @cached_property
+    def _forbidden(self) -> tuple[int, Tensor]:
+        """(the first key that some row may not attend to, which keys from there on each row may not: bool (B, 1, Q, n))."""
+        seen_by_all = self.allowed.all(2).all(0).flatten()
+        start = int(seen_by_all.to(torch.uint8).argmin()) if seen_by_all.numel() else 0
+        return start, ~self.allowed[..., start:]
+
+    def biased(self, scores: Tensor) -> Tensor:
+        """scores (B, H, Q, N) plus the attention mask's bias, -inf where not allowed; changed in place."""
+        if self.bias is not None:
+            scores += self.bias
+        if not self.all_allowed:
+            # Filled, not added: what stands on padding may be anything, NaN too.
+            start, forbidden = self._forbidden
+            scores[..., start:].masked_fill_(forbidden, NEVER)
+        return scores
+
+    def share_of_allowed(self, counts: Tensor) -> float:
+        """Keys counted for each row, (B, h, Q), over those it may attend to: mean over heads, and over rows that may attend
+        to anything; NaN if none may."""
+        if self.all_allowed:
+            return float(counts.sum()) / (counts.numel() * self.shape[3])
+        lengths = self.row_lengths.float()
+        shares = counts.float().mean(1) / lengths.masked_fill(lengths == 0, float("nan"))
+        return float(shares.nanmean())
+
+    def resolve(self, size: int | float) -> list[int]:
+        """A size in tokens (int) or as a fraction of N (float, floored, at least 1), for each item: B integers."""
+        if isinstance(size, int):
+            return [min(size, n) for n in self.n_allowed]
+        return [min(n, max(1, int(size * n))) for n in self.n_allowed]
+
+    def fill_empty_rows(self, mask: Mask) -> tuple[Mask, int]:
+        """Rows that attend to nothing attend to their last allowed key. Returns the mask and how many rows that were."""
+        from ..mask import Mask
+
+        counts = mask.counts()
+        if int(counts.min()) > 0:
+            return mask, 0
+        empty = (counts == 0) & (self.row_lengths.unsqueeze(1) > 0)
+        rows = int(expand_heads(empty, self.shape[1]).sum())
+        if rows == 0:
+            return mask, 0
+        last = self.shape[3] - 1 - self.allowed.flip(-1).to(torch.uint8).argmax(-1)
+        indices = last.expand_as(empty).masked_fill(~empty, -1).unsqueeze(-1)
+        return mask.union(Mask.from_indices(indices, self.shape, kv_heads=self.kv_heads)), rows
+
+
+def end_of_allowed(allowed: Tensor) -> int:
+    """One past the last allowed key of the item where it comes first. allowed: bool (B, N)."""
+    ends = allowed.shape[-1] - allowed.flip(-1).to(torch.uint8).argmax(-1)
+    return int(ends.masked_fill(~allowed.any(-1), allowed.shape[-1]).min())
