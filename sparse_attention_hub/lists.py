@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 HAS_NUMBA = find_spec("numba") is not None
 
 
@@ -79,8 +78,10 @@ def to_probability(lists: KeyLists, keys: int) -> Tensor:
     return _scatter(lists.indices, 1.0 if lists.probability is None else lists.probability, keys, torch.float32)
 
 
-def join(first: KeyLists, second: KeyLists, keys: int) -> KeyLists:
-    """The keys of either. Two probabilities join as those of independent coins, p + q - pq; certain stays certain."""
+def join(first: KeyLists, second: KeyLists, keys: int, apart: bool = False) -> KeyLists:
+    """The keys of either. Two probabilities join as those of independent coins, p + q - pq; certain stays certain.
+
+    apart: no key is in both, which saves looking."""
     heads, uncertain = max(first.heads, second.heads), first.probability is not None or second.probability is not None
     if uses_loops(first.indices):
         from .loops.lists import join as join_lists
@@ -89,7 +90,7 @@ def join(first: KeyLists, second: KeyLists, keys: int) -> KeyLists:
         indices = torch.empty((*shape, first.indices.shape[3] + second.indices.shape[3]), dtype=torch.int32)
         counts = torch.empty(shape, dtype=torch.int32)
         joined = KeyLists(indices, counts, torch.empty(indices.shape) if uncertain else None)
-        join_lists(*_arrays(first), *_arrays(second), keys, *_arrays(joined))
+        join_lists(*_arrays(first), *_arrays(second), keys, apart, *_arrays(joined))
         return joined
     if uncertain:
         p, q = (expand_heads(to_probability(lists, keys), heads) for lists in (first, second))

@@ -21,13 +21,21 @@ class Mask:
     """
 
     def __init__(
-        self, shape: Shape, kv_heads: int | None = None, *, lists: KeyLists | None = None, dense: Tensor | None = None
+        self,
+        shape: Shape,
+        kv_heads: int | None = None,
+        *,
+        lists: KeyLists | None = None,
+        dense: Tensor | None = None,
+        apart_from: Mask | None = None,
     ) -> None:
-        """Use `empty`, `from_indices`, `from_range` or `from_dense` instead."""
+        """Use `empty`, `from_indices`, `from_range` or `from_dense` instead. apart_from: a mask that shares no key with this one,
+        since this one was chosen among what it left: their union need not look."""
         self.shape = shape
         self.kv_heads = kv_heads if kv_heads is not None else shape[1]
         self._lists = lists
         self._dense = dense
+        self._apart_from = apart_from
         self._flags: Tensor | None = None
 
     # -- making masks ------------------------------------------------------------------------------------------------
@@ -38,9 +46,7 @@ class Mask:
         return Mask.from_range(0, 0, shape, device, kv_heads)
 
     @staticmethod
-    def from_indices(
-        indices: Tensor, shape: Shape, probability: Tensor | None = None, kv_heads: int | None = None
-    ) -> Mask:
+    def from_indices(indices: Tensor, shape: Shape, probability: Tensor | None = None, kv_heads: int | None = None) -> Mask:
         """indices: integer (B, h, Q, K), -1 = padding, distinct in a row; h is 1, kv_heads or H.
 
         probability: float (B, h, Q, K) inclusion probabilities of those keys, None = certain.
@@ -182,7 +188,9 @@ class Mask:
             heads = max(self.shared_heads, other.shared_heads)
             both = expand_heads(self.chosen(), heads) | expand_heads(other.chosen(), heads)
             return Mask.from_dense(both, self.shape[1], self.kv_heads)
-        return Mask(self.shape, self.kv_heads, lists=join(self.lists(), other.lists(), self.shape[3]))
+        return Mask(
+            self.shape, self.kv_heads, lists=join(self.lists(), other.lists(), self.shape[3], other._apart_from is self)
+        )
 
     def restrict(self, allowed: Tensor) -> Mask:
         """This mask without the keys that are not allowed. allowed: bool (B, 1, Q, N)."""

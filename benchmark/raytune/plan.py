@@ -40,7 +40,7 @@ COUNTS = (
 )
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "attention_backend": ("auto", "reference", "gather", "triton"),
+    "attention_backend": ("auto", "reference", "cpu", "torch", "triton"),
     "dense_backend": ("auto", "sdpa", "flash"),
 }
 #: Folders that are written into, and in which phase.

@@ -218,7 +218,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     places.add_argument("--ray-address", metavar="ADDRESS", help="of a Ray cluster to run on (a local one is started)")
     places.add_argument("--device", help="auto, cpu, cuda, cuda:N or sharded (auto)")
     places.add_argument("--dtype", help="auto, float32, bfloat16 or float16 (auto: bfloat16 on a GPU, float32 on a CPU)")
-    places.add_argument("--attention-backend", help="sparse kernels: auto, gather, triton or reference (auto)")
+    places.add_argument("--attention-backend", help="sparse kernels: auto, cpu, torch, triton or reference (auto)")
     places.add_argument("--dense-backend", help="dense prefill: auto, flash or sdpa (auto)")
     places.add_argument("--trust-remote-code", action="store_true", help="let models and data sets run code of their own")
     return parser.parse_args(argv)

@@ -89,15 +89,19 @@ def sortable(scores: Tensor) -> Tensor:
 
 def order_of(scores: Tensor, lengths: Tensor) -> Order:
     """The keys by falling score; lengths (B, Q): allowed keys of each row."""
-    ranks = sortable(scores)
-    if ranks.device.type != "cpu":
-        indices = ranks.argsort(dim=-1, descending=True)
-    elif scores.dtype == torch.int64:
-        indices = torch.from_numpy(ranks.numpy().argsort(axis=-1)).flip(-1)
-    else:  # NumPy's vectorised sort takes a third of torch's time
-        ranks.numpy().sort(axis=-1)
-        indices = (ranks & 0xFFFFFFFF).flip(-1)
-    return Order(indices.int(), lengths.int().contiguous())
+    lengths = lengths.int().contiguous()
+    if not uses_loops(scores):
+        return Order(sortable(scores).argsort(dim=-1, descending=True).int(), lengths)
+    if scores.dtype == torch.int64:
+        return Order(torch.from_numpy(scores.numpy().argsort(axis=-1)).flip(-1).int(), lengths)
+    from ..loops.select import pack_ranks, unpack_order
+
+    ranks = np.empty((scores.shape[:-1].numel(), scores.shape[-1]), np.int64)
+    pack_ranks(scores.float().reshape(ranks.shape).numpy(), ranks)
+    ranks.sort(axis=-1)  # NumPy's vectorised sort: an eighth of the time of torch's argsort
+    indices = torch.empty(scores.shape, dtype=torch.int32)
+    unpack_order(ranks, indices.view(ranks.shape).numpy())
+    return Order(indices, lengths)
 
 
 def choose_mass(scores: Tensor, terms: Tensor | None, order: Order, mask: Mask, share: float) -> KeyLists:

@@ -201,9 +201,7 @@ def rows_constants(queries: Tensor, values: Tensor, weighted: bool, capped: bool
     }  # fmt: skip
 
 
-def groups_constants(
-    queries: Tensor, values: Tensor, kv_heads: int, weighted: bool, capped: bool = False
-) -> dict[str, Any]:
+def groups_constants(queries: Tensor, values: Tensor, kv_heads: int, weighted: bool, capped: bool = False) -> dict[str, Any]:
     """What `groups_kernel` is compiled for, given the tensors it will read."""
     dim, value_dim = queries.shape[3], values.shape[3]
     block_d, block_dv = choose_block(dim), choose_block(value_dim)

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from .compiled import compiled, widen
+from .compiled import compiled, prefetch, widen
 
 #: Below this share of a row's mass, exponentials relative to the row's highest score have lost too many bits.
 LEAST_SHARED_MASS = 1e-12
+#: Keys between one that is prefetched and the one in work: when decoding, one row reads a key and no other (several rows find
+#: keys in a core's cache, where prefetching costs 1.5x).
+AHEAD = 12
 
 
 @compiled
@@ -37,8 +40,11 @@ def attend(
     sinks: np.ndarray,
     output: np.ndarray,
     lse: np.ndarray,
+    totals: np.ndarray,
+    spread: np.ndarray | None,
 ) -> None:
-    """Fill output and lse for units [start, stop). values None: lse alone.
+    """Fill output, lse and totals (alike) for units [start, stop). values None: no output. spread (stop - start, G, N), full of
+    zeros: gets the weights of all keys, to be multiplied with values and divided by totals.
 
     queries: float32 or wider. scores: logits, where they are known: keys are then not read. terms: exp(scores - highest), where
     known. softcap: 0 = none. sinks (h, G): logits that join the denominator, -inf = none. A row without keys gives 0 and -inf.
@@ -46,22 +52,24 @@ def attend(
     _, units, rows, group, _ = queries.shape
     zero = scaling - scaling
     weights = np.empty((group, lists.shape[3]), queries.dtype)
-    totals = np.empty(group, queries.dtype)
     for unit in range(start, stop):
         b, h, q = unit // (units * rows), unit // rows % units, unit % rows
         held = h * lists.shape[1] // units
         index, count = lists[b, held, q], counts[b, held, q]
         if scores is None:
-            _dot(queries[b, h, q], keys, key_starts[b, h], index, count, scaling, softcap, weights)
+            _dot(queries[b, h, q], keys, key_starts[b, h], index, count, scaling, softcap, rows == 1, weights)
         for g in range(group):
             weight, sink = weights[g], sinks[h, g]
             total, top = zero, sink
             if terms is not None:
-                top = highest[b, h, g, q]
+                top, row = highest[b, h, g, q], terms[b, h, g, q]
                 for t in range(count):
-                    weight[t] = terms[b, h, g, q, index[t]]
-                    if probability is not None:
-                        weight[t] /= probability[b, held, q, t]
+                    weight[t] = row[index[t]]
+                if probability is not None:
+                    p = probability[b, held, q]
+                    for t in range(count):
+                        weight[t] /= p[t]
+                for t in range(count):  # a loop of its own: the compiler makes vectors of it
                     total += weight[t]
             if terms is None or total < LEAST_SHARED_MASS:
                 total, top = zero, sink
@@ -73,27 +81,46 @@ def attend(
                     top = zero
                 for t in range(count):
                     weight[t] = np.exp(weight[t] - top)
-                    if probability is not None:
-                        weight[t] /= probability[b, held, q, t]
+                if probability is not None:
+                    p = probability[b, held, q]
+                    for t in range(count):
+                        weight[t] /= p[t]
+                for t in range(count):
                     total += weight[t]
             total += np.exp(sink - top)
-            totals[g] = total
+            totals[b, h, g, q] = total
             lse[b, h, g, q] = top + np.log(total)
+            if spread is not None:
+                out_row = spread[unit - start, g]
+                for t in range(count):
+                    out_row[index[t]] = weight[t]
         if values is not None:
             out = output[b, q, h]
-            _sum(values, value_starts[b, h], index, count, weights, out)
+            _sum(values, value_starts[b, h], index, count, weights, rows == 1, out)
             for g in range(group):
-                if totals[g] > 0:
-                    out[g] /= totals[g]
+                scale = totals[b, h, g, q] if totals[b, h, g, q] > 0 else scaling
+                for d in range(out.shape[1]):
+                    out[g, d] /= scale
 
 
 @compiled
 def _dot(
-    queries: np.ndarray, keys: np.ndarray, first: int, index: np.ndarray, count: int, scaling: Any, softcap: Any, out: np.ndarray
+    queries: np.ndarray,
+    keys: np.ndarray,
+    first: int,
+    index: np.ndarray,
+    count: int,
+    scaling: Any,
+    softcap: Any,
+    far: bool,
+    out: np.ndarray,
 ) -> None:
-    """Logits of listed keys: queries (G, D) to out (G, K). Four keys at a time: 1.3x, more keys are on their way from memory."""
+    """Logits of listed keys: queries (G, D) to out (G, K). Four keys at a time: 1.3x, more keys are on their way from memory.
+    far: the keys are in memory, not in a core's cache."""
     zero, last = scaling - scaling, count - 1
     for t in range(0, count, 4):  # the last keys are repeated up to four
+        for i in range(t + AHEAD, min(t + AHEAD + 4, count if far else 0)):
+            prefetch(keys, first + index[i])
         k0, k1 = keys[first + index[t]], keys[first + index[min(t + 1, last)]]
         k2, k3 = keys[first + index[min(t + 2, last)]], keys[first + index[min(t + 3, last)]]
         for g in range(queries.shape[0]):
@@ -113,11 +140,15 @@ def _dot(
 
 
 @compiled
-def _sum(values: np.ndarray, first: int, index: np.ndarray, count: int, weights: np.ndarray, out: np.ndarray) -> None:
+def _sum(
+    values: np.ndarray, first: int, index: np.ndarray, count: int, weights: np.ndarray, far: bool, out: np.ndarray
+) -> None:
     """Weighted sums of listed values: weights (G, K) to out (G, DV). Four keys at a time: 1.3x, a sum is stored once for them."""
     out[:] = 0
     whole = count - count % 4
     for t in range(0, whole, 4):
+        for i in range(t + AHEAD, min(t + AHEAD + 4, count if far else 0)):
+            prefetch(values, first + index[i])
         v0, v1 = values[first + index[t]], values[first + index[t + 1]]
         v2, v3 = values[first + index[t + 2]], values[first + index[t + 3]]
         for g in range(out.shape[0]):
@@ -150,4 +181,6 @@ def dot_lists(
         b, h, q = unit // (units * rows), unit // rows % units, unit % rows
         held = h * lists.shape[1] // units
         out[b, h, q] = -np.inf
-        _dot(queries[b, h, q], keys, key_starts[b, h], lists[b, held, q], counts[b, held, q], scaling, softcap, out[b, h, q])
+        _dot(
+            queries[b, h, q], keys, key_starts[b, h], lists[b, held, q], counts[b, held, q], scaling, softcap, rows == 1, out[b, h, q]
+        )  # fmt: skip

@@ -31,11 +31,12 @@ def join(
     second_counts: np.ndarray,
     second_p: np.ndarray | None,
     keys: int,
+    apart: bool,
     lists: np.ndarray,
     counts: np.ndarray,
     probability: np.ndarray | None,
 ) -> None:
-    """The keys of either list (B, h, Q, K); one in both has p + q - pq. None as a p means certain."""
+    """The keys of either list (B, h, Q, K); one in both has p + q - pq. None as a p means certain. apart: none is in both."""
     batch, heads, rows, _ = lists.shape
     at = np.zeros(keys, np.int32)  # place of a key in the joined list, 1 = the first; 0 = not in it
     for b in range(batch):
@@ -43,24 +44,40 @@ def join(
             i, k = h * first.shape[1] // heads, h * second.shape[1] // heads
             for q in range(rows):
                 out, count = lists[b, h, q], first_counts[b, i, q]
+                if apart:
+                    own, other, added = first[b, i, q], second[b, k, q], second_counts[b, k, q]
+                    for t in range(count):
+                        out[t] = own[t]
+                    for t in range(added):
+                        out[count + t] = other[t]
+                    if probability is not None:
+                        p = probability[b, h, q]
+                        for t in range(count):
+                            p[t] = 1.0 if first_p is None else first_p[b, i, q, t]
+                        for t in range(added):
+                            p[count + t] = 1.0 if second_p is None else second_p[b, k, q, t]
+                    for t in range(count + added, out.size):
+                        out[t] = -1
+                    counts[b, h, q] = count + added
+                    continue
                 for t in range(count):
-                    j = first[b, i, q, t]
-                    out[t], at[j] = j, t + 1
+                    out[t] = first[b, i, q, t]
+                    at[out[t]] = t + 1
                     if probability is not None:
                         probability[b, h, q, t] = 1.0 if first_p is None else first_p[b, i, q, t]
                 for t in range(second_counts[b, k, q]):
                     j = second[b, k, q, t]
-                    if at[j] == 0:
-                        out[count] = j
-                        if probability is not None:
-                            probability[b, h, q, count] = 1.0 if second_p is None else second_p[b, k, q, t]
-                        count += 1
-                    elif probability is not None:
-                        p = probability[b, h, q, at[j] - 1]
-                        other = 1.0 if second_p is None else second_p[b, k, q, t]
-                        probability[b, h, q, at[j] - 1] = p + other - p * other
+                    if probability is not None:
+                        p = 1.0 if second_p is None else second_p[b, k, q, t]
+                        if at[j] > 0:
+                            own = probability[b, h, q, at[j] - 1]
+                            probability[b, h, q, at[j] - 1] = own + p - own * p
+                        else:
+                            probability[b, h, q, count] = p
+                    out[min(count, out.size - 1)] = j  # branch-free: a key that is there is overwritten by the next
+                    count += at[j] == 0
                 for t in range(first_counts[b, i, q]):
-                    at[out[t]] = 0
+                    at[first[b, i, q, t]] = 0
                 out[count:] = -1
                 counts[b, h, q] = count
 

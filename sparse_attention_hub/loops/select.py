@@ -16,6 +16,26 @@ from .compiled import compiled
 
 
 @compiled
+def pack_ranks(scores: np.ndarray, out: np.ndarray) -> None:
+    """float32 scores (R, N) as int64 numbers that rank alike, of equal scores the most recent key higher: the score's bits, made
+    to rise with it, above the key's index."""
+    for r in range(scores.shape[0]):
+        bits = scores[r].view(np.int32)
+        for j in range(scores.shape[1]):
+            rising = bits[j] if bits[j] >= 0 else np.int32(bits[j] ^ 0x7FFFFFFF)
+            out[r, j] = np.int64(rising) << 32 | j
+
+
+@compiled
+def unpack_order(ranks: np.ndarray, out: np.ndarray) -> None:
+    """Keys by falling rank, from ranks (R, N) that were sorted: int32."""
+    keys = ranks.shape[1]
+    for r in range(ranks.shape[0]):
+        for j in range(keys):
+            out[r, j] = np.int32(ranks[r, keys - 1 - j] & 0x7FFFFFFF)
+
+
+@compiled
 def walk(
     order: np.ndarray,
     lengths: np.ndarray,
@@ -28,21 +48,21 @@ def walk(
     """The first sizes (B, h, Q) keys of a row's order (B, h', Q, N) that are not taken. lengths (B, Q): allowed keys, which
     come first."""
     batch, heads, rows, _ = lists.shape
-    skip = np.zeros(order.shape[3], np.bool_)
+    stamps = np.zeros(order.shape[3], np.int32)  # the last turn that had this key among its taken ones
+    turn = 0
     for b in range(batch):
         for h in range(heads):
             i, k = h * order.shape[1] // heads, h * taken.shape[1] // heads
             for q in range(rows):
                 own, out, size = order[b, i, q], lists[b, h, q], sizes[b, h, q]
+                turn += 1
                 for t in range(taken_counts[b, k, q]):
-                    skip[taken[b, k, q, t]] = True
+                    stamps[taken[b, k, q, t]] = turn
                 found = t = 0
                 while found < size and t < lengths[b, q]:
                     out[found] = own[t]  # branch-free: taken keys are overwritten by the next one
-                    found += not skip[own[t]]
+                    found += stamps[own[t]] != turn
                     t += 1
-                for t in range(taken_counts[b, k, q]):
-                    skip[taken[b, k, q, t]] = False
                 out[found:] = -1
                 counts[b, h, q] = found
 
@@ -61,7 +81,9 @@ def blank(scores: np.ndarray, taken: np.ndarray, taken_counts: np.ndarray, lowes
 
 
 @compiled
-def collect(scores: np.ndarray, thresholds: np.ndarray, sizes: np.ndarray, lowest: Any, lists: np.ndarray, counts: np.ndarray) -> None:
+def collect(
+    scores: np.ndarray, thresholds: np.ndarray, sizes: np.ndarray, lowest: Any, lists: np.ndarray, counts: np.ndarray
+) -> None:
     """The sizes (R,) highest keys of scores (R, N), given the score of the last of them: lists (R, K) in rising order."""
     for r in range(scores.shape[0]):
         threshold = thresholds[r]
@@ -97,21 +119,21 @@ def count_mass(
     """How many of a row's keys, in falling order of score, hold more than a share of the mass that is not taken: sizes
     (B, H, Q). Keys that tie with the last one count too. terms: exponentials of the scores, where known."""
     batch, heads, rows, keys = order.shape
-    skip = np.zeros(keys, np.bool_)
+    stamps = np.zeros(keys, np.int32)
+    turn = 0
     left = np.empty(keys, np.int64)
     mass = np.empty(keys, np.float64)
     for b in range(batch):
         for h in range(heads):
             k = h * taken.shape[1] // heads
             for q in range(rows):
+                turn += 1
                 for t in range(taken_counts[b, k, q]):
-                    skip[taken[b, k, q, t]] = True
+                    stamps[taken[b, k, q, t]] = turn
                 found = 0
                 for t in range(lengths[b, q]):
                     left[found] = order[b, h, q, t]
-                    found += not skip[order[b, h, q, t]]
-                for t in range(taken_counts[b, k, q]):
-                    skip[taken[b, k, q, t]] = False
+                    found += stamps[order[b, h, q, t]] != turn
                 total = 0.0
                 if terms is not None:
                     for t in range(found):
@@ -134,7 +156,13 @@ def count_mass(
 
 @compiled
 def expand_pages(
-    pages: np.ndarray, counts: np.ndarray, starts: np.ndarray, page: int, allowed: np.ndarray, lists: np.ndarray, out: np.ndarray
+    pages: np.ndarray,
+    counts: np.ndarray,
+    starts: np.ndarray,
+    page: int,
+    allowed: np.ndarray,
+    lists: np.ndarray,
+    out: np.ndarray,
 ) -> None:
     """The allowed keys of chosen pages (B, H, Q, P): lists (B, H, Q, K) and their counts. Page i of an item holds the keys from
     starts[b] + i * page on; allowed bool (B, Q, N)."""

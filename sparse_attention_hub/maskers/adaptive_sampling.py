@@ -89,7 +89,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         if int(left.max()) == 0:
             return mask
         drawn = inputs.draw(mask, self._base_size(left))
-        base = inputs.mask(drawn.lists()._replace(probability=None))  # kept for certain
+        base = inputs.mask(drawn.lists()._replace(probability=None), mask)  # kept for certain
         budget = self._budget(inputs, mask, base)
         mask = mask.union(base)
         return mask.union(inputs.draw(mask, budget))

@@ -101,10 +101,13 @@ class AttentionInputs:
 
     # -- masks -------------------------------------------------------------------------------------------------------
 
-    def mask(self, chosen: Tensor | KeyLists) -> Mask:
-        """A mask of flags (bool, or float inclusion probabilities, (B, h, Q, N)) or lists; h = 1, kv heads or H."""
+    def mask(self, chosen: Tensor | KeyLists, apart_from: Mask | None = None) -> Mask:
+        """A mask of flags (bool, or float inclusion probabilities, (B, h, Q, N)) or lists; h = 1, kv heads or H.
+
+        apart_from: a mask with which the lists are known to share no key.
+        """
         if isinstance(chosen, KeyLists):
-            return Mask(self.shape, self.kv_heads, lists=chosen)
+            return Mask(self.shape, self.kv_heads, lists=chosen, apart_from=apart_from)
         return Mask.from_dense(chosen, self.shape[1], self.kv_heads)
 
     def choose_top(self, scores: Tensor, mask: Mask, sizes: Sequence[int]) -> Mask:
@@ -113,11 +116,11 @@ class AttentionInputs:
         scores: float (B, h, Q, N), -inf where a key must not be chosen. Rows with fewer keys take all of them.
         """
         known = self.cache.keeps_order and scores is self.cache.call.get("scores")
-        return self.mask(choose(scores, mask, sizes, self.order() if known else None))
+        return self.mask(choose(scores, mask, sizes, self.order() if known else None), mask)
 
     def choose_mass(self, mask: Mask, share: float) -> Mask:
         """The fewest keys, by falling score, that hold more than a share of the attention mass that `mask` left."""
-        return self.mask(choose_mass(self.scores(), self.known().terms, self.order(), mask, share))
+        return self.mask(choose_mass(self.scores(), self.known().terms, self.order(), mask, share), mask)
 
     def draw(self, mask: Mask, sizes: Sequence[int] | Tensor) -> Mask:
         """Keys drawn without replacement from those that `mask` has not, p = size / keys left: sizes one an item, or int64
@@ -126,7 +129,7 @@ class AttentionInputs:
         lists = choose(self.random_ranks(), mask, sizes, order)
         left = self.left(mask)
         rate = lists.counts / expand_heads(left, lists.heads).clamp(min=1)
-        return self.mask(lists._replace(probability=rate.unsqueeze(-1).expand(lists.indices.shape).contiguous()))
+        return self.mask(lists._replace(probability=rate.unsqueeze(-1).expand(lists.indices.shape).contiguous()), mask)
 
     def left(self, mask: Mask) -> Tensor:
         """How many allowed keys of each row `mask` has not: int64 (B, h, Q)."""
@@ -136,9 +139,7 @@ class AttentionInputs:
 
     def scores(self) -> Tensor:
         """Scaled logits plus additive bias, float32 (B, H, Q, N), -inf where not allowed."""
-        return once(
-            self.cache.call, "scores", lambda: self.layout.biased(group_scores(self.queries, self.keys, self.scaling))
-        )
+        return once(self.cache.call, "scores", lambda: self.layout.biased(group_scores(self.queries, self.keys, self.scaling)))
 
     def sorted_scores(self) -> tuple[Tensor, Tensor]:
         """(values, key indices) of the scores in falling order, each (B, H, Q, N); of equal ones the most recent first."""

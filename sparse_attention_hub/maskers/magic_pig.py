@@ -87,7 +87,7 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         hits = self._hits(inputs, signatures, self._signature(shifted, torch.zeros_like(shifted[..., 0]), fitted.projections))
         found = inputs.mask(hits & expand_heads(mask.residual(inputs.allowed), inputs.shape[1])).lists()
         probability = self._probability(_cosines(inputs, shifted, fitted, found.indices))
-        return mask.union(inputs.mask(found._replace(probability=probability.float())))
+        return mask.union(inputs.mask(found._replace(probability=probability.float()), mask))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         return self.config.lsh_l * self.config.lsh_k / 8 / (2 * inputs.keys.shape[-1] * inputs.keys.element_size())

@@ -135,7 +135,9 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         bases = torch.arange(batch * inputs.kv_heads * groups, device=inputs.device).view(batch, inputs.kv_heads, 1, groups)
         bags = (codes.long() + bases * centres).view(-1, groups)
         sums = F.embedding_bag(bags, table.reshape(-1, table.shape[-1]), mode="sum")
-        return inputs.layout.biased(sums.view(batch, inputs.kv_heads, total, -1).transpose(2, 3).reshape(batch, heads, rows, total))
+        return inputs.layout.biased(
+            sums.view(batch, inputs.kv_heads, total, -1).transpose(2, 3).reshape(batch, heads, rows, total)
+        )
 
     def _clustered(self, keys: Tensor, allowed: Tensor | None, item: int) -> Tensor:
         """The item's keys to cluster, (Hkv, M, D): allowed ones past the offset, or all allowed ones if those are none."""

@@ -1,25 +1,23 @@
 """Dense attention on a filled cache, causal at the lower right, without copies of the cache for each query head.
 
 torch's `is_causal` aligns at the upper left, and its masked path repeats keys and values for every query head of a
-group: both are wrong or slow for a question on a long prefix. Here the kv heads are the batch on a CPU, and the query heads
-of a group are rows of one product on a GPU.
+group: both are wrong or slow for a question on a long prefix. Here the kv heads are the batch, so that torch's fused kernels
+read each one's keys and values in place for its group.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-#: Scores held at once, in numbers: 128 MiB in float32.
-_BLOCK_SCORES = 32 * 2**20
-#: Rows a block, on a CPU and under a window.
+#: Rows a masked block.
 _ROWS = 512
-#: Below so many rows, one masked call on a CPU is sooner done than two.
-_FEW_ROWS = 32
+#: Mask entries of a block on a GPU, whose kernels may hold the scores of a masked block: 128 MiB in float32.
+_BLOCK_SCORES = 32 * 2**20
+#: From so many rows on, two calls on a CPU take less time than one with a mask: 1.2x.
+_MANY_ROWS = 32
 
 
 def dense_rows(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None = None) -> Tensor:
@@ -27,106 +25,62 @@ def dense_rows(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, wi
 
     window: each query attends to its last `window` keys, itself included. Returns (1, Q, H, D) in the queries' dtype.
     """
-    length, total = queries.shape[2], keys.shape[2]
-    if window is not None and total <= window:
-        window = None
-    if length == 1:
-        if window is not None:
-            keys, values = keys[:, :, total - window :], values[:, :, total - window :]
-        return _one_row(queries, keys, values, scaling)
-    if window is None and length == total:
-        grouped = queries.shape[1] != keys.shape[1]
-        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
-        return out.transpose(1, 2)
-    if queries.device.type == "cpu":
-        wide = queries.dtype in (torch.float32, torch.float64)  # narrower outputs would be rounded twice
-        if window is None and wide and length >= _FEW_ROWS and queries.shape[3] == values.shape[3]:
-            return _joined(queries, keys, values, scaling)
-        return _masked(queries, keys, values, scaling, window)
-    if window is None and queries.is_cuda and queries.dtype != torch.float32:
-        bias = causal_lower_right(length, total)
-        grouped = queries.shape[1] != keys.shape[1]
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scaling, enable_gqa=grouped)
-        return out.transpose(1, 2)
-    return _blocks(queries, keys, values, scaling, window)
-
-
-def _one_row(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    heads, kv_heads = queries.shape[1], keys.shape[1]
-    grouped = queries.reshape(1, kv_heads, heads // kv_heads, queries.shape[3])
-    out = F.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
-    return out.reshape(1, 1, heads, values.shape[3])
-
-
-def _spans(length: int, total: int, step: int, window: int | None) -> Iterator[tuple[int, int, int, int]]:
-    """Blocks of `step` rows, from `start` to `stop`, and the keys that one of them may see, from `first` to `last`."""
-    for start in range(0, length, step):
-        stop = min(length, start + step)
-        first = 0 if window is None else max(0, total - length + start - window + 1)
-        yield start, stop, first, total - length + stop
-
-
-def _joined(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """For a CPU: the keys before the queries' own without a mask, their own by the kernel's own causality, the two outputs
-    joined by their log-sum-exps. No mask is made or read, and nothing above the diagonal is computed: a sixth less time than
-    one masked call."""
     _, heads, length, width = queries.shape
-    kv_heads, before = keys.shape[1], keys.shape[2] - length
+    kv_heads, total = keys.shape[1], keys.shape[2]
+    if window is not None and (total <= window or length == 1):
+        first = max(0, total - window)
+        keys, values, window, total = keys[:, :, first:], values[:, :, first:], None, total - first
     grouped = queries[0].view(kv_heads, heads // kv_heads, length, width)
+    if length == 1:  # one row sees every key: the heads of a group are the rows of one call
+        own = grouped.view(1, kv_heads, heads // kv_heads, width)
+        out = F.scaled_dot_product_attention(own, keys, values, scale=scaling).view(kv_heads, heads // kv_heads, 1, -1)
+    elif window is not None:
+        out = _masked(grouped, keys, values, scaling, window)
+    elif length == total:
+        out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads)
+    elif queries.is_cuda and queries.dtype != torch.float32:
+        bias = causal_lower_right(length, total)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scaling, enable_gqa=heads != kv_heads)
+    elif _can_join(queries, values):
+        out = _joined(grouped, keys, values, scaling)
+    else:
+        out = _masked(grouped, keys, values, scaling, None)
+    return out.reshape(1, heads, length, values.shape[3]).transpose(1, 2)
+
+
+def _can_join(queries: Tensor, values: Tensor) -> bool:
+    wide = queries.dtype in (torch.float32, torch.float64)  # narrower outputs would be rounded twice
+    return queries.device.type == "cpu" and wide and queries.shape[2] >= _MANY_ROWS and queries.shape[3] == values.shape[3]
+
+
+def _joined(grouped: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """The keys before the queries' own without a mask, their own by the kernel's own causality, joined by their log-sum-exps. No
+    mask is made or read, and nothing above the diagonal is computed. grouped: (Hkv, G, Q, D)."""
+    group, length = grouped.shape[1:3]
     parts = []
-    for place, causal in ((slice(0, before), False), (slice(before, None), True)):
-        own = (t[0, :, None, place].expand(-1, heads // kv_heads, -1, -1) for t in (keys, values))
+    for place, causal in ((slice(0, keys.shape[2] - length), False), (slice(keys.shape[2] - length, None), True)):
+        own = (t[0, :, None, place].expand(-1, group, -1, -1) for t in (keys, values))
         parts.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(grouped, *own, 0.0, causal, scale=scaling))
     (far, far_sum), (near, near_sum) = parts
-    out = torch.lerp(far, near, torch.sigmoid(near_sum - far_sum).unsqueeze(-1))
-    return out.view(1, heads, length, width).transpose(1, 2)
+    return torch.lerp(far, near, torch.sigmoid(near_sum - far_sum).unsqueeze(-1))
 
 
-def _masked(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
-    """For a CPU, whose fused kernel takes masks at little cost: blocks of rows, each with the keys that it may see."""
-    _, heads, length, width = queries.shape
-    kv_heads, total = keys.shape[1], keys.shape[2]
+def _masked(grouped: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
+    """Blocks of rows, each with the keys that it may see and a mask. grouped: (Hkv, G, Q, D)."""
+    kv_heads, group, length, _ = grouped.shape
+    total = keys.shape[2]
     step = min(length, _ROWS)
-    out = queries.new_empty((1, heads, length, values.shape[3]))
-    for start, stop, first, last in _spans(length, total, step, window):
-        position = torch.arange(last - (stop - start), last)[:, None]
-        key = torch.arange(first, last)[None]
-        allowed = key <= position
-        if window is not None:
-            allowed &= key > position - window
-        grouped = queries[0, :, start:stop].view(kv_heads, heads // kv_heads, stop - start, width)
-        own_keys, own_values = (t[0, :, None, first:last].expand(-1, heads // kv_heads, -1, -1) for t in (keys, values))
-        part = F.scaled_dot_product_attention(grouped, own_keys, own_values, attn_mask=allowed, scale=scaling)
-        out[0, :, start:stop] = part.view(heads, stop - start, -1)
-    return out.transpose(1, 2)
-
-
-def _blocks(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
-    heads, length, total = queries.shape[1], queries.shape[2], keys.shape[2]
-    step = max(1, min(length, _BLOCK_SCORES // (heads * total)))
-    if window is not None:
-        step = min(length, _ROWS)
-    out = queries.new_empty((1, length, heads, values.shape[3]))
-    for start, stop, first, last in _spans(length, total, step, window):
-        out[:, start:stop] = _block(
-            queries[:, :, start:stop], keys[:, :, first:last], values[:, :, first:last], scaling, window
-        )
+    if grouped.is_cuda:
+        step = max(1, min(step, _BLOCK_SCORES // (kv_heads * group * total)))
+    out = grouped.new_empty((kv_heads, group, length, values.shape[3]))
+    for start in range(0, length, step):
+        stop = min(length, start + step)
+        last = total - length + stop
+        first = 0 if window is None else max(0, last - (stop - start) - window + 1)
+        position = torch.arange(last - (stop - start), last, device=keys.device)[:, None]
+        key = torch.arange(first, last, device=keys.device)
+        allowed = key <= position if window is None else (key <= position) & (key > position - window)
+        own_keys, own_values = (t[0, :, None, first:last].expand(-1, group, -1, -1) for t in (keys, values))
+        part = grouped[:, :, start:stop]
+        out[:, :, start:stop] = F.scaled_dot_product_attention(part, own_keys, own_values, attn_mask=allowed, scale=scaling)
     return out
-
-
-def _block(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None) -> Tensor:
-    """Rows that are the last ones of these keys; softmax in float32."""
-    _, heads, rows, width = queries.shape
-    kv_heads, total = keys.shape[1], keys.shape[2]
-    grouped = queries.reshape(1, kv_heads, (heads // kv_heads) * rows, width)
-    scores = torch.matmul(grouped.float() * scaling, keys.float().transpose(2, 3))
-    scores = scores.view(1, kv_heads, heads // kv_heads, rows, total)
-    position = torch.arange(total - rows, total, device=keys.device)[:, None]
-    if window is None:
-        recent = torch.arange(total - rows, total, device=keys.device)[None]
-        scores[..., total - rows :].masked_fill_(recent > position, float("-inf"))
-    else:
-        key = torch.arange(total, device=keys.device)[None]
-        scores.masked_fill_((key > position) | (key <= position - window), float("-inf"))
-    weights = torch.softmax(scores, dim=-1).to(values.dtype).view(1, kv_heads, -1, total)
-    return torch.matmul(weights, values).view(1, heads, rows, values.shape[3]).transpose(1, 2)

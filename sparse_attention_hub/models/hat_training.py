@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, check_writable
-from ..maskers.hat_weights import Layer, write_hat_weights
 from ..kernels.reference import group_scores
+from ..maskers.hat_weights import Layer, write_hat_weights
 from .hat_conversion import convert
 from .recording import Recording, read_texts, record, sample_texts
 

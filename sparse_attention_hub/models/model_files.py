@@ -63,8 +63,8 @@ def channels_for(lm: LanguageModel) -> Path:
     from filelock import FileLock
 
     from ..maskers.channel_file import write_channels
-    from .channel_calibration import calibrate
     from ..user_cache import cache_root
+    from .channel_calibration import calibrate
     from .trace import weights_fingerprint
 
     path = cache_root() / "channels" / f"{weights_fingerprint(lm)}.json"

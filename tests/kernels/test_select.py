@@ -79,9 +79,7 @@ def test_choose(
     each = torch.randint(0, size + 1, (2, 4, rows), generator=generator)
     for sizes, wide in (([size, size // 2], max(heads, held)), (each, 4)):
         wanted = torch.tensor(sizes).view(2, 1, 1).expand(2, wide, rows) if isinstance(sizes, list) else sizes
-        expected = best_by_hand(
-            lists.expand_heads(scores, wide), ~lists.expand_heads(chosen, wide), wanted
-        )
+        expected = best_by_hand(lists.expand_heads(scores, wide), ~lists.expand_heads(chosen, wide), wanted)
         ordered = order_of(scores, lengths)
         for found in (
             *both_forms(lambda sizes=sizes: choose(scores, mask, sizes)),

@@ -351,7 +351,6 @@ def test_dense_rows_is_softmax_over_what_each_row_may_see(
     window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dense, "_ROWS", 8)
-    monkeypatch.setattr(dense, "_BLOCK_SCORES", 6 * 45 * 3)  # rows a block on a GPU
     for length, total in [(1, 40), (20, 20), (13, 40), (16, 45), (32, 33), (40, 75)]:
         queries = torch.randn(1, 6, length, 16).to(dtype)
         buffer = torch.randn(2, 1, 2, total + 5, 16).to(dtype)  # a cache hands over the front of its buffers
@@ -361,8 +360,10 @@ def test_dense_rows_is_softmax_over_what_each_row_may_see(
         wide = keys.double().repeat_interleave(3, 1), values.double().repeat_interleave(3, 1)
         scores = (queries.double() @ wide[0].mT * 0.3).masked_fill(~seen, float("-inf"))
         expected = (scores.softmax(-1) @ wide[1]).transpose(1, 2)
-        for way in (dense.dense_rows, dense._blocks):  # and the way of a GPU
-            found = way(queries, keys, values, 0.3, window)
+        for join in (dense._can_join, lambda *_: False):  # and with masks, as a GPU does
+            with monkeypatch.context() as patched:
+                patched.setattr(dense, "_can_join", join)
+                found = dense.dense_rows(queries, keys, values, 0.3, window)
             assert found.dtype == dtype
             assert torch.allclose(found.double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
 
