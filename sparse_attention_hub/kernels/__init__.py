@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
-import torch
 from torch import Tensor
 
 from ..lists import uses_loops

@@ -131,7 +131,7 @@ def _table(tensor: Tensor, units: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=64)
 def _starts(batch: int, item: int, units: int, held: int, head: int) -> np.ndarray:
-    return np.arange(batch)[:, None] * item + np.arange(units) * held // units * head  # type: ignore[no-any-return]
+    return np.arange(batch)[:, None] * item + np.arange(units) * held // units * head
 
 
 @lru_cache(maxsize=8)

@@ -57,7 +57,7 @@ def choose(scores: Tensor, mask: Mask, sizes: Sequence[int] | Tensor, order: Ord
     bottom = scores.numpy().dtype.type(lowest(scores.dtype))
     left = np.empty((batch, heads, rows, keys), bottom.dtype)
     select.blank(scores.contiguous().numpy(), taken.indices.numpy(), taken.counts.numpy(), bottom, left)
-    left, wanted = left.reshape(-1, keys), wanted.reshape(-1)
+    left, wanted = left.reshape(counts.numel(), keys), wanted.reshape(-1)
     thresholds = np.full(len(left), bottom)
     for size in np.unique(wanted[wanted > 0]):
         own = slice(None) if (wanted == size).all() else wanted == size

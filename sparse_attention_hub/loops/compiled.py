@@ -1,3 +1,5 @@
+# Numba has no types to check.
+# mypy: disable-error-code="attr-defined,no-untyped-call,no-untyped-def,untyped-decorator,call-arg,no-any-return,misc"
 """Compiling loops: once for each machine, kept in the user's cache folder."""
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def _cache_folder() -> str | None:
         return None
 
 
-class _Notice(event.Listener):  # type: ignore[misc]
+class _Notice(event.Listener):
     """Says once a process that loops are being compiled: it takes seconds in which nothing else happens."""
 
     said = False
@@ -86,11 +88,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="sparse-attention-loops")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _prefetch(typing, array, row, offset):  # type: ignore[no-untyped-def]
+@intrinsic
+def _prefetch(typing, array, row, offset):
     """LLVM's prefetch of the cache line `offset` bytes into a row of a table."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         table = context.make_array(signature.args[0])(context, builder, arguments[0])
         start = builder.mul(arguments[1], cgutils.unpack_tuple(builder, table.strides)[0])
         place = builder.gep(builder.bitcast(table.data, cgutils.voidptr_t), [builder.add(start, arguments[2])])
@@ -120,10 +122,10 @@ def as_array(tensor: Any) -> np.ndarray:
 
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy()  # type: ignore[no-any-return]
+        return tensor.view(torch.uint16).numpy()
     if tensor.dtype == torch.float16:
-        return tensor.view(torch.int16).numpy()  # type: ignore[no-any-return]
-    return tensor.numpy()  # type: ignore[no-any-return]
+        return tensor.view(torch.int16).numpy()
+    return tensor.numpy()
 
 
 def widen(x: Any) -> Any:
@@ -131,13 +133,13 @@ def widen(x: Any) -> Any:
     raise TypeError("widen() works in compiled loops only")
 
 
-@overload(widen)  # type: ignore[untyped-decorator]
-def _widen(x):  # type: ignore[no-untyped-def]  # Numba compares parameters, annotations too
+@overload(widen)
+def _widen(x):  # Numba compares parameters, annotations too
     if x == numba.uint16:
         return lambda x: np.uint32(np.uint32(x) << 16).view(np.float32)
     if x == numba.int16:
 
-        def from_half(x):  # type: ignore[no-untyped-def]
+        def from_half(x):
             bits = np.uint32(np.uint16(x))
             size = np.uint32((bits & 0x7FFF) << 13).view(np.float32) * np.float32(2.0**112)
             return -size if bits & 0x8000 else size

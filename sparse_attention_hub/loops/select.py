@@ -63,21 +63,24 @@ def walk(
                     out[found] = own[t]  # branch-free: taken keys are overwritten by the next one
                     found += stamps[own[t]] != turn
                     t += 1
-                out[found:] = -1
+                for t in range(found, out.size):
+                    out[t] = -1
                 counts[b, h, q] = found
 
 
 @compiled
 def blank(scores: np.ndarray, taken: np.ndarray, taken_counts: np.ndarray, lowest: Any, out: np.ndarray) -> None:
     """Scores (B, h', Q, N) with the lowest number in place of taken keys: out (B, h, Q, N)."""
-    batch, heads, rows, _ = out.shape
+    batch, heads, rows, keys = out.shape
     for b in range(batch):
         for h in range(heads):
             i, k = h * scores.shape[1] // heads, h * taken.shape[1] // heads
             for q in range(rows):
-                out[b, h, q] = scores[b, i, q]
+                own, row = scores[b, i, q], out[b, h, q]
+                for j in range(keys):
+                    row[j] = own[j]
                 for t in range(taken_counts[b, k, q]):
-                    out[b, h, q, taken[b, k, q, t]] = lowest
+                    row[taken[b, k, q, t]] = lowest
 
 
 @compiled
@@ -85,24 +88,24 @@ def collect(
     scores: np.ndarray, thresholds: np.ndarray, sizes: np.ndarray, lowest: Any, lists: np.ndarray, counts: np.ndarray
 ) -> None:
     """The sizes (R,) highest keys of scores (R, N), given the score of the last of them: lists (R, K) in rising order."""
+    reached = np.empty(scores.shape[1], np.int32)
     for r in range(scores.shape[0]):
-        threshold = thresholds[r]
-        above = ties = 0
-        for j in range(scores.shape[1]):
-            above += scores[r, j] > threshold
-            ties += scores[r, j] == threshold
-        ties = 0 if threshold == lowest else min(ties, sizes[r] - above)
-        found = above + ties if sizes[r] > 0 else 0
-        counts[r] = found
-        lists[r, found:] = -1
-        j = scores.shape[1] - 1
-        while found > 0:
-            score = scores[r, j]
-            if score > threshold or (score == threshold and ties > 0):
-                ties -= score == threshold
-                found -= 1
-                lists[r, found] = j
-            j -= 1
+        row, out, threshold = scores[r], lists[r], thresholds[r]
+        found = total = 0
+        for j in range(row.size):
+            if row[j] >= threshold and row[j] > lowest:
+                reached[found] = j
+                found += 1
+        excess = found - sizes[r]  # keys that tie for the last places: the oldest are left out
+        for t in range(found):
+            if excess > 0 and row[reached[t]] == threshold:
+                excess -= 1
+            elif total < sizes[r]:
+                out[total] = reached[t]
+                total += 1
+        for t in range(total, out.size):
+            out[t] = -1
+        counts[r] = total
 
 
 @compiled
@@ -177,5 +180,6 @@ def expand_pages(
                         if allowed[b, q, j]:
                             lists[b, h, q, found] = j
                             found += 1
-                lists[b, h, q, found:] = -1
+                for t in range(found, lists.shape[3]):
+                    lists[b, h, q, t] = -1
                 out[b, h, q] = found

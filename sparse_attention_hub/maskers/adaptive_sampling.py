@@ -107,17 +107,11 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
 
     def _with_offsets(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         """The mask with the keys inside the offsets attended for certain."""
-        sizes = [
-            inputs.resolve(size) if size else [0] * inputs.shape[0]
-            for size in (self.config.init_offset, self.config.local_offset)
-        ]
-        if not any(map(any, sizes)):
-            return mask
-        first, last = (torch.tensor(size, device=inputs.device).view(-1, 1, 1, 1) for size in sizes)
-        positions = inputs.key_positions[:, None, None, :]
-        age = inputs.row_positions[:, None, :, None] - positions
-        inside = ((positions < first) | (age < last)) & mask.residual(inputs.allowed)
-        return mask.union(inputs.mask(inside))
+        if self.config.init_offset:
+            mask = mask.union(inputs.layout.first_keys(inputs.resolve(self.config.init_offset)))
+        if self.config.local_offset:
+            mask = mask.union(inputs.layout.last_keys(inputs.resolve(self.config.local_offset)))
+        return mask
 
     def _budget(self, inputs: AttentionInputs, mask: Mask, base: Mask) -> Tensor:
         """How many of the keys that are neither chosen nor base samples must be drawn: int64 (B, H, Q)."""

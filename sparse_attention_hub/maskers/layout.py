@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..lists import expand_heads
-
-if TYPE_CHECKING:
-    from ..mask import Mask
+from ..mask import Mask
 
 # An additive mask forbids a key where it is at most this; smaller penalties are a bias, which is added to the scores.
 FORBIDDEN_BIAS = -1e4
@@ -57,7 +54,7 @@ class Layout:
         """N of each item: the allowed keys of its last query row. Sizes given as a fraction are fractions of it."""
         if self._mask is None:
             return [self.shape[3]] * self.shape[0]
-        return self.allowed[:, 0, -1].sum(-1).tolist()  # type: ignore[no-any-return]
+        return self.allowed[:, 0, -1].sum(-1).tolist()
 
     @cached_property
     def key_positions(self) -> Tensor:
@@ -94,6 +91,23 @@ class Layout:
         bias = self._mask.float().expand(self.allowed.shape).masked_fill(~self.allowed, 0.0)
         return bias if bool(bias.any()) else None
 
+    def first_keys(self, sizes: list[int]) -> Mask:
+        """The first sizes[b] allowed keys of each item, as far as a row may see them."""
+        if self.shape[2] == 1 and self.all_allowed:  # the start of the keys, the same for all heads and items
+            return Mask.from_range(0, sizes[0], self.shape, self.device, self.kv_heads)
+        limit = torch.tensor(sizes, device=self.device).view(-1, 1, 1, 1)
+        flags = (self.key_positions[:, None, None, :] < limit) & self.allowed
+        return Mask.from_dense(flags, self.shape[1], self.kv_heads)
+
+    def last_keys(self, sizes: list[int]) -> Mask:
+        """Of each row the sizes[b] most recent keys, its own included: those in (i - size, i] for a row at position i."""
+        if self.shape[2] == 1 and self.all_allowed:
+            total = self.shape[3]
+            return Mask.from_range(total - sizes[0], total, self.shape, self.device, self.kv_heads)
+        limit = torch.tensor(sizes, device=self.device).view(-1, 1, 1, 1)
+        age = self.row_positions[:, None, :, None] - self.key_positions[:, None, None, :]
+        return Mask.from_dense((age < limit) & self.allowed, self.shape[1], self.kv_heads)
+
     @cached_property
     def _forbidden(self) -> tuple[int, Tensor]:
         """(the first key that some row may not attend to, which keys from there on each row may not: bool (B, 1, Q, n))."""
@@ -128,8 +142,6 @@ class Layout:
 
     def fill_empty_rows(self, mask: Mask) -> tuple[Mask, int]:
         """Rows that attend to nothing attend to their last allowed key. Returns the mask and how many rows that were."""
-        from ..mask import Mask
-
         counts = mask.counts()
         if int(counts.min()) > 0:
             return mask, 0

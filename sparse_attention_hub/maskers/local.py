@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..mask import Mask
 from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_size, register_masker
@@ -35,15 +33,7 @@ class LocalMasker(Masker[LocalMaskerConfig]):
     by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        sizes = inputs.resolve(self.config.window_size)
-        if inputs.shape[2] == 1 and inputs.all_allowed:
-            # One row that may see everything: the window is the end of the keys, the same for all heads and items.
-            total = inputs.shape[3]
-            return mask.union(Mask.from_range(total - sizes[0], total, inputs.shape, inputs.device, inputs.kv_heads))
-        limit = torch.tensor(sizes, device=inputs.device).view(-1, 1, 1, 1)
-        age = inputs.row_positions[:, None, :, None] - inputs.key_positions[:, None, None, :]
-        window_keys = (age < limit) & inputs.allowed
-        return mask.union(inputs.mask(window_keys))
+        return mask.union(inputs.layout.last_keys(inputs.resolve(self.config.window_size)))
 
 
 if __name__ == "__main__":

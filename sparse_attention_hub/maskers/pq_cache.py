@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..lists import uses_loops
 from ..mask import Mask
 from ..search_space import Choice, LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
 from .inputs import AttentionInputs
-from .layout import NEVER
 
 METRICS = ("euclidean", "ip")
 # Floats in the largest temporary of clustering and coding: on a CPU, where it should stay in the cache, and on a GPU.
@@ -87,12 +87,10 @@ class PQCacheMasker(Masker[PQCacheConfig]):
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
         sizes = inputs.resolve(self.config.heavy_size)
-        if self.config.init_offset > 0:
-            # A budget of every key means every key.
-            offsets = [0 if k >= n else self.config.init_offset for k, n in zip(sizes, inputs.n_allowed, strict=True)]
-            first = torch.tensor(offsets, device=inputs.device).unsqueeze(-1)
-            scores = scores.masked_fill((inputs.key_positions < first)[:, None, None], NEVER)
-        return mask.union(inputs.choose_top(scores, mask, sizes))
+        # Keys inside the offset are not chosen; but a budget of every key means every key.
+        offsets = [0 if k >= n else min(self.config.init_offset, n) for k, n in zip(sizes, inputs.n_allowed, strict=True)]
+        closed = mask.union(inputs.layout.first_keys(offsets)) if any(offsets) else mask
+        return mask.union(inputs.choose_top(scores, closed, sizes))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         code_bytes = self.config.pq_group_factor * self.config.pq_bits / 8
@@ -128,16 +126,10 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         batch, heads, rows, total = inputs.shape
         groups, centres = fitted.centroids.shape[2:4]
         width = inputs.keys.shape[-1] // groups
-        # Table of every (item, kv head, sub-vector, centre) for the rows of the head's queries: (B, Hkv, G, 2^bits, R).
+        # Scores of all centres for the rows of a kv head's queries: (B, Hkv, R, G, 2^bits).
         parts = (inputs.queries.float() * inputs.scaling).reshape(batch, inputs.kv_heads, -1, groups, width)
-        table = fitted.centroids[..., :width] @ parts.permute(0, 1, 3, 4, 2)
-        # Each key is a bag of G table rows; summing bags reads the codes once for all query heads of a group.
-        bases = torch.arange(batch * inputs.kv_heads * groups, device=inputs.device).view(batch, inputs.kv_heads, 1, groups)
-        bags = (codes.long() + bases * centres).view(-1, groups)
-        sums = F.embedding_bag(bags, table.reshape(-1, table.shape[-1]), mode="sum")
-        return inputs.layout.biased(
-            sums.view(batch, inputs.kv_heads, total, -1).transpose(2, 3).reshape(batch, heads, rows, total)
-        )
+        table = (parts.transpose(2, 3) @ fitted.centroids[..., :width].transpose(-1, -2)).transpose(2, 3)
+        return inputs.layout.biased(_sum_codes(table, codes).reshape(batch, heads, rows, total))
 
     def _clustered(self, keys: Tensor, allowed: Tensor | None, item: int) -> Tensor:
         """The item's keys to cluster, (Hkv, M, D): allowed ones past the offset, or all allowed ones if those are none."""
@@ -186,6 +178,19 @@ class PQCacheMasker(Masker[PQCacheConfig]):
             if float(drift.max()) < 1e-2:
                 break
         return centroids, square
+
+
+def _sum_codes(table: Tensor, codes: Tensor) -> Tensor:
+    """Each key's sum of its centres' scores: table (B, Hkv, R, G, C) and codes (B, Hkv, N, G) to (B, Hkv, R, N)."""
+    if uses_loops(codes):
+        from ..loops.scores import sum_codes
+
+        out = torch.empty((*table.shape[:3], codes.shape[2]))
+        sum_codes(table.contiguous().numpy(), codes.numpy(), out.numpy())
+        return out
+    shape = (*table.shape[:3], codes.shape[2])
+    each = (table[:, :, :, g].gather(-1, codes[:, :, None, :, g].long().expand(shape)) for g in range(codes.shape[3]))
+    return functools.reduce(torch.add, each)
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..mask import Mask
 from ..search_space import Choice
 from .base import Masker, MaskerConfig, check_size, register_masker
@@ -35,13 +33,7 @@ class SinkMasker(Masker[SinkMaskerConfig]):
     by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        sizes = inputs.resolve(self.config.sink_size)
-        if inputs.shape[2] == 1 and inputs.all_allowed:
-            # One row that may see everything: the sink is the start of the keys, the same for all heads and items.
-            return mask.union(Mask.from_range(0, sizes[0], inputs.shape, inputs.device, inputs.kv_heads))
-        limit = torch.tensor(sizes, device=inputs.device).view(-1, 1, 1, 1)
-        first = (inputs.key_positions[:, None, None, :] < limit) & inputs.allowed
-        return mask.union(inputs.mask(first))
+        return mask.union(inputs.layout.first_keys(inputs.resolve(self.config.sink_size)))
 
 
 if __name__ == "__main__":
