@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 DENSITY = 0.05
-#: Methods that must be faster than dense.
-GOALS = ("quest", "double_sparsity", "pq_cache", "random_sampling")
+#: Method -> its time over dense at most.
+GOALS = {"random_sampling": 0.35, "quest": 0.3, "double_sparsity": 0.5, "pq_cache": 0.5}
 
 
 @dataclass
@@ -140,8 +140,8 @@ def main() -> int:
     torch.set_num_threads(1)
     dense, found = run(arguments.keys, arguments.repeats, arguments.only)
     goals = [
-        {"name": f"{name}_ratio_to_dense", "value": found[name].ratio, "at_most": 1.0, "holds": found[name].ratio < 1.0}
-        for name in GOALS
+        {"name": f"{name}_ratio_to_dense", "value": found[name].ratio, "at_most": most, "holds": found[name].ratio <= most}
+        for name, most in GOALS.items()
         if name in found
     ]
     if arguments.json:
@@ -165,7 +165,7 @@ def main() -> int:
             bound = f"{1 / row.kv_fraction:11.1f}x"
             print(f"{name:32} {1000 * row.seconds:8.2f} {row.ratio:9.2f} {row.density:8.3f} {read:8.1f} {bound}")
         for goal in goals:
-            print(f"{'holds' if goal['holds'] else 'FAILS'}: {goal['name']} {goal['value']:.2f}, at most 1")
+            print(f"{'holds' if goal['holds'] else 'FAILS'}: {goal['name']} {goal['value']:.2f}, at most {goal['at_most']}")
     return 0 if all(goal["holds"] for goal in goals) else 1
 
 

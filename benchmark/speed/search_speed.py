@@ -35,9 +35,9 @@ MODEL = "embedded/SmolLM2-135M-Instruct"
 LEVELS = (5, 10, 25, 50)
 BATCH = 8
 #: family -> least ratio of the baseline to the marginal cost on full replay and on the cheapest rung
-MARGINAL_GOALS = {"oracle_top_k": (100.0, 1000.0), "adaptive_sampling": (40.0, 400.0)}
+MARGINAL_GOALS = {"oracle_top_k": (140.0, 1800.0), "adaptive_sampling": (60.0, 850.0)}
 #: trials of a whole search -> least ratio of the baseline to it
-SEARCH_GOALS = {100: 50.0, 480: 170.0}
+SEARCH_GOALS = {100: 60.0, 480: 200.0}
 MEMORY_GOAL = 1.5
 OUR_PREFILL = "our_prefill"
 # Passes of the cheapest rung and of full replay: what a pass of 16 adds to one of 8 is lost in the noise of a single cheap one.
@@ -222,7 +222,9 @@ def whole_search(options: argparse.Namespace) -> dict[str, Any]:
     parts.done("load")
     family, trials, folder = options.part[1], int(options.part[2]), Path(options.folder)
     evaluator = TraceEvaluator(lm, options.task, settings_of(options), folder / "traces")
-    # Weights are read from the file when first used, the LM head's too: they are not memory beside the model.
+    # Compiled kernels are code, and weights are read from the file when first used, the LM head's too: neither is memory of a
+    # search, so both are loaded before the watch begins.
+    _load_kernels()
     few = prefill(lm, evaluator.samples[0].prompt.context_ids[:64], 2)
     answer(lm, few, evaluator.samples[0].prompt.context_ids[1:2], None, 1)
     parts.done("samples")
@@ -261,6 +263,17 @@ def whole_search(options: argparse.Namespace) -> dict[str, Any]:
         "trace_bytes": evaluator.traces[0].nbytes,
         "memory": memory.peaks,
     }
+
+
+def _load_kernels() -> None:
+    import torch
+
+    from sparse_attention_hub import ResearchAttention
+
+    for family in MARGINAL_GOALS:
+        attention = ResearchAttention(template(family, 0.5))
+        for rows in (1, 8):
+            attention(torch.zeros(1, 4, rows, 8), torch.zeros(1, 2, 64, 8), torch.zeros(1, 2, 64, 8))
 
 
 class Memory:
