@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .kernels import BACKENDS, Known, attend
 from .kernels.portable import needs_grad
-from .kernels.reference import attend_reference
+from .kernels.reference import group_scores, weigh
 from .mask import Mask
 from .maskers.base import Masker, MaskerConfig, config_from_dict, config_to_dict, create_masker
 from .maskers.call_cache import once
@@ -175,7 +175,7 @@ class ResearchAttention:
     @staticmethod
     def _select(masker: Masker[Any], inputs: AttentionInputs, mask: Mask) -> Mask:
         mask = masker.select(inputs, mask)
-        return mask if masker.keeps_to_allowed or inputs.all_allowed else mask.restrict(inputs.allowed)
+        return mask if masker.keeps_to_allowed or inputs.layout.all_allowed else mask.restrict(inputs.allowed)
 
     def final_mask(self, inputs: AttentionInputs, state: AttentionState | None = None) -> tuple[Mask, int]:
         """(the mask that is attended to, how many rows chose nothing and were given their last allowed key)."""
@@ -195,12 +195,15 @@ class ResearchAttention:
     def attend_mask(self, inputs: AttentionInputs, mask: Mask) -> tuple[Tensor, Tensor]:
         """Attention over a mask: (output (B, Q, H, D), log-sum-exp (B, H, Q))."""
         known = inputs.known()
-        if known.scores is not None and needs_grad(inputs.queries, inputs.keys):
-            # Scores that maskers asked for carry no gradients.
-            fresh = AttentionInputs(inputs.queries, inputs.keys, inputs.values, None, inputs.scaling)
-            known = Known(inputs.layout.biased(fresh.scores()))
-        call = (inputs.queries, inputs.usable_keys, inputs.usable_values, mask, inputs.scaling, self.config.backend)
-        return attend(*call, known=known)
+        if known.scores is not None and needs_grad(
+            inputs.queries, inputs.keys
+        ):  # scores that maskers asked for have no gradients
+            known = Known(inputs.layout.biased(group_scores(inputs.queries, inputs.usable_keys, inputs.scaling)))
+        keys, values = inputs.keys, inputs.values
+        if inputs.shape[2] > 1 or known.scores is not None or self.config.backend == "reference":
+            # All keys and values may be read, those that weigh nothing too.
+            keys, values = inputs.usable_keys, inputs.usable_values
+        return attend(inputs.queries, keys, values, mask, inputs.scaling, self.config.backend, known=known)
 
 
 def dense_attention(
@@ -213,29 +216,22 @@ def dense_attention(
 def dense_of(inputs: AttentionInputs) -> Tensor:
     """Dense output of a call, (B, Q, H, D) in float32 or wider; computed once per call however many ask."""
 
-    def make() -> Tensor:
-        known = Known(inputs.scores())
-        mask = inputs.mask(inputs.allowed)
-        return attend_reference(inputs.queries, inputs.keys, inputs.usable_values, mask, inputs.scaling, known=known)[0]
-
-    return once(inputs.cache.call, "dense_output", make)
+    return once(inputs.cache.call, "dense_output", lambda: weigh(inputs.scores(), None, inputs.usable_values)[0])
 
 
 def _draw_seeds(
     generator: torch.Generator | Sequence[torch.Generator] | None, seeds: int | Sequence[int] | None, batch: int
 ) -> list[int]:
-    if isinstance(generator, Sequence):
-        if len(generator) != batch:
-            raise ValueError(f"generator must hold one torch.Generator an item ({batch}), got {len(generator)}")
-        return [_draw_seed(entry) for entry in generator]
-    if generator is not None:
-        return [_draw_seed(generator) for _ in range(batch)]
-    if isinstance(seeds, Sequence):
-        if len(seeds) != batch:
-            raise ValueError(f"seeds must hold one seed an item ({batch}), got {len(seeds)}")
-        return [int(seed) for seed in seeds]
-    return [int(seeds or 0)] * batch
-
-
-def _draw_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=generator.device))
+    """One 64-bit seed an item: drawn from its generator, or given."""
+    given = generator if generator is not None else seeds or 0
+    each: list[Any] = list(given) if isinstance(given, Sequence) else [given] * batch
+    if len(each) != batch:
+        rule = "seeds must hold one seed" if generator is None else "generator must hold one torch.Generator"
+        raise ValueError(f"{rule} an item ({batch}), got {len(each)}")
+    limits = (-(2**63), 2**63 - 1, (1,))
+    return [
+        int(torch.randint(*limits, generator=source, device=source.device))
+        if isinstance(source, torch.Generator)
+        else int(source)
+        for source in each
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,15 +11,10 @@ from torch import Tensor
 HAS_NUMBA = find_spec("numba") is not None
 
 
-def uses_loops(tensor: Tensor) -> bool:
-    """Whether compiled loops work on this tensor."""
-    return HAS_NUMBA and tensor.device.type == "cpu"
-
-
 class KeyLists(NamedTuple):
     """indices int32 (B, h, Q, K), -1 = padding, no key twice; counts int32 (B, h, Q); probability float32 (B, h, Q, K), None =
-    certain. h is 1, the number of kv heads, or H. Where
-    compiled loops are used padding comes last in a list; elsewhere it may stand anywhere."""
+    certain. h is 1, the number of kv heads, or H. Where compiled loops are used padding comes last in a list; elsewhere it may
+    stand anywhere."""
 
     indices: Tensor
     counts: Tensor
@@ -28,6 +23,22 @@ class KeyLists(NamedTuple):
     @property
     def heads(self) -> int:
         return self.indices.shape[1]
+
+
+def uses_loops(tensor: Tensor) -> bool:
+    """Whether compiled loops work on this tensor."""
+    return HAS_NUMBA and tensor.device.type == "cpu"
+
+
+def as_arrays(*values: Any) -> list[Any]:
+    """Arguments of a compiled loop: CPU tensors as arrays, tuples of tensors (lists, orders) as their members."""
+    arrays: list[Any] = []
+    for value in values:
+        if isinstance(value, tuple):
+            arrays += as_arrays(*value)
+        else:
+            arrays.append(value.detach().contiguous().numpy() if isinstance(value, Tensor) else value)
+    return arrays
 
 
 def expand_heads(tensor: Tensor, heads: int) -> Tensor:
@@ -40,6 +51,13 @@ def expand_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor.repeat_interleave(heads // held, dim=1)
 
 
+def empty_lists(batch: int, heads: int, rows: int, width: int, weighted: bool = False) -> KeyLists:
+    """Room for lists on a CPU."""
+    shape = (batch, heads, rows)
+    indices, counts = torch.empty((*shape, width), dtype=torch.int32), torch.empty(shape, dtype=torch.int32)
+    return KeyLists(indices, counts, torch.empty((*shape, width)) if weighted else None)
+
+
 def from_flags(flags: Tensor) -> KeyLists:
     """Flags bool (B, h, Q, N) as lists of rising indices."""
     counts = flags.sum(-1, dtype=torch.int32)
@@ -47,9 +65,10 @@ def from_flags(flags: Tensor) -> KeyLists:
     if uses_loops(flags):
         from .loops.lists import pack
 
-        indices = torch.empty((*flags.shape[:3], width), dtype=torch.int32)
-        pack(flags.contiguous().numpy(), indices.numpy())
-        return KeyLists(indices, counts)
+        batch, heads, rows, _ = flags.shape
+        lists = empty_lists(batch, heads, rows, width)._replace(counts=counts)
+        pack(*as_arrays(flags, lists.indices))
+        return lists
     order = (~flags).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width].int()
     return KeyLists(order.masked_fill(torch.arange(width, device=flags.device) >= counts.unsqueeze(-1), -1), counts)
 
@@ -57,15 +76,11 @@ def from_flags(flags: Tensor) -> KeyLists:
 def from_indices(indices: Tensor, probability: Tensor | None = None) -> KeyLists:
     """Integer indices (B, h, Q, K) with -1 in any place as lists."""
     padded = indices < 0
-    counts = (~padded).sum(-1, dtype=torch.int32)
-    indices = indices.int()
-    if uses_loops(indices):
-        if bool(padded.any()):
-            order = padded.to(torch.uint8).argsort(dim=-1, stable=True)  # keys keep their order, padding goes to the end
-            indices = indices.gather(-1, order)
-            probability = None if probability is None else probability.gather(-1, order)
-        indices = indices.contiguous()
-    return KeyLists(indices, counts, None if probability is None else probability.contiguous())
+    if bool(padded.any()) and uses_loops(indices):
+        order = padded.to(torch.uint8).argsort(dim=-1, stable=True)  # keys keep their order, padding goes to the end
+        indices = indices.gather(-1, order)
+        probability = None if probability is None else probability.gather(-1, order)
+    return KeyLists(indices.int().contiguous(), (~padded).sum(-1, dtype=torch.int32), probability)
 
 
 def to_flags(lists: KeyLists, keys: int) -> Tensor:
@@ -81,16 +96,17 @@ def to_probability(lists: KeyLists, keys: int) -> Tensor:
 def join(first: KeyLists, second: KeyLists, keys: int, apart: bool = False) -> KeyLists:
     """The keys of either. Two probabilities join as those of independent coins, p + q - pq; certain stays certain.
 
-    apart: no key is in both, which saves looking."""
+    apart: no key is in both, which saves looking.
+    """
     heads, uncertain = max(first.heads, second.heads), first.probability is not None or second.probability is not None
+    if uncertain:
+        first, second = _with_probability(first), _with_probability(second)
     if uses_loops(first.indices):
         from .loops.lists import join as join_lists
 
-        shape = (first.indices.shape[0], heads, first.indices.shape[2])
-        indices = torch.empty((*shape, first.indices.shape[3] + second.indices.shape[3]), dtype=torch.int32)
-        counts = torch.empty(shape, dtype=torch.int32)
-        joined = KeyLists(indices, counts, torch.empty(indices.shape) if uncertain else None)
-        join_lists(*_arrays(first), *_arrays(second), keys, apart, *_arrays(joined))
+        batch, _, rows, width = first.indices.shape
+        joined = empty_lists(batch, heads, rows, width + second.indices.shape[3], uncertain)
+        join_lists(*as_arrays(first, second, keys, apart, joined))
         return joined
     if uncertain:
         p, q = (expand_heads(to_probability(lists, keys), heads) for lists in (first, second))
@@ -110,14 +126,16 @@ def count_groups(lists: KeyLists, kv_heads: int, keys: int) -> Tensor:
         from .loops.lists import count_groups as count
 
         out = torch.empty((batch, kv_heads, rows), dtype=torch.int32)
-        count(lists.indices.numpy(), lists.counts.numpy(), keys, out.numpy())
+        count(*as_arrays(lists.indices, lists.counts, keys, out))
         return out
     grouped = lists.indices.view(batch, kv_heads, heads // kv_heads, rows, -1).transpose(2, 3)
     return _scatter(grouped.reshape(batch, kv_heads, rows, -1), True, keys, torch.bool).sum(-1, dtype=torch.int32)
 
 
-def _arrays(lists: KeyLists) -> tuple[object, ...]:
-    return tuple(None if part is None else part.numpy() for part in lists)
+def _with_probability(lists: KeyLists) -> KeyLists:
+    if lists.probability is not None:
+        return lists
+    return lists._replace(probability=torch.ones_like(lists.indices, dtype=torch.float32))
 
 
 def _scatter(indices: Tensor, value: Tensor | float | bool, keys: int, dtype: torch.dtype) -> Tensor:

@@ -5,14 +5,16 @@
     recorder.error, recorder.layer_means()
     for record in expand_records(recorder.calls(), sample="ruler/1024/vt:17"): ...   # lines of micro_metrics.jsonl
 
-The error needs a second, dense attention on the same inputs. "full" pays for it on every query row. "sample" takes
-every eighth row of each layer, another eighth in the next layer, so that all layers and positions are covered alike
-and the mean over the rows taken estimates the mean over all. "off" never computes it.
+The error needs a second, dense attention on the same inputs. "full" computes it for every query row; "sample" for every eighth
+row of each layer, shifted by one from layer to layer, so that all layers and positions are covered alike and the mean over these
+rows estimates the mean over all; "off" never.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,11 +34,11 @@ ERROR = "research_attention_output_error"
 KV_FRACTION = "research_attention_kv_fraction"
 LOCATION = "sparse_attention_hub.attention.ResearchAttention.__call__"
 
-#: Every how many rows the error is measured in mode "sample".
+#: Mode "sample" measures the error of one in so many rows.
 SAMPLE_EVERY = 8
-#: Calls kept as records of one answer. Above it every second one goes, so that all steps stay covered; means count all.
+#: Calls kept as records of one answer. Above it every second one is dropped, so that all steps stay covered; means count all.
 MAX_CALLS = {"off": 0, "sample": 64, "full": 16384}
-#: Dense scores held at once, in numbers: 128 MiB in float32.
+#: Dense scores held at once: 128 MiB in float32.
 _BLOCK_SCORES = 32 * 2**20
 
 
@@ -46,7 +48,7 @@ class _Mean:
     weight: int = 0
 
     def add(self, value: float, weight: int) -> None:
-        if value == value:  # NaN: no row of the call had an allowed key
+        if not math.isnan(value):  # NaN: no row of the call had an allowed key
             self.total += value * weight
             self.weight += weight
 
@@ -56,9 +58,9 @@ class _Mean:
 
 
 class MetricRecorder:
-    """Records the sparse calls of one answer; give a fresh one to each (`recorder=` of answer and forced).
+    """Records the sparse calls of one answer: pass a new one to each `answer` or `forced` (`recorder=`).
 
-    mode: "off", "sample" or "full". max_calls bounds the calls kept as records, None = MAX_CALLS[mode].
+    mode: "off", "sample" or "full". max_calls: calls kept as records, None = MAX_CALLS[mode].
     UserError for an unknown mode, ValueError for a negative bound.
     """
 
@@ -70,11 +72,12 @@ class MetricRecorder:
         self.mode: Mode = mode
         self.every = 1 if mode == "full" else SAMPLE_EVERY
         self.max_calls = MAX_CALLS[mode] if max_calls is None else max_calls
-        self._thin = 1
+        self._thin = 1  # every so many calls are kept
         self._calls: list[tuple[int, list[Any]]] = []
         self._seen = 0
-        self._layers: dict[int, tuple[_Mean, _Mean, _Mean]] = {}
-        self._all = (_Mean(), _Mean(), _Mean())
+        #: Means of density, error and KV fraction: of a layer, and of all.
+        self._layers: defaultdict[int, tuple[_Mean, ...]] = defaultdict(_three_means)
+        self._all = _three_means()
 
     def __call__(
         self,
@@ -87,8 +90,7 @@ class MetricRecorder:
         scaling: float,
         step: int,
     ) -> None:
-        """One call: queries (1, H, Q, D), the last Q positions of keys and values (1, Hkv, N, D). result None =
-        dense."""
+        """One call: queries (1, H, Q, D), the last Q positions of keys and values (1, Hkv, N, D). result None = dense."""
         if result is None or self.mode == "off":
             return
         length, total = queries.shape[2], keys.shape[2]
@@ -99,10 +101,11 @@ class MetricRecorder:
         error = _error_of_rows(result.output, queries, keys, values, scaling, rows)
         figures = (result.density, error, result.kv_fraction)
         weights = (length, len(rows), length)
-        for mean, layer, value, weight in zip(self._all, self._of_layer(layer_idx), figures, weights, strict=True):
+        for mean, layer, value, weight in zip(self._all, self._layers[layer_idx], figures, weights, strict=True):
             mean.add(value, weight)
             layer.add(value, weight)
-        self._keep([layer_idx, step, *(_finite(value) for value in figures), round(time.time(), 3)])
+        finite = [value if math.isfinite(value) else None for value in figures]
+        self._keep([layer_idx, step, *finite, round(time.time(), 3)])
 
     @property
     def density(self) -> float | None:
@@ -120,52 +123,42 @@ class MetricRecorder:
 
     def layer_means(self) -> dict[int, dict[str, float | None]]:
         """{layer: {"density", "error", "kv_fraction"}}."""
-        names = ("density", "error", "kv_fraction")
         return {
-            layer: {name: mean.value for name, mean in zip(names, means, strict=True)}
-            for layer, means in sorted(self._layers.items())
+            layer: {"density": density.value, "error": error.value, "kv_fraction": kv_fraction.value}
+            for layer, (density, error, kv_fraction) in sorted(self._layers.items())
         }
 
     def calls(self) -> list[list[Any]]:
-        """The calls kept, compact: [layer, step, density, error, kv_fraction, unix time]; `expand_records` spells
-        them out."""
+        """The calls kept: [layer, step, density, error, kv_fraction, unix time], which `expand_records` expands."""
         return [call for _, call in self._calls]
 
-    def _of_layer(self, layer_idx: int) -> tuple[_Mean, _Mean, _Mean]:
-        return self._layers.setdefault(layer_idx, (_Mean(), _Mean(), _Mean()))
-
     def _keep(self, call: list[Any]) -> None:
-        number, self._seen = self._seen, self._seen + 1
-        if number % self._thin or not self.max_calls:
-            return
-        if len(self._calls) == self.max_calls:
+        number = self._seen
+        self._seen += 1
+        if len(self._calls) >= self.max_calls and number % self._thin == 0:
             self._thin *= 2
             self._calls = [entry for entry in self._calls if entry[0] % self._thin == 0]
-            if number % self._thin:
-                return
-        self._calls.append((number, call))
+        if self.max_calls and number % self._thin == 0:
+            self._calls.append((number, call))
+
+
+def _three_means() -> tuple[_Mean, ...]:
+    return _Mean(), _Mean(), _Mean()
 
 
 def expand_records(calls: Sequence[Sequence[Any]], sample: str) -> Iterator[dict[str, Any]]:
-    """The records of micro_metrics.jsonl, three a call at most: timestamp (ISO, UTC), metric, value,
-    metadata.layer_idx, location, and the sample's id and step (0 = the question, then one a token)."""
+    """The records of micro_metrics.jsonl, up to three per call: timestamp (ISO, UTC), metric, value, metadata.layer_idx,
+    location, and the sample's id and step (0 = the question, then one per token)."""
     for layer_idx, step, density, error, kv_fraction, seconds in calls:
         moment = datetime.fromtimestamp(seconds, tz=UTC).isoformat(timespec="milliseconds")
+        call = {"metadata": {"layer_idx": layer_idx}, "location": LOCATION, "sample": sample, "step": step}
         for metric, value in ((DENSITY, density), (ERROR, error), (KV_FRACTION, kv_fraction)):
             if value is not None:
-                yield {
-                    "timestamp": moment,
-                    "metric": metric,
-                    "value": value,
-                    "metadata": {"layer_idx": layer_idx},
-                    "location": LOCATION,
-                    "sample": sample,
-                    "step": step,
-                }
+                yield {"timestamp": moment, "metric": metric, "value": value} | call
 
 
 def _error_of_rows(output: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, rows: list[int]) -> float:
-    """Mean relative error of some query rows against dense attention in float32. output (1, Q, H, D)."""
+    """Mean relative error of some query rows of output (1, Q, H, D) against dense attention in float32."""
     import torch
 
     from .attention import dense_attention
@@ -181,7 +174,3 @@ def _error_of_rows(output: Tensor, queries: Tensor, keys: Tensor, values: Tensor
         difference = (output.index_select(1, index).to(dense.dtype) - dense).norm(dim=-1)
         errors.append((difference / dense.norm(dim=-1).clamp(min=1e-30)).flatten())
     return float(torch.cat(errors).nanmean())
-
-
-def _finite(value: float) -> float | None:
-    return value if value - value == 0 else None

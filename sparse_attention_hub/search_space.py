@@ -1,4 +1,4 @@
-"""Search spaces of masker configs, told without importing a search library.
+"""Search spaces of masker configs, described without a search library.
 
 A config class returns `{field: domain}` from `get_search_space`; the benchmark turns each domain into the one its
 search library uses. Any `ray.tune` domain may be returned instead.
@@ -24,7 +24,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Uniform:
-    """A float in [low, high], all values alike."""
+    """A float in [low, high], uniform."""
 
     low: float
     high: float
@@ -36,7 +36,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class LogUniform:
-    """A float in [low, high], all orders of magnitude alike."""
+    """A float in [low, high], uniform in its logarithm."""
 
     low: float
     high: float
@@ -48,7 +48,7 @@ class LogUniform:
 
 @dataclass(frozen=True)
 class IntUniform:
-    """An integer in [low, high], both included."""
+    """An integer in [low, high], both included, uniform."""
 
     low: int
     high: int

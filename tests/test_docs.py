@@ -65,5 +65,5 @@ def test_examples_run(page: Path, tmp_path: Path) -> None:
 
 
 def test_every_subject_has_its_page() -> None:
-    expected = "adding_a_masker adding_a_model adding_a_task all_methods budgets_and_protocols cluster file_formats numbers quick_start"
+    expected = "adding_a_masker adding_a_model adding_a_task all_methods budgets_and_protocols cluster engine file_formats numbers quick_start"
     assert {page.stem for page in PAGES} == {*expected.split(), "reading_the_report"}

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lists import KeyLists
+from ..lists import KeyLists, as_arrays
 from ..loops.attend import attend as attend_loop
 from ..loops.attend import dot_lists as dot_loop
-from ..loops.compiled import as_array, in_threads
+from ..loops.compiled import as_bits, in_threads
 from ..mask import Mask
 from .known import Known
 from .reference import group_scores
@@ -51,7 +51,7 @@ def attend_cpu(
     scores, terms, highest = (None, None, None) if known is None else (_by_unit(t, lse.shape) for t in known)
     call = (
         grouped, key_rows, key_starts, None if dense else value_rows, value_starts, scores, terms,
-        lse if highest is None else highest[..., 0], *_arrays(lists), scale, cap, sink.reshape(units, -1), output, lse, totals,
+        lse if highest is None else highest[..., 0], *as_arrays(lists), scale, cap, sink.reshape(units, -1), output, lse, totals,
     )  # fmt: skip
     if dense:
         assert values is not None
@@ -87,7 +87,7 @@ def dot_cpu(queries: Tensor, keys: Tensor, mask: Mask, scaling: float, softcap: 
     grouped, scale, cap = _grouped(queries, units, scaling, softcap)
     out = np.empty((batch, units, rows, heads // units, lists.indices.shape[3]), grouped.dtype)
     in_threads(
-        dot_loop, batch * units * rows, _threads(lists, queries), grouped, *_table(keys, units), *_arrays(lists)[:2], scale, cap, out
+        dot_loop, batch * units * rows, _threads(lists, queries), grouped, *_table(keys, units), *as_arrays(lists[:2]), scale, cap, out
     )  # fmt: skip
     return torch.from_numpy(out).transpose(2, 3).reshape(batch, heads, rows, -1)
 
@@ -110,10 +110,6 @@ def _by_unit(tensor: Tensor | None, shape: tuple[int, ...]) -> np.ndarray | None
     return None if tensor is None else tensor.contiguous().view(*shape, -1).numpy()
 
 
-def _arrays(lists: KeyLists) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    return lists.indices.numpy(), lists.counts.numpy(), None if lists.probability is None else lists.probability.numpy()
-
-
 def _table(tensor: Tensor, units: int) -> tuple[np.ndarray, np.ndarray]:
     """(B, h, N, D) as one table of rows (M, D), and the row at which each unit's keys begin, int64 (B, units).
 
@@ -126,7 +122,7 @@ def _table(tensor: Tensor, units: int) -> tuple[np.ndarray, np.ndarray]:
         strides = tensor.stride()
     item, head = strides[0] // dim, strides[1] // dim
     rows = tensor.detach().as_strided(((batch - 1) * item + (held - 1) * head + total, dim), (dim, 1))
-    return as_array(rows), _starts(batch, item, units, held, head)
+    return as_bits(rows), _starts(batch, item, units, held, head)
 
 
 @lru_cache(maxsize=64)

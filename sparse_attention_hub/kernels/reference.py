@@ -29,11 +29,14 @@ def attend_reference(
     return weigh(logits, mask.inclusion_probability(), values, sinks)
 
 
-def weigh(logits: Tensor, probability: Tensor, values: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax over logits (B, H, Q, N), each term divided by its probability (B, H, Q, N), of values (B, Hkv, N, D)."""
+def weigh(logits: Tensor, probability: Tensor | None, values: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax over logits (B, H, Q, N), each term divided by its probability (B, H, Q, N), of values (B, Hkv, N, D).
+
+    probability None: all are certain; keys that are not attended to have a logit of -inf."""
     batch, heads, rows, keys = logits.shape
-    logits = logits - probability.clamp(min=1e-30).log().to(logits.dtype)
-    logits = logits.masked_fill(probability == 0, NEVER)
+    if probability is not None:
+        logits = logits - probability.clamp(min=1e-30).log().to(logits.dtype)
+        logits = logits.masked_fill(probability == 0, NEVER)
     lse = logits.logsumexp(-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lists import KeyLists, expand_heads, from_flags, uses_loops
+from ..lists import KeyLists, as_arrays, empty_lists, expand_heads, from_flags, uses_loops
 from ..mask import Mask
 
 
@@ -28,47 +28,52 @@ def lowest(dtype: torch.dtype) -> float | int:
     return float("-inf") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
-def choose(scores: Tensor, mask: Mask, sizes: Sequence[int] | Tensor, order: Order | None = None) -> KeyLists:
+def choose(
+    scores: Tensor,
+    mask: Mask,
+    sizes: Sequence[int] | Tensor,
+    order: Order | None = None,
+    allowed: Tensor | None = None,
+) -> KeyLists:
     """The `sizes` highest-scored keys of each row that the mask has not; rows with fewer take all of them.
 
     scores: (B, h, Q, N), h = 1, kv heads or H. sizes: one an item, or int64 (B, h', Q). order: of the scores, where known: then
     it is walked, and the scores are not read. Of keys that tie for the last places the most recent are taken.
+    allowed: bool (B, 1, Q, N); None where the scores of other keys are the lowest already.
     """
     batch, _, rows, keys = mask.shape
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
     if not isinstance(sizes, Tensor):
         sizes = torch.tensor(sizes, device=scores.device).view(-1, 1, 1)
     heads = max(scores.shape[1], mask.shared_heads, sizes.shape[1])
     sizes = expand_heads(sizes.expand(-1, -1, rows), heads).clamp(max=keys)
     width = int(sizes.max()) if sizes.numel() else 0
     if not uses_loops(scores):
-        return _choose_anywhere(scores, mask, sizes, width)
+        return _choose_anywhere(scores, mask, sizes, width, allowed)
     from ..loops import select
 
-    taken = mask.lists()
-    lists = torch.empty((batch, heads, rows, width), dtype=torch.int32)
-    counts = torch.empty((batch, heads, rows), dtype=torch.int32)
-    wanted = sizes.contiguous().numpy()
+    taken, lists = mask.lists()[:2], empty_lists(batch, heads, rows, width)
     if order is not None:
-        select.walk(
-            order.indices.numpy(), order.lengths.numpy(), taken.indices.numpy(), taken.counts.numpy(), wanted,
-            lists.numpy(), counts.numpy(),
-        )  # fmt: skip
-        return KeyLists(lists, counts)
+        select.walk(*as_arrays(order, taken, sizes, lists[:2]))
+        return lists
+    (wanted,) = as_arrays(sizes.reshape(-1))
     bottom = scores.numpy().dtype.type(lowest(scores.dtype))
     left = np.empty((batch, heads, rows, keys), bottom.dtype)
-    select.blank(scores.contiguous().numpy(), taken.indices.numpy(), taken.counts.numpy(), bottom, left)
-    left, wanted = left.reshape(counts.numel(), keys), wanted.reshape(-1)
+    select.blank(*as_arrays(scores, None if allowed is None else allowed[:, 0], taken, bottom, left))
+    left = left.reshape(len(wanted), keys)
     thresholds = np.full(len(left), bottom)
     for size in np.unique(wanted[wanted > 0]):
         own = slice(None) if (wanted == size).all() else wanted == size
         thresholds[own] = np.partition(left[own], keys - size, axis=-1)[:, keys - size]
-    select.collect(left, thresholds, wanted, bottom, lists.view(len(left), width).numpy(), counts.view(-1).numpy())
-    return KeyLists(lists, counts)
+    select.collect(*as_arrays(left, thresholds, wanted, bottom, lists.indices.view(len(left), width), lists.counts.view(-1)))
+    return lists
 
 
-def _choose_anywhere(scores: Tensor, mask: Mask, sizes: Tensor, width: int) -> KeyLists:
+def _choose_anywhere(scores: Tensor, mask: Mask, sizes: Tensor, width: int, allowed: Tensor | None) -> KeyLists:
+    closed = mask.chosen() if allowed is None else mask.chosen() | ~allowed
     ranks = expand_heads(sortable(scores), sizes.shape[1])
-    ranks = ranks.masked_fill(expand_heads(mask.chosen(), sizes.shape[1]), lowest(ranks.dtype))
+    ranks = ranks.masked_fill(expand_heads(closed, sizes.shape[1]), lowest(ranks.dtype))
     best, indices = ranks.topk(width, dim=-1)
     unwanted = (torch.arange(width, device=ranks.device) >= sizes.unsqueeze(-1)) | (best == lowest(ranks.dtype))
     return KeyLists(indices.int().masked_fill(unwanted, -1), (~unwanted).sum(-1, dtype=torch.int32))
@@ -96,11 +101,10 @@ def order_of(scores: Tensor, lengths: Tensor) -> Order:
         return Order(torch.from_numpy(scores.numpy().argsort(axis=-1)).flip(-1).int(), lengths)
     from ..loops.select import pack_ranks, unpack_order
 
-    ranks = np.empty((scores.shape[:-1].numel(), scores.shape[-1]), np.int64)
-    pack_ranks(scores.float().reshape(ranks.shape).numpy(), ranks)
-    ranks.sort(axis=-1)  # NumPy's vectorised sort: an eighth of the time of torch's argsort
-    indices = torch.empty(scores.shape, dtype=torch.int32)
-    unpack_order(ranks, indices.view(ranks.shape).numpy())
+    ranks, indices = torch.empty(scores.shape, dtype=torch.int64), torch.empty(scores.shape, dtype=torch.int32)
+    pack_ranks(*as_arrays(scores.float().flatten(0, -2), ranks.flatten(0, -2)))
+    ranks.numpy().sort(axis=-1)  # NumPy's vectorised sort: an eighth of the time of torch's argsort
+    unpack_order(*as_arrays(ranks.flatten(0, -2), indices.flatten(0, -2)))
     return Order(indices, lengths)
 
 
@@ -110,12 +114,8 @@ def choose_mass(scores: Tensor, terms: Tensor | None, order: Order, mask: Mask, 
     if uses_loops(scores):
         from ..loops.select import count_mass
 
-        taken = mask.lists()
         sizes = torch.empty(scores.shape[:3], dtype=torch.int64)
-        count_mass(
-            order.indices.numpy(), order.lengths.numpy(), scores.numpy(), None if terms is None else terms.numpy(),
-            taken.indices.numpy(), taken.counts.numpy(), share, sizes.numpy(),
-        )  # fmt: skip
+        count_mass(*as_arrays(order, scores, terms, mask.lists()[:2], share, sizes))
         return choose(scores, mask, sizes, order)
     left = scores.masked_fill(expand_heads(mask.chosen(), scores.shape[1]), float("-inf"))
     ranked = left.gather(-1, order.indices.long())  # what is taken has no mass, wherever it stands
@@ -131,13 +131,10 @@ def expand_pages(pages: KeyLists, starts: list[int], page: int, allowed: Tensor)
     if uses_loops(allowed):
         from ..loops.select import expand_pages as expand
 
-        indices = torch.empty((*pages.indices.shape[:3], pages.indices.shape[3] * page), dtype=torch.int32)
-        counts = torch.empty_like(pages.counts)
-        expand(
-            pages.indices.numpy(), pages.counts.numpy(), np.array(starts), page, allowed[:, 0].contiguous().numpy(),
-            indices.numpy(), counts.numpy(),
-        )  # fmt: skip
-        return KeyLists(indices, counts)
+        batch, heads, rows, width = pages.indices.shape
+        lists = empty_lists(batch, heads, rows, width * page)
+        expand(*as_arrays(pages[:2], np.array(starts), page, allowed[:, 0], lists[:2]))
+        return lists
     first = pages.indices * page + torch.tensor(starts, device=allowed.device, dtype=torch.int32).view(-1, 1, 1, 1)
     indices = first.unsqueeze(-1) + torch.arange(page, dtype=torch.int32, device=allowed.device)
     indices = indices.masked_fill((pages.indices < 0).unsqueeze(-1) | (indices >= keys), -1).flatten(3)

@@ -1,10 +1,10 @@
 # Triton's language has no types to check.
 # mypy: disable-error-code="import-untyped,no-untyped-def,no-untyped-call,untyped-decorator"
-"""What runs on the GPU: the programs behind kernels.triton, which explains them.
+"""The programs that kernels.triton launches on a GPU, which explains them.
 
-D and DV are the dimensions of keys and of values, G the query heads of a kv head. Queries, keys and values (q, k, v)
-have all four strides; lists and their log weights (i, w) are contiguous in the last dim. A list entry of -1 is padding.
-Row offsets are 64 bits wide. A maximum over nothing is -inf, and 0 takes its place before it is subtracted.
+D and DV are the dimensions of keys and of values, G the query heads per kv head. Queries, keys and values (q, k, v) come with
+all four strides; lists and their log weights (i, w) are contiguous in the last dim. A list entry of -1 is padding.
+Row offsets are 64 bits wide. The maximum over nothing is -inf, and is replaced by 0 before it is subtracted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _cap(score, softcap):
     return softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
 
 
-# Sizes that change from one decode step to the next are not specialised on, or steps would wait for the compiler.
+# Sizes that change between decode steps are not specialised on, or steps would wait for the compiler.
 
 
 @triton.jit(do_not_specialize=["si_b", "si_h", "si_q", "sw_b", "sw_h", "sw_q", "Q", "width", "chunk", "splits"])

@@ -61,7 +61,7 @@ class _Notice(event.Listener):
     def on_start(self, event: Any) -> None:
         if not self.said and event.data["dispatcher"].py_func.__module__.startswith(__package__):
             self.said = True
-            logger.warning("compiling CPU kernels (about a minute, once for this machine)")
+            logger.warning("compiling CPU kernels (up to a minute; kept for later runs)")
 
     def on_end(self, event: Any) -> None:
         pass
@@ -116,7 +116,7 @@ def prefetch(table: np.ndarray, row: int) -> None:
 # -- numbers of 16 bits, which Numba does not know ---------------------------------------------------------------------
 
 
-def as_array(tensor: Any) -> np.ndarray:
+def as_bits(tensor: Any) -> np.ndarray:
     """A CPU tensor as an array without a copy; bfloat16 as its bits in uint16, float16 as its bits in int16: see `widen`."""
     import torch
 
@@ -129,7 +129,7 @@ def as_array(tensor: Any) -> np.ndarray:
 
 
 def widen(x: Any) -> Any:
-    """In a loop: the number that an entry of `as_array` stands for, as float32 or wider."""
+    """In a loop: the number that an entry of `as_bits` stands for, as float32 or wider."""
     raise TypeError("widen() works in compiled loops only")
 
 

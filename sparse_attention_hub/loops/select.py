@@ -69,8 +69,9 @@ def walk(
 
 
 @compiled
-def blank(scores: np.ndarray, taken: np.ndarray, taken_counts: np.ndarray, lowest: Any, out: np.ndarray) -> None:
-    """Scores (B, h', Q, N) with the lowest number in place of taken keys: out (B, h, Q, N)."""
+def blank(scores: np.ndarray, allowed: Any, taken: np.ndarray, taken_counts: np.ndarray, lowest: Any, out: np.ndarray) -> None:
+    """Scores (B, h', Q, N) with the lowest number in place of keys that are taken or not allowed, bool (B, Q, N) or None: out
+    (B, h, Q, N)."""
     batch, heads, rows, keys = out.shape
     for b in range(batch):
         for h in range(heads):
@@ -78,7 +79,7 @@ def blank(scores: np.ndarray, taken: np.ndarray, taken_counts: np.ndarray, lowes
             for q in range(rows):
                 own, row = scores[b, i, q], out[b, h, q]
                 for j in range(keys):
-                    row[j] = own[j]
+                    row[j] = own[j] if allowed is None or allowed[b, q, j] else lowest
                 for t in range(taken_counts[b, k, q]):
                     row[taken[b, k, q, t]] = lowest
 

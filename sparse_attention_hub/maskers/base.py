@@ -80,7 +80,7 @@ class Masker(ABC, Generic[ConfigT]):
     def codes(self, inputs: AttentionInputs) -> tuple[Any, Tensor]:
         """(fitted, codes of all keys (B, Hkv, N, ...)), from inputs.state if there is one, else fitted on these keys."""
         state = inputs.state if inputs.state is not None else MaskerState()
-        allowed = None if inputs.all_allowed else inputs.allowed[:, 0, -1]
+        allowed = None if inputs.layout.all_allowed else inputs.allowed[:, 0, -1]
         self._extend(inputs.keys, inputs.layer_idx, state, allowed)
         codes, unfilled = state.codes(), inputs.keys[:, :, state.length :]
         if unfilled.shape[2]:

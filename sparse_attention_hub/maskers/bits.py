@@ -1,4 +1,4 @@
-"""Bits packed into 32-bit words, and counting them."""
+"""Bits packed into words, and words compared."""
 
 from __future__ import annotations
 
@@ -6,27 +6,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..lists import as_arrays, uses_loops
 
-def pack_bits(bits: Tensor) -> Tensor:
-    """bool (..., n) to int32 words (..., ceil(n / 32)); bits past n are 0."""
-    words = -(-bits.shape[-1] // 32)
-    padded = F.pad(bits, (0, 32 * words - bits.shape[-1])).view(*bits.shape[:-1], words, 32).to(torch.int32)
-    weights = torch.ones(32, dtype=torch.int32, device=bits.device) << torch.arange(32, dtype=torch.int32, device=bits.device)
-    packed: Tensor = (padded * weights).sum(-1, dtype=torch.int32)
-    return packed
+
+def pack_bits(bits: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    """bool (..., n) to words of an integer type, (..., ceil(n / bits of a word)); bits past n are 0."""
+    width = torch.iinfo(dtype).bits
+    words = -(-bits.shape[-1] // width)
+    packed = torch.empty((*bits.shape[:-1], words), dtype=dtype, device=bits.device)
+    if uses_loops(bits):
+        from ..loops.hashing import pack_bits as pack
+
+        pack(*as_arrays(bits.reshape(-1, bits.shape[-1]), packed.view(-1, words)))
+        return packed
+    padded = F.pad(bits, (0, width * words - bits.shape[-1])).view(*bits.shape[:-1], words, width).to(dtype)
+    return torch.sum(padded << torch.arange(width, dtype=dtype, device=bits.device), -1, dtype=dtype, out=packed)
 
 
 def popcount(words: Tensor) -> Tensor:
-    """How many bits of each int32 word are 1. Works in place: pass a tensor that is not needed any more."""
-    # Sums of neighbouring bits, pairs, nibbles, then all four bytes by one multiplication. Each mask clears what an
-    # arithmetic shift drags in.
-    words -= (words >> 1) & 0x55555555
-    high = (words >> 2) & 0x33333333
-    words &= 0x33333333
-    words += high
-    words += words >> 4
-    words &= 0x0F0F0F0F
-    words *= 0x01010101
-    words >>= 24
-    words &= 0x3F
-    return words
+    """How many bits of each int32 word are 1: sums of neighbouring bits, pairs, nibbles, then all four bytes at once."""
+    # Each mask clears what an arithmetic shift drags in.
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    return (words * 0x01010101 >> 24) & 0x3F
+
+
+def score_bits(queries: Tensor, keys: Tensor) -> Tensor:
+    """Minus the number of bits that differ: int32 words queries (B, h, G, Q, words) and keys (B, h, N, networks, words) to
+    float32 (B, h, G, Q, N). networks is G, or 1 where a group's query heads share the words of keys."""
+    if uses_loops(keys):
+        from ..loops.hashing import score_bits as score
+
+        scores = torch.empty((*queries.shape[:4], keys.shape[2]), dtype=torch.float32)
+        score(*as_arrays(queries, keys, scores))
+        return scores
+    differ = torch.zeros((), dtype=torch.int32, device=keys.device)
+    for own, others in zip(queries.unbind(-1), keys.transpose(2, 3).unbind(-1), strict=True):
+        differ = differ + popcount(own.unsqueeze(-1) ^ others.unsqueeze(3))
+    return differ.neg().float()

@@ -1,5 +1,5 @@
-"""The file that names a model's important channels: JSON {"model.layers.{L}.self_attn.{q_proj|k_proj|qk_proj}": [[channels,
-most important first], ... one list a query head]}."""
+"""The file of a model's most important channels: JSON {"model.layers.{L}.self_attn.{q_proj|k_proj|qk_proj}": [[channels, most
+important first], ... one list per query head]}."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Channels = dict[str, list[list[int]]]
 
 
 def read_channels(path: str) -> Channels:
-    """The whole file, checked, and read once for each time it was written. ValueError if it is not what it should be."""
+    """The whole file, checked; read again only after it has changed. ValueError for other content."""
     return _read(path, Path(path).stat().st_mtime_ns)
 
 
@@ -35,8 +35,7 @@ def _read(path: str, modified: int) -> Channels:
 
 
 def layer_channels(path: str, layer_idx: int, selection: str, kept: int, dim: int) -> Tensor:
-    """The `kept` most important of `dim` channels for each query head of a layer: int64 (H, kept). ValueError if the file
-    does not have them."""
+    """The `kept` most important of `dim` channels per query head: int64 (H, kept). ValueError if the file lacks them."""
     record, key = read_channels(path), f"model.layers.{layer_idx}.self_attn.{selection}"
     if key not in record:
         raise ValueError(f"{path} has no entry {key!r}")

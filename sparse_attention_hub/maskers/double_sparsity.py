@@ -81,7 +81,7 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
-        return mask.union(inputs.choose_top(scores, mask, inputs.resolve(self.config.heavy_size)))
+        return mask.union(inputs.choose_top(scores, mask, self.config.heavy_size))
 
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
         """Labels of keys (B, Hkv, n, D): (B, Hkv, n, g * c), c channels for each of the g query heads of a kv head."""

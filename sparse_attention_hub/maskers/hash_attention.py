@@ -17,17 +17,13 @@ from torch import Tensor
 from ..mask import Mask
 from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
-from .bits import pack_bits, popcount
+from .bits import pack_bits, score_bits
 from .hat_weights import Layer, check_weights, read_hat_weights, ready_layer
 from .inputs import AttentionInputs
 from .layout import NEVER
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "tanh": torch.tanh,
-}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}
+# Keys whose networks run at once.
 CHUNK = 4096
 _NUMBERS = itertools.count()
 
@@ -37,8 +33,8 @@ class HashAttentionTopKMaskerConfig(MaskerConfig):
     """heavy_size: keys chosen beside those already chosen, int (tokens) or float (fraction of N).
 
     hat_bits: bits of a signature. hat_mlp_layers, hat_mlp_hidden_size, hat_mlp_activation (relu, silu, gelu, tanh): the
-    networks that make them. Weights: `hat_weights`, {layer: {"query_matrix": [...], "query_bias": [...], "key_matrix":
-    [...], "key_bias": [...]}} with one (heads, in, out) and (heads, out) a network layer, or `hat_weight_file`, the same as
+    networks that make signatures. Weights: `hat_weights`, {layer: {"query_matrix": [...], "query_bias": [...], "key_matrix":
+    [...], "key_bias": [...]}} with one (heads, in, out) and (heads, out) per network layer, or `hat_weight_file`, the same in
     safetensors (see hat_weights.py); a search template may leave both out.
     """
 
@@ -54,9 +50,8 @@ class HashAttentionTopKMaskerConfig(MaskerConfig):
         self.heavy_size = check_size("heavy_size", self.heavy_size)
         self.hat_bits = check_int("hat_bits", self.hat_bits, 1)
         self.hat_mlp_layers = check_int("hat_mlp_layers", self.hat_mlp_layers, 1)
-        self.hat_mlp_hidden_size = check_int(
-            "hat_mlp_hidden_size", self.hat_mlp_hidden_size, 0 if self.hat_mlp_layers == 1 else 1
-        )
+        least = 0 if self.hat_mlp_layers == 1 else 1
+        self.hat_mlp_hidden_size = check_int("hat_mlp_hidden_size", self.hat_mlp_hidden_size, least)
         self.hat_weight_file = str(self.hat_weight_file) if self.hat_weight_file else None
         if self.hat_mlp_activation not in ACTIVATIONS:
             raise ValueError(f"hat_mlp_activation must be one of {', '.join(ACTIVATIONS)}, got {self.hat_mlp_activation!r}")
@@ -68,9 +63,9 @@ class HashAttentionTopKMaskerConfig(MaskerConfig):
 
 @register_masker(HashAttentionTopKMaskerConfig)
 class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
-    """Per query head and row, the `heavy_size` residual keys whose signature shares the most bits with the query's; among
-    equals the most recent. A signature is the signs of a small network's outputs, packed into 32-bit words and cached, once
-    for a kv head where the query heads of its group share one key network.
+    """Per query head and row, the `heavy_size` residual keys whose signature shares the most bits with the query's; of equals
+    the most recent. A signature is the signs of a small network's outputs, packed into 32-bit words and cached, once per kv
+    head where the query heads of its group share one key network.
     """
 
     keeps_to_allowed = True
@@ -80,15 +75,15 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         if (config.hat_weights is None) == (config.hat_weight_file is None):
             got = "neither" if config.hat_weights is None else "both"
             raise ValueError(f"exactly one of hat_weights and hat_weight_file must be given, got {got}")
-        weights = config.hat_weights if config.hat_weights is not None else read_hat_weights(str(config.hat_weight_file))
-        check_weights(weights, config.hat_bits, config.hat_mlp_layers, config.hat_mlp_hidden_size)
-        self._weights = weights
+        file = config.hat_weight_file
+        self._weights: dict[int, Layer] = read_hat_weights(file) if file is not None else config.hat_weights or {}
+        check_weights(self._weights, config.hat_bits, config.hat_mlp_layers, config.hat_mlp_hidden_size)
         self._number = next(_NUMBERS)
         self._ready: dict[tuple[int, int, str], Layer] = {}
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
-        return mask.union(inputs.choose_top(scores, mask, inputs.resolve(self.config.heavy_size)))
+        return mask.union(inputs.choose_top(scores, mask, self.config.heavy_size))
 
     def codes_key(self) -> tuple[str, ...]:
         # Weights given in memory have no name: their codes are this masker's own.
@@ -96,11 +91,10 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         return type(self).__name__, source, self.config.hat_mlp_activation
 
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
-        """Signatures of keys (B, Hkv, n, D): int32 (B, Hkv, n, networks, words), one or g networks a kv head."""
+        """Signatures of keys (B, Hkv, n, D): int32 (B, Hkv, n, networks, words), one network per kv head or per query head."""
         layer = self._layer(layer_idx, keys)
-        chunks = (keys[:, :, i : i + CHUNK] for i in range(0, keys.shape[2], CHUNK))
-        parts = [self._signatures(part, layer, "key") for part in chunks]
-        return torch.cat(parts, 3).permute(0, 1, 3, 2, 4)
+        parts = [self._signatures(part.unsqueeze(2), layer, "key") for part in torch.split(keys, CHUNK, 2)]
+        return torch.cat(parts, 3).transpose(2, 3)
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         networks = self._layer(inputs.layer_idx, inputs.keys)["key_matrix"][0].shape[1]
@@ -115,30 +109,24 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         return self._ready[place]
 
     def _signatures(self, x: Tensor, layer: Layer, side: str) -> Tensor:
-        """x (B, Hkv, n, D), or (B, Hkv, networks, n, D), to packed signs int32 (B, Hkv, networks, n, words)."""
-        x = (x.unsqueeze(2) if x.dim() == 4 else x).float()
-        pairs = list(zip(layer[f"{side}_matrix"], layer[f"{side}_bias"], strict=True))
-        for depth, (matrix, bias) in enumerate(pairs):
+        """x (B, Hkv, networks, n, D), or 1 for networks that read the same x, to packed signs (B, Hkv, networks, n, words)."""
+        x = x.float()
+        for depth, (matrix, bias) in enumerate(zip(layer[f"{side}_matrix"], layer[f"{side}_bias"], strict=True)):
+            x = ACTIVATIONS[self.config.hat_mlp_activation](x) if depth else x
             x = x @ matrix + bias.unsqueeze(-2)
-            if depth < len(pairs) - 1:
-                x = ACTIVATIONS[self.config.hat_mlp_activation](x)
         return pack_bits(x > 0)
 
     def _scores(self, inputs: AttentionInputs) -> Tensor:
-        """Bits that differ, negative: float32 (B, H, Q, N)."""
-        batch, heads, rows, keys = inputs.shape
+        """Minus the number of bits that differ: float32 (B, H, Q, N), -inf where not allowed."""
+        batch, heads, rows, _ = inputs.shape
         _, codes = self.codes(inputs)
         layer = self._layer(inputs.layer_idx, inputs.keys)
         networks = layer["query_matrix"][0].shape[:2].numel()
         if networks != heads:
             raise ValueError(f"the hash weights are for {networks} query heads, the model has {heads}")
         grouped = inputs.queries.reshape(batch, inputs.kv_heads, -1, rows, inputs.queries.shape[-1])
-        signatures = self._signatures(grouped, layer, "query")
-        differ = torch.zeros((), dtype=torch.int32, device=inputs.device)
-        for word in range(codes.shape[-1]):
-            differ = differ + popcount(signatures[..., word].unsqueeze(-1) ^ codes[..., word].transpose(2, 3).unsqueeze(3))
-        scores = differ.neg_().float().reshape(batch, heads, rows, keys)
-        return scores if inputs.all_allowed else scores.masked_fill_(~inputs.allowed, NEVER)
+        scores = score_bits(self._signatures(grouped, layer, "query"), codes).view(inputs.shape)
+        return scores if inputs.layout.all_allowed else scores.masked_fill_(~inputs.allowed, NEVER)
 
 
 if __name__ == "__main__":

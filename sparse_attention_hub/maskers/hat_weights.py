@@ -1,7 +1,7 @@
 """HashAttention's weights: their safetensors format, and which models come with some.
 
 Tensors "layers.{L}.{query|key}_{matrix|bias}.{i}", i = layer of the network: matrices (heads, in, out), biases (heads, out),
-any float type. Query tensors have one network a query head; key tensors one a query head, or one a kv head.
+any float type. Query tensors have one network per query head; key tensors one per query head, or one per kv head.
 """
 
 from __future__ import annotations
@@ -16,28 +16,27 @@ from torch import Tensor
 Layer = dict[str, list[Tensor]]
 PARTS = ("query_matrix", "query_bias", "key_matrix", "key_bias")
 SHIPPED = Path(__file__).resolve().parent.parent / "weights"
-_NAME = re.compile(r"layers\.(\d+)\.(query_matrix|query_bias|key_matrix|key_bias)\.(\d+)")
+_NAME = re.compile(rf"layers\.(\d+)\.({'|'.join(PARTS)})\.(\d+)")
 
 
 def hat_weights_for(model_id: str) -> str | None:
-    """Path of the weights that come with the library for a model; None if there are none."""
+    """Path of the library's own weights for a model; None if there are none."""
     path = SHIPPED / f"hat_{model_id.replace('/', '_')}.safetensors"
     return str(path) if path.is_file() else None
 
 
 def hat_config_fields(path: str) -> dict[str, int | str]:
-    """The config fields hat_bits, hat_mlp_layers, hat_mlp_hidden_size and hat_mlp_activation that weights were made for."""
+    """The config fields hat_bits, hat_mlp_layers, hat_mlp_hidden_size and hat_mlp_activation that fit a file of weights."""
     from safetensors import safe_open
 
-    weights = next(iter(read_hat_weights(path).values()))
+    matrices = next(iter(read_hat_weights(path).values()))["query_matrix"]
     with safe_open(path, framework="pt") as file:
-        made = file.metadata() or {}
-    last = weights["query_matrix"][-1]
+        metadata = file.metadata() or {}
     return {
-        "hat_bits": last.shape[2],
-        "hat_mlp_layers": len(weights["query_matrix"]),
-        "hat_mlp_hidden_size": last.shape[1] if len(weights["query_matrix"]) > 1 else 0,
-        "hat_mlp_activation": made.get("activation", "silu"),
+        "hat_bits": matrices[-1].shape[2],
+        "hat_mlp_layers": len(matrices),
+        "hat_mlp_hidden_size": matrices[-1].shape[1] if len(matrices) > 1 else 0,
+        "hat_mlp_activation": metadata.get("activation", "silu"),
     }
 
 
@@ -85,11 +84,11 @@ def write_hat_weights(weights: dict[int, Layer], path: str, activation: str) -> 
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"activation": activation})
-    Path(path).chmod(0o644)  # as other files are: weights are no secret
+    Path(path).chmod(0o644)  # save_file makes files that only their owner may read
 
 
 def check_weights(weights: dict[int, Layer], bits: int, layers: int, hidden: int) -> None:
-    """Raises ValueError if weights do not have the shape that the config says."""
+    """ValueError if weights do not have the shapes that the config states."""
     if not weights:
         raise ValueError("the hash weights must hold at least one layer, got none")
     for index, layer in weights.items():
@@ -101,8 +100,7 @@ def check_weights(weights: dict[int, Layer], bits: int, layers: int, hidden: int
             if len(matrices) != layers or len(biases) != layers:
                 raise ValueError(f"hat_mlp_layers is {layers}, the {side} weights of layer {index} have {len(matrices)}")
             for depth, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
-                width = bits if depth == layers - 1 else hidden
-                field = "hat_bits" if depth == layers - 1 else "hat_mlp_hidden_size"
+                field, width = ("hat_bits", bits) if depth == layers - 1 else ("hat_mlp_hidden_size", hidden)
                 if matrix.dim() != 3 or bias.shape != (matrix.shape[0], matrix.shape[2]):
                     raise ValueError(
                         f"{side} weights of layer {index} must be matrices (heads, in, out) and biases (heads, out), "
@@ -113,8 +111,8 @@ def check_weights(weights: dict[int, Layer], bits: int, layers: int, hidden: int
 
 
 def ready_layer(layer: Layer, keys: Tensor) -> Layer:
-    """A layer's networks for keys (B, Hkv, N, D): on their device, float32, matrices (Hkv, networks, in, out) and biases
-    (Hkv, networks, out); key networks that are the same for a whole group become one. ValueError if they do not fit."""
+    """A layer's networks for keys (B, Hkv, N, D), on their device in float32: matrices (Hkv, networks, in, out) and biases
+    (Hkv, networks, out). Key networks that are equal for a whole group become one. ValueError if they do not fit."""
     kv_heads, dim = keys.shape[1], keys.shape[3]
     ready: Layer = {}
     for name, tensors in layer.items():

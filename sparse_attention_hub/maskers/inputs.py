@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -76,24 +74,9 @@ class AttentionInputs:
         return self.layout.allowed
 
     @property
-    def all_allowed(self) -> bool:
-        """True if every query may attend to every key (plain decoding)."""
-        return self.layout.all_allowed
-
-    @property
-    def n_allowed(self) -> list[int]:
-        """N of each item: the allowed keys of its last query row. Sizes given as a fraction are fractions of it."""
-        return self.layout.n_allowed
-
-    @property
     def key_positions(self) -> Tensor:
         """Position of each key among the keys its item may use, counted without padding: int64 (B, N), -1 on padding."""
         return self.layout.key_positions
-
-    @property
-    def row_positions(self) -> Tensor:
-        """Position of each query row, that of the last key it may attend to: int64 (B, Q), -1 without allowed keys."""
-        return self.layout.row_positions
 
     def resolve(self, size: int | float) -> list[int]:
         """A size in tokens (int) or as a fraction of N (float, floored, at least 1), for each item: B integers."""
@@ -110,23 +93,28 @@ class AttentionInputs:
             return Mask(self.shape, self.kv_heads, lists=chosen, apart_from=apart_from)
         return Mask.from_dense(chosen, self.shape[1], self.kv_heads)
 
-    def choose_top(self, scores: Tensor, mask: Mask, sizes: Sequence[int]) -> Mask:
-        """The sizes[b] highest-scored keys of each row that `mask` has not; of keys that tie the most recent.
+    def choose_top(self, scores: Tensor, mask: Mask, size: int | float) -> Mask:
+        """The highest-scored allowed keys of each row that `mask` has not; of keys that tie the most recent.
 
-        scores: float (B, h, Q, N), -inf where a key must not be chosen. Rows with fewer keys take all of them.
+        scores: float (B, h, Q, N), h = 1, kv heads or H. size: int (tokens) or float (fraction of N). Rows with fewer keys take
+        all of them.
         """
-        known = self.cache.keeps_order and scores is self.cache.call.get("scores")
-        return self.mask(choose(scores, mask, sizes, self.order() if known else None), mask)
+        own = scores is self.cache.call.get("scores")  # these mark what is not allowed
+        order = self.order() if own and self.cache.keeps_order else None
+        allowed = None if own or self.layout.all_allowed else self.allowed
+        return self.mask(choose(scores, mask, self.resolve(size), order, allowed), mask)
 
     def choose_mass(self, mask: Mask, share: float) -> Mask:
         """The fewest keys, by falling score, that hold more than a share of the attention mass that `mask` left."""
         return self.mask(choose_mass(self.scores(), self.known().terms, self.order(), mask, share), mask)
 
-    def draw(self, mask: Mask, sizes: Sequence[int] | Tensor) -> Mask:
-        """Keys drawn without replacement from those that `mask` has not, p = size / keys left: sizes one an item, or int64
-        (B, h, Q). Query heads of a group draw in the same random order."""
+    def draw(self, mask: Mask, size: int | float | Tensor) -> Mask:
+        """Allowed keys drawn without replacement from those that `mask` has not, p = size / keys left.
+
+        size: int (tokens), float (fraction of N), or int64 (B, h, Q). Query heads of a group draw in the same random order.
+        """
         order = once(self.cache.draws, "order", self._random_order) if self.cache.keeps_order else None
-        lists = choose(self.random_ranks(), mask, sizes, order)
+        lists = choose(self.random_ranks(), mask, size if isinstance(size, Tensor) else self.resolve(size), order)
         left = self.left(mask)
         rate = lists.counts / expand_heads(left, lists.heads).clamp(min=1)
         return self.mask(lists._replace(probability=rate.unsqueeze(-1).expand(lists.indices.shape).contiguous()), mask)
@@ -207,7 +195,7 @@ class AttentionInputs:
         return once(
             self.cache.draws,
             "uniform",
-            lambda: keyed_uniforms(self.seeds, self.layer_idx, self.kv_heads, self.row_positions, self.key_positions),
+            lambda: keyed_uniforms(self.seeds, self.layer_idx, self.kv_heads, self.layout.row_positions, self.key_positions),
         )
 
     def random_ranks(self) -> Tensor:

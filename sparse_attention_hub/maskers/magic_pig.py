@@ -5,28 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels.reference import group_scores
-from ..lists import expand_heads
+from ..lists import as_arrays, expand_heads, uses_loops
 from ..mask import Mask
 from ..search_space import Choice
 from .base import Masker, MaskerConfig, check_flag, check_int, register_masker
+from .bits import pack_bits
 from .inputs import AttentionInputs
 
 PACKINGS = ("int64", "float32")
+WORDS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # Floats in the largest temporary of hashing: 32 MB.
 BLOCK = 2**23
 
 
 @dataclass
 class MagicPigConfig(MaskerConfig):
-    """lsh_l: hash tables. lsh_k: bits of a table. center: hash keys and queries relative to the mean key.
+    """lsh_l: hash tables. lsh_k: bits per table. center: hash keys and queries relative to the mean key.
 
     packing: "int64" packs a table's bits into one integer, so lsh_k is at most 64; "float32" has no such limit and chooses the
-    same keys. seed: of the projections, with the layer's number added. min_matches: tables in which a key must share the
+    same keys. seed: of the projections; the layer's number is added. min_matches: in how many tables a key must share the
     query's bucket, 1 or 2 (the paper's rule).
     """
 
@@ -57,8 +58,8 @@ class MagicPigConfig(MaskerConfig):
 
 @dataclass(frozen=True)
 class HashFit:
-    """mean: of the context's keys, float32 (B, Hkv, 1, D), zero if not centred. norm: the largest of their norms around it,
-    (B, Hkv, 1). projections: float32 (D + 1, lsh_l * lsh_k), table after table."""
+    """float32. mean of the context's keys (B, Hkv, 1, D), zero if not centred; norm (B, Hkv, 1), their largest distance from it;
+    projections (D + 1, lsh_l * lsh_k), table after table."""
 
     mean: Tensor
     norm: Tensor
@@ -72,8 +73,8 @@ class MagicPigMasker(Masker[MagicPigConfig]):
     bits of at least `min_matches` of the tables with the query; its p is the probability of that for their angle theta:
     with c = (1 - theta / pi)^K, 1 - (1 - c)^L for one match, less L c (1 - c)^(L - 1) for two.
 
-    Mean and M are those of the context's keys, an item and kv head each, then frozen. A later key with a norm above M is
-    hashed as if M were its norm: its bits and its p stay of one kind, only the angle no longer falls with the norm.
+    Mean and M are those of the context's keys, per item and kv head, then frozen. A later key with a norm above M is hashed as
+    if M were its norm: its p still fits its bits, but its angle no longer falls with its norm.
     The choice depends on the config's seed, not on the call's. There is no full budget. Signatures are (B, Hkv, N, words).
     """
 
@@ -84,7 +85,7 @@ class MagicPigMasker(Masker[MagicPigConfig]):
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         fitted, signatures = self.codes(inputs)
         shifted = inputs.queries.float() - expand_heads(fitted.mean, inputs.shape[1])
-        hits = self._hits(inputs, signatures, self._signature(shifted, torch.zeros_like(shifted[..., 0]), fitted.projections))
+        hits = self._hits(self._signature(shifted, torch.zeros_like(shifted[..., 0]), fitted), signatures).view(inputs.shape)
         found = inputs.mask(hits & expand_heads(mask.residual(inputs.allowed), inputs.shape[1])).lists()
         probability = self._probability(_cosines(inputs, shifted, fitted, found.indices))
         return mask.union(inputs.mask(found._replace(probability=probability.float()), mask))
@@ -94,14 +95,14 @@ class MagicPigMasker(Masker[MagicPigConfig]):
 
     def fit(self, keys: Tensor, allowed: Tensor | None, layer_idx: int) -> HashFit:
         batch, heads, total, dim = keys.shape
-        mean, norm = torch.zeros((batch, heads, 1, dim)), torch.ones((batch, heads, 1))
-        mean, norm = mean.to(keys.device), norm.to(keys.device)
+        mean = torch.zeros((batch, heads, 1, dim), device=keys.device)
+        norm = torch.ones((batch, heads, 1), device=keys.device)
         # One item and head at a time: no float32 copy of all keys, and sums that no neighbour or padding can change.
         for item in range(batch):
             own = slice(None) if allowed is None else allowed[item]
             for head in range(heads):
                 points = keys[item, head, own].float()
-                if points.shape[0] == 0:
+                if len(points) == 0:
                     continue
                 if self.config.center:
                     mean[item, head, 0] = points.mean(0)
@@ -115,45 +116,36 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         parts = []
         for start in range(0, keys.shape[2], step):
             centred = keys[:, :, start : start + step].float() - fitted.mean
-            norms = centred.norm(dim=-1)
-            extra = (fitted.norm.square() - norms.square()).clamp(min=0).sqrt()
-            parts.append(self._signature(centred, extra, fitted.projections))
+            extra = (fitted.norm.square() - centred.norm(dim=-1).square()).clamp(min=0).sqrt()
+            parts.append(self._signature(centred, extra, fitted))
         return torch.cat(parts, 2)
 
-    def _signature(self, points: Tensor, extra: Tensor, projections: Tensor) -> Tensor:
-        """Packed signs of (points, extra): (B, h, n, D) and (B, h, n) to integers (B, h, n, words a table * L).
+    def _signature(self, points: Tensor, extra: Tensor, fitted: HashFit) -> Tensor:
+        """Signs of the projected vectors (points, extra): (B, h, n, D) and (B, h, n) to words (B, h, n, L * words per table).
 
         Lengths do not matter to signs. Words are as narrow as the bits of a table permit.
         """
-        bits = points @ projections[:-1] + extra.unsqueeze(-1) * projections[-1] > 0
-        bits = bits.view(*bits.shape[:-1], self.config.lsh_l, self.config.lsh_k)
-        words = []
-        for first in range(0, self.config.lsh_k, 64):
-            part = bits[..., first : first + 64]
-            width = part.shape[-1]
-            dtype = next(d for d, most in _WORDS if width <= most)
-            word = torch.zeros(part.shape[:-1], dtype=dtype, device=part.device)
-            for place in range(width):
-                word |= part[..., place].to(dtype) << place
-            words.append(word if self.config.lsh_k <= 64 else word.long())
-        return torch.cat(words, -1)
+        bits = points @ fitted.projections[:-1] + extra.unsqueeze(-1) * fitted.projections[-1] > 0
+        dtype = next((word for word in WORDS if torch.iinfo(word).bits >= self.config.lsh_k), WORDS[-1])
+        return pack_bits(bits.view(*bits.shape[:-1], self.config.lsh_l, self.config.lsh_k), dtype).flatten(-2)
 
-    def _hits(self, inputs: AttentionInputs, keys: Tensor, queries: Tensor) -> Tensor:
-        """Which keys share enough buckets with each query: bool (B, H, Q, N)."""
-        batch, heads, rows, total = inputs.shape
-        tables = self.config.lsh_l
-        keys = keys.movedim(-1, 2).contiguous()
-        queries = queries.reshape(batch, inputs.kv_heads, -1, queries.shape[-1])
-        shape = (batch, inputs.kv_heads, queries.shape[2], total)
-        if not keys.is_cuda:
-            return torch.from_numpy(_matches(keys, queries, tables, shape) >= self.config.min_matches).view(inputs.shape)
+    def _hits(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Which keys share enough buckets with each query: signatures of both to bool (B, Hkv, rows of the group, N)."""
+        tables, least = self.config.lsh_l, self.config.min_matches
+        queries = queries.reshape(*keys.shape[:2], -1, keys.shape[-1])
+        shape = (*queries.shape[:3], keys.shape[2])
+        if uses_loops(keys) and keys.shape[-1] == tables:
+            from ..loops.hashing import find_matches
+
+            hits = torch.empty(shape, dtype=torch.bool)
+            find_matches(*as_arrays(queries, keys, least, hits))
+            return hits
+        queries = queries.view(*queries.shape[:3], tables, -1)
+        keys = keys.view(*keys.shape[:3], tables, -1).permute(0, 1, 3, 4, 2).contiguous()
         counts = torch.zeros(shape, dtype=torch.int16, device=keys.device)
-        for table in range(tables):
-            same = torch.ones((), dtype=torch.bool, device=keys.device)
-            for word in range(table, keys.shape[2], tables):
-                same = same & (keys[:, :, word].unsqueeze(2) == queries[..., word].unsqueeze(-1))
-            counts += same
-        return (counts >= self.config.min_matches).view(batch, heads, rows, total)
+        for table in range(tables):  # one at a time: less memory
+            counts += (queries[:, :, :, table].unsqueeze(-1) == keys[:, :, table].unsqueeze(2)).all(3)
+        return counts >= least
 
     def _probability(self, cosines: Tensor) -> Tensor:
         """Chance of enough matches: in float64, since c may be tiny. Never 0 for a key that did match."""
@@ -167,28 +159,8 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         return p.clamp(min=1e-12, max=1.0)
 
 
-def _matches(keys: Tensor, queries: Tensor, tables: int, shape: tuple[int, int, int, int]) -> np.ndarray:
-    """In how many tables each query (B, Hkv, R, words a table * L) and key (B, Hkv, words a table * L, N) share all bits:
-    (B, Hkv, R, N). In NumPy, which compares and counts bytes fifteen times as fast as torch on a CPU."""
-    own, others = keys.numpy()[:, :, None], queries.numpy()[..., None]
-    counts = np.zeros(shape, dtype=np.uint8 if tables < 2**8 else np.uint32)
-    same, more = np.empty(shape, dtype=bool), np.empty(shape, dtype=bool)
-    for table in range(tables):
-        np.equal(own[:, :, :, table], others[:, :, :, table], out=same)
-        for word in range(table + tables, keys.shape[2], tables):
-            same &= np.equal(own[:, :, :, word], others[:, :, :, word], out=more)
-        counts += same.view(np.uint8)
-    return counts
-
-
-_WORDS = ((torch.uint8, 8), (torch.int16, 16), (torch.int32, 32), (torch.int64, 64))
-
-
 def _cosines(inputs: AttentionInputs, shifted: Tensor, fitted: HashFit, indices: Tensor) -> Tensor:
-    """Cosine between the hashed vectors of queries and some keys: indices (B, H, Q, K) to (B, H, Q, K).
-
-    shifted: queries less the mean, float32 (B, H, Q, D).
-    """
+    """Cosines between the hashed vectors of queries, given without their mean in float32, and of keys: (B, H, Q, K) as indices."""
     batch, heads = inputs.shape[:2]
     safe = indices.clamp(min=0).long()
     if inputs.shape[2] == 1:

@@ -32,7 +32,7 @@ class OracleTopK(Masker[OracleTopKConfig]):
     keeps_to_allowed = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        return mask.union(inputs.choose_top(inputs.scores(), mask, inputs.resolve(self.config.heavy_size)))
+        return mask.union(inputs.choose_top(inputs.scores(), mask, self.config.heavy_size))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         return 0.5

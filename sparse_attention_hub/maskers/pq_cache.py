@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lists import uses_loops
+from ..lists import as_arrays, uses_loops
 from ..mask import Mask
 from ..search_space import Choice, LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
@@ -88,9 +88,11 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         scores = self.shared(inputs, lambda: self._scores(inputs))
         sizes = inputs.resolve(self.config.heavy_size)
         # Keys inside the offset are not chosen; but a budget of every key means every key.
-        offsets = [0 if k >= n else min(self.config.init_offset, n) for k, n in zip(sizes, inputs.n_allowed, strict=True)]
+        offsets = [
+            0 if k >= n else min(self.config.init_offset, n) for k, n in zip(sizes, inputs.layout.n_allowed, strict=True)
+        ]
         closed = mask.union(inputs.layout.first_keys(offsets)) if any(offsets) else mask
-        return mask.union(inputs.choose_top(scores, closed, sizes))
+        return mask.union(inputs.choose_top(scores, closed, self.config.heavy_size))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         code_bytes = self.config.pq_group_factor * self.config.pq_bits / 8
@@ -186,7 +188,7 @@ def _sum_codes(table: Tensor, codes: Tensor) -> Tensor:
         from ..loops.scores import sum_codes
 
         out = torch.empty((*table.shape[:3], codes.shape[2]))
-        sum_codes(table.contiguous().numpy(), codes.numpy(), out.numpy())
+        sum_codes(*as_arrays(table, codes, out))
         return out
     shape = (*table.shape[:3], codes.shape[2])
     each = (table[:, :, :, g].gather(-1, codes[:, :, None, :, g].long().expand(shape)) for g in range(codes.shape[3]))

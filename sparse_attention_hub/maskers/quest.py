@@ -63,7 +63,7 @@ class QuestTopKMasker(Masker[QuestTopKMaskerConfig]):
         page = self.config.page_size
         starts, scores = self.shared(inputs, lambda: self._page_scores(inputs))
         pages = scores.shape[-1]
-        sizes = zip(inputs.resolve(self.config.heavy_size), inputs.n_allowed, strict=True)
+        sizes = zip(inputs.resolve(self.config.heavy_size), inputs.layout.n_allowed, strict=True)
         kept = [pages if size >= n else min(pages, max(MIN_PAGES, size // page)) for size, n in sizes]
         chosen = choose(scores, Mask.empty((*inputs.shape[:3], pages), inputs.device), kept)
         return mask.union(inputs.mask(expand_pages(chosen, starts, page, inputs.allowed)))
@@ -91,7 +91,7 @@ class QuestTopKMasker(Masker[QuestTopKMaskerConfig]):
     def _page_scores(self, inputs: AttentionInputs) -> tuple[list[int], Tensor]:
         """(the key at which each item's first page starts, bounds of q.k (B, H, Q, pages), -inf where nothing is allowed)."""
         state = inputs.state if inputs.state is not None else MaskerState()
-        allowed = None if inputs.all_allowed else inputs.allowed[:, 0, -1]
+        allowed = None if inputs.layout.all_allowed else inputs.allowed[:, 0, -1]
         self._extend(inputs.keys, inputs.layer_idx, state, allowed)
         starts: list[int] = state.fitted
         page, keys = self.config.page_size, inputs.shape[3]
@@ -103,7 +103,7 @@ class QuestTopKMasker(Masker[QuestTopKMaskerConfig]):
             bounds = torch.cat([bounds, tail], 2)
         signed = torch.cat([inputs.queries.clamp(min=0), inputs.queries.clamp(max=0)], -1)
         scores = group_scores(signed, bounds, 1.0)
-        if not inputs.all_allowed:
+        if not inputs.layout.all_allowed:
             slots = torch.tensor(starts, device=inputs.device).unsqueeze(-1) + torch.arange(pages * page, device=inputs.device)
             places = slots.clamp(max=keys - 1)[:, None, None].expand(-1, 1, inputs.shape[2], -1)
             permitted = inputs.allowed.gather(-1, places) & (slots < keys)[:, None, None]

@@ -37,7 +37,7 @@ class RandomSamplingMasker(Masker[RandomSamplingMaskerConfig]):
     keeps_to_allowed = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        return mask.union(inputs.draw(mask, inputs.resolve(self.config.sampling_rate)))
+        return mask.union(inputs.draw(mask, self.config.sampling_rate))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def record_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts run here instead of in processes of their own, which would import torch anew each time."""
     parts = {
+        "compile": search_speed.load_kernels,
         "baseline": search_speed.baseline_trial,
         "marginal": search_speed.marginal_costs,
         "search": search_speed.whole_search,
