@@ -26,31 +26,19 @@ if TYPE_CHECKING:
     from .session import forced_many as forced_many
     from .session import prefill as prefill
 
-_HOME = {
-    "LanguageModel": "load",
-    "load_model": "load",
-    "check_place": "load",
-    "load_shape": "load",
-    "load_tokenizer": "load",
-    "EMBEDDED_MODEL": "embedded",
-    "SparseSession": "plugin",
-    "sparse_attention": "plugin",
-    "Answer": "session",
-    "Forced": "session",
-    "Prefilled": "session",
-    "answer": "session",
-    "answer_many": "session",
-    "estimate_bytes": "session",
-    "forced": "session",
-    "forced_many": "session",
-    "prefill": "session",
+_NAMES = {
+    "embedded": ("EMBEDDED_MODEL",),
+    "load": ("LanguageModel", "check_place", "load_model", "load_shape", "load_tokenizer"),
+    "plugin": ("SparseSession", "sparse_attention"),
+    "session": ("Answer", "Forced", "Prefilled", "answer", "answer_many", "estimate_bytes", "forced", "forced_many", "prefill"),
 }
-__all__ = sorted(_HOME)
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
     return value

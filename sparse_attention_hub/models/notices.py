@@ -1,4 +1,4 @@
-"""What transformers and the hub client print of themselves."""
+"""Silences the progress bars and notices of transformers and the hub client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and notices of transformers and the hub client inside; errors still show."""
+    """Inside, only errors show."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging

@@ -1,7 +1,8 @@
-"""What a model's queries and keys look like on some text: the raw material of calibration and training."""
+"""A model's queries and keys on some text, the input of calibration and training, and the arguments that both commands take."""
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from .load import LanguageModel
+from .load import LanguageModel, load_model
 
 #: {layer: (queries (H, n - 1, D), keys (Hkv, n, D))}
 Recording = dict[int, tuple[Tensor, Tensor]]
@@ -27,6 +28,21 @@ _NAMES = (
 _KINDS = ("magic number", "pass key", "room code", "account number")
 
 
+def add_model_arguments(parser: argparse.ArgumentParser, text: str) -> None:
+    """The arguments for the model and its texts. text: help of --text."""
+    parser.add_argument("--model", required=True, help="model id or folder, e.g. embedded/SmolLM2-135M-Instruct")
+    parser.add_argument("--text", help=text)
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of each text at most (default: %(default)s)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--trust-remote-code", action="store_true")
+
+
+def load_asked_model(options: argparse.Namespace) -> LanguageModel:
+    """The model that these arguments name."""
+    return load_model(options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+
+
 def sample_texts(count: int, seed: int = 0, characters: int = 12_000) -> list[str]:
     """Texts that every Python installation can make: English prose (Python's own manual pages) with facts strewn in, and
     questions about the facts with their answers at the end. The same for the same seed and Python version."""
@@ -41,17 +57,14 @@ def sample_texts(count: int, seed: int = 0, characters: int = 12_000) -> list[st
             page = chance.choice(pages)
             start = chance.randrange(max(1, len(page) - 3000))
             prose += [part for part in page[start : start + 3000].split("\n\n") if part.strip()]
-        known = []
+        questions = []
         for name in chance.sample(_NAMES, 6):
-            fact = {
-                "name": name.capitalize(),
-                "kind": chance.choice(_KINDS),
-                "number": str(chance.randrange(10**5, 10**7)),
-            }
-            told, asked, answer = (line.format(**fact) for line in chance.choice(_FACTS))
-            known.append(f"Question: {asked}\nAnswer: {answer}")
-            prose.insert(chance.randrange(len(prose)), told)
-        texts.append("\n\n".join(prose) + "\n\n" + "\n".join(known))
+            kind, number = chance.choice(_KINDS), str(chance.randrange(10**5, 10**7))
+            templates = chance.choice(_FACTS)
+            fact, question, answer = (line.format(name=name.capitalize(), kind=kind, number=number) for line in templates)
+            questions.append(f"Question: {question}\nAnswer: {answer}")
+            prose.insert(chance.randrange(len(prose)), fact)
+        texts.append("\n\n".join(prose) + "\n\n" + "\n".join(questions))
     return texts
 
 
@@ -68,7 +81,7 @@ def read_texts(path: str) -> list[str]:
 
 def record(lm: LanguageModel, texts: list[str], tokens: int) -> Iterator[Recording]:
     """Run each text through the model, densely: for every layer, post-RoPE queries (H, n - 1, D) and keys (Hkv, n, D) in
-    the model's dtype; query i stands at position i + 1. A text is cut in its middle to n <= `tokens` tokens.
+    the model's dtype; query i is at position i + 1. Longer texts lose their middle: n <= `tokens`.
 
     UserError for a text that is too short (8 tokens), or a model that has sliding-window layers only.
     """
@@ -83,14 +96,12 @@ def record(lm: LanguageModel, texts: list[str], tokens: int) -> Iterator[Recordi
             ids = ids[: limit // 2] + ids[len(ids) - (limit - limit // 2) :]
         if len(ids) < 8:
             raise UserError(f"a text must have 8 tokens or more, got {len(ids)}")
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        recording: Recording = {}
 
-        def keep(
-            *, layer_idx: int, queries: Tensor, keys: Tensor, found: dict[int, tuple[Tensor, Tensor]] = found, **_: Any
-        ) -> None:
-            found[layer_idx] = (queries[0].clone(), keys[0].clone())
+        def keep(*, layer_idx: int, queries: Tensor, keys: Tensor, into: Recording = recording, **_: Any) -> None:
+            into[layer_idx] = (queries[0].clone(), keys[0].clone())
 
         forced(lm, prefill(lm, ids[:1], len(ids)), ids[1:], ids[-1:], None, recorder=keep)
-        if not found:
+        if not recording:
             raise UserError(f"model {lm.id!r} has no layer with full attention to record: take another model")
-        yield dict(sorted(found.items()))
+        yield dict(sorted(recording.items()))

@@ -6,73 +6,132 @@ attribute write for each config object involved: process-wide for that model, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..attention import AttentionResult
 from ..errors import UserError
+
+
+class SessionAttention:
+    """An attention function of transformers that passes each call on to the session in use.
+
+    A session has `attend(module, queries (B, H, Q, D), keys, values (B, Hkv, N, D), mask, scaling, kwargs) -> (B, Q, H, D)`.
+    name: how transformers knows it; names with "flash", "sdpa" or "/" have meanings there. scope: where it works, for the
+    error message. make_mask: transformers' function that makes the mask of a forward pass.
+    """
+
+    def __init__(self, name: str, scope: str, make_mask: Callable[..., Tensor | None]) -> None:
+        self._name, self._scope = name, scope
+        self._session: ContextVar[Any] = ContextVar(name, default=None)
+        AttentionInterface.register(name, self._attend)
+        AttentionMaskInterface.register(name, make_mask)
+
+    def _attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        session = self._session.get()
+        if session is None:
+            raise RuntimeError(f"attention {self._name!r} works {self._scope}")
+        return session.attend(module, query, key, value, attention_mask, kwargs.pop("scaling", None), kwargs), None
+
+    @contextmanager
+    def used_by(self, session: Any, configs: list[Any]) -> Iterator[None]:
+        """Inside, the model of these configs uses this attention, and in this thread its calls go to `session`."""
+        token = self._session.set(session)
+        try:
+            with switched(configs, self._name):
+                yield
+        finally:
+            self._session.reset(token)
+
+
+class SparseMeans:
+    """Means over query rows and sparse layers; None before the first sparse row."""
+
+    _rows = 0
+    _density = 0.0
+    _kv_fraction = 0.0
+
+    def add(self, result: AttentionResult, rows: int) -> None:
+        """Count the result of one layer, a mean over so many query rows."""
+        self._rows += rows
+        self._density += result.density * rows
+        self._kv_fraction += result.kv_fraction * rows
+
+    @property
+    def density(self) -> float | None:
+        return self._density / self._rows if self._rows else None
+
+    @property
+    def kv_fraction(self) -> float | None:
+        return self._kv_fraction / self._rows if self._rows else None
 
 
 def attention_configs(model: Any) -> list[Any]:
     """The config objects that decide the text decoder's attention and its masks; never those of a vision tower."""
-    found: dict[int, Any] = {id(model.config): model.config}
-    text_config = model.config.get_text_config(decoder=True)
-    found[id(text_config)] = text_config
-    for module in attention_modules(model):
-        found.setdefault(id(module.config), module.config)
-    return list(found.values())
+    configs = [model.config, model.config.get_text_config(decoder=True), *(m.config for m in attention_modules(model))]
+    return list({id(config): config for config in configs}.values())
 
 
 def attention_modules(model: Any) -> list[Any]:
     """The decoder's attention layers: modules that know their layer and project queries or keys."""
+    projections = ("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack")
     return [
         module
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and hasattr(module, "config")
-        and any(hasattr(module, name) for name in ("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack"))
+        and any(hasattr(module, name) for name in projections)
     ]
+
+
+_SOFT_CAP = "soft-caps attention scores, which sparse attention here does not do: take another model"
+_SINKS = "has learned attention sinks, which are not supported: take another model"
 
 
 def check_supported(model: Any, name: str) -> None:
     """UserError for models whose attention this library would get wrong."""
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "attn_logit_softcapping", None):
-        raise UserError(
-            f"model {name!r} soft-caps attention scores, which sparse attention here does not do: take another model"
-        )
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise UserError(f"model {name!r} shares keys between layers, which is not supported: take another model")
+    config, layers = model.config.get_text_config(decoder=True), attention_modules(model)
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise UserError(
-            f"model {name!r} has layers of kind {', '.join(sorted(kinds))}, not plain attention: take another model"
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"model {name!r} is an encoder-decoder model: take a decoder-only one")
-    if any(getattr(module, "sinks", None) is not None for module in attention_modules(model)):
-        raise UserError(f"model {name!r} has learned attention sinks, which are not supported: take another model")
-    if not attention_modules(model):
-        raise UserError(
-            f"model {name!r} has no attention layers that can be switched: take a model of the transformers library"
-        )
+    problems = {
+        _SOFT_CAP: getattr(config, "attn_logit_softcapping", None),
+        "shares keys between layers, which is not supported: take another model": getattr(config, "num_kv_shared_layers", 0),
+        f"has layers of kind {', '.join(sorted(kinds))}, not plain attention: take another model": kinds,
+        "is an encoder-decoder model: take a decoder-only one": getattr(config, "is_encoder_decoder", False),
+        _SINKS: any(getattr(layer, "sinks", None) is not None for layer in layers),
+        "has no attention layers that can be switched: take a model of the transformers library": not layers,
+    }
+    _refuse(f"model {name!r}", problems)
 
 
-def check_call(kwargs: dict[str, Any]) -> None:
-    """Refuse what a layer asks of its attention beyond softmax(QK)V, instead of leaving it out."""
-    if kwargs.get("softcap") is not None:
-        raise UserError("this model soft-caps attention scores, which sparse attention here does not do: take another model")
-    if kwargs.get("s_aux") is not None:
-        raise UserError("this model has learned attention sinks (s_aux), which are not supported: take another model")
-    if kwargs.get("position_bias") is not None or kwargs.get("indices") is not None:
-        raise UserError("this model changes its attention scores in a way that is not supported: take another model")
+def checked_window(module: Any, kwargs: dict[str, Any]) -> int | None:
+    """The sliding window of a layer's call, in keys. None without one, or if the model's positions end before it does.
 
-
-def window_of(module: Any, kwargs: dict[str, Any]) -> int | None:
-    """The sliding window of a layer's call, in keys; None without one, and where the model's positions end before it does."""
+    UserError if the layer asks its attention for more than softmax(QK)V.
+    """
+    changes = kwargs.get("position_bias") is not None or kwargs.get("indices") is not None
+    problems = {
+        _SOFT_CAP: kwargs.get("softcap") is not None,
+        _SINKS: kwargs.get("s_aux") is not None,
+        "changes its attention scores in a way that is not supported: take another model": changes,
+    }
+    _refuse("this model", problems)
     window: int | None = kwargs.get("sliding_window")
     longest = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     return None if window is not None and longest is not None and window >= longest else window
+
+
+def _refuse(model: str, problems: dict[str, Any]) -> None:
+    """UserError for the first of the problems that the model has."""
+    for problem, present in problems.items():
+        if present:
+            raise UserError(f"{model} {problem}")
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,10 @@ from torch import Tensor
 
 from ..attention import dense_attention
 from ..maskers.shared_states import SharedStates
+from ..replay import spread_rows
+from .load import LanguageModel, head_shape
 
 if TYPE_CHECKING:
-    from .load import LanguageModel
     from .session import Prefilled
 
 FORMAT = 1
@@ -64,9 +64,9 @@ class Trace:
         """The trace in a folder, every file checked against its hash; None if there is none or it is damaged."""
         try:
             meta = json.loads((folder / META).read_text())
-            if meta["format"] != FORMAT:
-                return None
-            intact = all(_sha256(folder / name) == digest for name, digest in meta["files"].items())
+            intact = meta["format"] == FORMAT and all(
+                _sha256(folder / name) == digest for name, digest in meta["files"].items()
+            )
             return Trace(folder, meta) if intact else None
         except (OSError, ValueError, KeyError):
             return None
@@ -94,39 +94,21 @@ class Trace:
 
 def trace_key(lm: LanguageModel, context_ids: list[int], question_ids: list[int], max_new_tokens: int, sparse_from: str) -> str:
     """A hash of everything that determines a trace but the layers kept."""
-    place = [str(lm.dtype), lm.device.type, lm.dense_backend]
-    parts = [FORMAT, weights_fingerprint(lm), place, context_ids, question_ids, max_new_tokens, sparse_from]
+    device = [str(lm.dtype), lm.device.type, lm.dense_backend]
+    parts = [FORMAT, lm.weights_fingerprint, device, context_ids, question_ids, max_new_tokens, sparse_from]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-
-
-def weights_fingerprint(lm: LanguageModel) -> str:
-    """A hash of the model's id and of a few numbers of every weight: a changed checkpoint under an old name is noticed."""
-    known: str | None = getattr(lm, "_weights_fingerprint", None)
-    if known is None:
-        digest = hashlib.sha256(lm.id.encode())
-        for name, weight in lm.model.named_parameters():
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            digest.update(weight.detach().flatten()[:8].float().cpu().numpy().tobytes())
-        known = digest.hexdigest()[:20]
-        object.__setattr__(lm, "_weights_fingerprint", known)
-    return known
 
 
 def layer_bytes(lm: LanguageModel, tokens: int, rows: int) -> int:
     """Bytes of one layer of a trace: keys and values of `tokens`, queries and float32 dense outputs of `rows` of them."""
-    config = lm.model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    number = torch.tensor([], dtype=lm.dtype).element_size()
-    return int(width * (2 * kv_heads * tokens * number + heads * rows * (number + 4)))
+    heads, kv_heads, dim = head_shape(lm.model.config.get_text_config(decoder=True))
+    number = lm.dtype.itemsize
+    return dim * (2 * kv_heads * tokens * number + heads * rows * (number + 4))
 
 
 def thinned_layers(num_layers: int, fit: int) -> list[int]:
     """`fit` of the layers, evenly spread; all of them if they fit."""
-    if fit >= num_layers:
-        return list(range(num_layers))
-    return sorted({round(i * (num_layers - 1) / max(fit - 1, 1)) for i in range(fit)})
+    return spread_rows(num_layers, fit)
 
 
 def record_trace(
@@ -142,64 +124,47 @@ def record_trace(
     """Answer a sample densely and record it under `folder`. Recording stops at EOS.
 
     layers: which to keep; None = all that can be sparse. Under "decode" only answer rows are recorded: the question is dense
-    there, and an answer of one token has no row (`rows` is 0, and there is no layer). Raises UserError if no layer can be
-    sparse. Half-written traces that a kill left are removed: nobody else may be recording this one.
+    there, and an answer of one token has no row (`rows` is 0, and there is no layer). UserError if no layer can be sparse.
+    Half-written traces of a killed run are removed: no other process may be recording this one.
     """
     from .session import answer, prefill, sparse_layers
 
     recorder = _TraceRecorder(set(sparse_layers(lm) if layers is None else layers), skip_question=sparse_from == "decode")
     prefilled = prefill(lm, context_ids, len(question_ids) + max_new_tokens)
     reply = answer(lm, prefilled, question_ids, None, max_new_tokens, recorder=recorder)
-    key = trace_key(lm, context_ids, question_ids, max_new_tokens, sparse_from)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        meta: dict[str, Any] = {
+        meta = {
             "format": FORMAT,
-            "key": key,
-            "files": {},
-            "scaling": {},
-            "bytes": 0,
-            "rows": 0,
-            "layers": [],
+            "key": trace_key(lm, context_ids, question_ids, max_new_tokens, sparse_from),
+            **recorder.write(building, prefilled),
+            "model": lm.id,
+            "dtype": str(lm.dtype),
+            "context_length": len(context_ids),
+            "question_ids": question_ids,
+            "answer_ids": reply.token_ids,
+            "answer": reply.text,
+            "stopped": reply.stopped,
+            "sparse_from": sparse_from,
         }
-        for layer_idx, tensors, scaling in recorder.finish(prefilled):
-            path = building / _layer_file(layer_idx)
-            save_file(tensors, path)
-            meta["files"][path.name] = _sha256(path)
-            meta["scaling"][str(layer_idx)] = scaling
-            meta["layers"].append(layer_idx)
-            meta["bytes"] += path.stat().st_size
-            meta["rows"] = tensors["queries"].shape[2]
-        meta.update(
-            model=lm.id,
-            dtype=str(lm.dtype),
-            context_length=len(context_ids),
-            question_ids=question_ids,
-            answer_ids=reply.token_ids,
-            answer=reply.text,
-            stopped=reply.stopped,
-            sparse_from=sparse_from,
-        )
         (building / META).write_text(json.dumps(meta))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
-    except BaseException:
+    finally:
         shutil.rmtree(building, ignore_errors=True)
-        raise
     return Trace(folder, meta)
 
 
 class _TraceRecorder:
-    """Collects each layer's queries and new keys of a dense answer; the context's keys stay in the cache until the end."""
+    """Collects queries, new keys and new values of a dense answer; the context's keys stay in the cache until `write`."""
 
     def __init__(self, layers: set[int], skip_question: bool) -> None:
         self._layers, self._skip_question = layers, skip_question
-        self._queries: dict[int, list[Tensor]] = {}
-        self._tails: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._calls: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
         self._scaling: dict[int, float] = {}
 
     def __call__(
@@ -208,22 +173,29 @@ class _TraceRecorder:
         if layer_idx not in self._layers:
             return
         new = queries.shape[2]
-        self._tails.setdefault(layer_idx, []).append((keys[:, :, -new:].clone(), values[:, :, -new:].clone()))
+        if step == 0 and self._skip_question:
+            queries = queries[:, :, :0]
+        self._calls.setdefault(layer_idx, []).append((queries.clone(), keys[:, :, -new:].clone(), values[:, :, -new:].clone()))
         self._scaling[layer_idx] = scaling
-        if step > 0 or not self._skip_question:
-            self._queries.setdefault(layer_idx, []).append(queries.clone())
 
-    def finish(self, prefilled: Prefilled) -> Iterator[tuple[int, dict[str, Tensor], float]]:
-        """(layer, tensors, scaling) one layer at a time, so that the trace is never in memory as a whole."""
-        for layer_idx in sorted(self._queries):
-            keys, values = prefilled.context_keys(layer_idx)
-            keys = torch.cat([keys, *(k for k, _ in self._tails[layer_idx])], 2)
-            values = torch.cat([values, *(v for _, v in self._tails[layer_idx])], 2)
-            queries = torch.cat(self._queries[layer_idx], 2)
-            scaling = self._scaling[layer_idx]
-            dense = dense_attention(queries, keys, values, scaling=scaling)
-            tensors = {"queries": queries, "keys": keys, "values": values, "dense": dense.float()}
-            yield layer_idx, {name: t.contiguous().cpu() for name, t in tensors.items()}, scaling
+    def write(self, folder: Path, prefilled: Prefilled) -> dict[str, Any]:
+        """Save the layers that have queries, with one layer in memory at a time; returns what `trace.json` says about them."""
+        about: dict[str, Any] = {"files": {}, "scaling": {}, "bytes": 0, "rows": 0, "layers": []}
+        for layer_idx in sorted(self._calls):
+            queries, *new = (torch.cat(parts, 2) for parts in zip(*self._calls[layer_idx], strict=True))
+            if queries.shape[2] == 0:
+                continue
+            keys, values = (torch.cat(parts, 2) for parts in zip(prefilled.context_keys(layer_idx), new, strict=True))
+            dense = dense_attention(queries, keys, values, scaling=self._scaling[layer_idx]).float()
+            tensors = {"queries": queries, "keys": keys, "values": values, "dense": dense}
+            path = folder / _layer_file(layer_idx)
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+            about["files"][path.name] = _sha256(path)
+            about["scaling"][str(layer_idx)] = self._scaling[layer_idx]
+            about["layers"].append(layer_idx)
+            about["bytes"] += path.stat().st_size
+            about["rows"] = queries.shape[2]
+        return about
 
 
 def _layer_file(layer_idx: int) -> str:

@@ -237,7 +237,7 @@ def test_looking_at_a_place_does_not_start_cuda(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "_lazy_init", start)
-    monkeypatch.setattr("sparse_attention_hub.models.load._logged", set())
+    monkeypatch.setattr("sparse_attention_hub.models.load._log_once", lambda line: None)
     for device in ("auto", "cuda", "cuda:1", "sharded"):
         check_place(device, "auto", "auto")
     assert resolved_place(Settings(models=(), tasks=())) == ["cuda", "torch.bfloat16"]
