@@ -37,7 +37,7 @@ def as_arrays(*values: Any) -> list[Any]:
         if isinstance(value, tuple):
             arrays += as_arrays(*value)
         else:
-            arrays.append(value.detach().contiguous().numpy() if isinstance(value, Tensor) else value)
+            arrays.append(value.contiguous().numpy() if isinstance(value, Tensor) else value)
     return arrays
 
 

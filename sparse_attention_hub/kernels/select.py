@@ -57,17 +57,26 @@ def choose(
     if order is not None:
         select.walk(*as_arrays(order, taken, sizes, lists[:2]))
         return lists
-    (wanted,) = as_arrays(sizes.reshape(-1))
     bottom = scores.numpy().dtype.type(lowest(scores.dtype))
     left = np.empty((batch, heads, rows, keys), bottom.dtype)
-    select.blank(*as_arrays(scores, None if allowed is None else allowed[:, 0], taken, bottom, left))
-    left = left.reshape(len(wanted), keys)
-    thresholds = np.full(len(left), bottom)
-    for size in np.unique(wanted[wanted > 0]):
-        own = slice(None) if (wanted == size).all() else wanted == size
-        thresholds[own] = np.partition(left[own], keys - size, axis=-1)[:, keys - size]
-    select.collect(*as_arrays(left, thresholds, wanted, bottom, lists.indices.view(len(left), width), lists.counts.view(-1)))
+    call = as_arrays(scores, None if allowed is None else allowed[:, 0], taken)
+    select.blank(*call, bottom, left)
+    (wanted,) = as_arrays(sizes)
+    select.collect(*call, _scores_of_last(left, wanted, bottom), wanted, bottom, *as_arrays(lists[:2]))
     return lists
+
+
+def _scores_of_last(scores: np.ndarray, sizes: np.ndarray, lowest: np.generic) -> np.ndarray:
+    """The score of the last of the sizes (B, h, Q) highest of each row (B, h, Q, N), whose order may change."""
+    keys, size = scores.shape[-1], sizes.max(initial=0)
+    if size > 0 and size == sizes.min(initial=size):
+        scores.partition(keys - size, axis=-1)
+        return scores[..., keys - size].copy()
+    thresholds = np.full(sizes.shape, lowest)
+    for size in np.unique(sizes[sizes > 0]):
+        own = sizes == size
+        thresholds[own] = np.partition(scores[own], keys - size, axis=-1)[:, keys - size]
+    return thresholds
 
 
 def _choose_anywhere(scores: Tensor, mask: Mask, sizes: Tensor, width: int, allowed: Tensor | None) -> KeyLists:

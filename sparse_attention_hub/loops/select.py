@@ -86,27 +86,47 @@ def blank(scores: np.ndarray, allowed: Any, taken: np.ndarray, taken_counts: np.
 
 @compiled
 def collect(
-    scores: np.ndarray, thresholds: np.ndarray, sizes: np.ndarray, lowest: Any, lists: np.ndarray, counts: np.ndarray
+    scores: np.ndarray,
+    allowed: Any,
+    taken: np.ndarray,
+    taken_counts: np.ndarray,
+    thresholds: np.ndarray,
+    sizes: np.ndarray,
+    lowest: Any,
+    lists: np.ndarray,
+    counts: np.ndarray,
 ) -> None:
-    """The sizes (R,) highest keys of scores (R, N), given the score of the last of them: lists (R, K) in rising order."""
-    reached = np.empty(scores.shape[1], np.int32)
-    for r in range(scores.shape[0]):
-        row, out, threshold = scores[r], lists[r], thresholds[r]
-        found = total = 0
-        for j in range(row.size):
-            if row[j] >= threshold and row[j] > lowest:
-                reached[found] = j
-                found += 1
-        excess = found - sizes[r]  # keys that tie for the last places: the oldest are left out
-        for t in range(found):
-            if excess > 0 and row[reached[t]] == threshold:
-                excess -= 1
-            elif total < sizes[r]:
-                out[total] = reached[t]
-                total += 1
-        for t in range(total, out.size):
-            out[t] = -1
-        counts[r] = total
+    """The sizes (B, h, Q) highest keys of `blank`'s scores, given the score of the last of them: lists (B, h, Q, K) in rising
+    order."""
+    batch, heads, rows, width = lists.shape
+    keys = scores.shape[3]
+    stamps = np.zeros(keys, np.int32)
+    reached = np.empty(keys, np.int32)
+    turn = 0
+    for b in range(batch):
+        for h in range(heads):
+            i, k = h * scores.shape[1] // heads, h * taken.shape[1] // heads
+            for q in range(rows):
+                row, out, size, threshold = scores[b, i, q], lists[b, h, q], sizes[b, h, q], thresholds[b, h, q]
+                turn += 1
+                for t in range(taken_counts[b, k, q]):
+                    stamps[taken[b, k, q, t]] = turn
+                found = total = 0
+                for j in range(keys):
+                    if row[j] >= threshold and row[j] > lowest and stamps[j] != turn:
+                        if allowed is None or allowed[b, q, j]:
+                            reached[found] = j
+                            found += 1
+                excess = found - size  # keys that tie for the last places: the oldest are left out
+                for t in range(found):
+                    if excess > 0 and row[reached[t]] == threshold:
+                        excess -= 1
+                    elif total < size:
+                        out[total] = reached[t]
+                        total += 1
+                for t in range(total, width):
+                    out[t] = -1
+                counts[b, h, q] = total
 
 
 @compiled
