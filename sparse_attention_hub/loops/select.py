@@ -113,10 +113,10 @@ def collect(
                     stamps[taken[b, k, q, t]] = turn
                 found = total = 0
                 for j in range(keys):
-                    if row[j] >= threshold and row[j] > lowest and stamps[j] != turn:
-                        if allowed is None or allowed[b, q, j]:
-                            reached[found] = j
-                            found += 1
+                    good = row[j] >= threshold and row[j] > lowest and stamps[j] != turn
+                    if good and (allowed is None or allowed[b, q, j]):
+                        reached[found] = j
+                        found += 1
                 excess = found - size  # keys that tie for the last places: the oldest are left out
                 for t in range(found):
                     if excess > 0 and row[reached[t]] == threshold:
