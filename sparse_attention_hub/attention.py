@@ -198,7 +198,8 @@ class ResearchAttention:
         if known.scores is not None and needs_grad(
             inputs.queries, inputs.keys
         ):  # scores that maskers asked for have no gradients
-            known = Known(inputs.layout.biased(group_scores(inputs.queries, inputs.usable_keys, inputs.scaling)))
+            fresh = inputs.layout.biased(group_scores(inputs.queries, inputs.usable_keys, inputs.scaling))
+            known = Known(fresh, biased=known.biased)
         keys, values = inputs.keys, inputs.values
         if inputs.shape[2] > 1 or known.scores is not None or self.config.backend == "reference":
             # All keys and values may be read, those that weigh nothing too.

@@ -42,7 +42,7 @@ def attend(
     SPARSE_ATTENTION_HUB_BACKEND overrides auto. Raises ValueError for an unknown backend, or one that cannot take these tensors.
     """
     name = choose_backend(backend, queries, keys, values)
-    if name == "triton" and known is not None and known.scores is not None:
+    if name == "triton" and known is not None and known.biased:
         name = "torch"
     if name == "triton":
         from .triton import attend_triton

@@ -48,7 +48,7 @@ def attend_cpu(
     dense = values is not None and rows > 1 and float(lists.counts.sum()) > DENSE_SHARE * lists.counts.numel() * keys.shape[2]
     if dense and (known is None or known.scores is None):
         known = Known(group_scores(queries.detach(), keys.detach(), scaling, softcap))
-    scores, terms, highest = (None, None, None) if known is None else (_by_unit(t, lse.shape) for t in known)
+    scores, terms, highest = (None, None, None) if known is None else (_by_unit(t, lse.shape) for t in known[:3])
     call = (
         grouped, key_rows, key_starts, None if dense else value_rows, value_starts, scores, terms,
         lse if highest is None else highest[..., 0], *as_arrays(lists), scale, cap, sink.reshape(units, -1), output, lse, totals,

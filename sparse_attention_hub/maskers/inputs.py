@@ -155,7 +155,8 @@ class AttentionInputs:
         """What was computed of the scores so far: kernels need not read the keys then. A bias is in the scores alone."""
         scores = self.scores() if self.layout.bias is not None else self.cache.call.get("scores")
         terms = self.cache.call.get("exponentials")
-        return Known(scores, terms, None if terms is None else self.highest())  # type: ignore[arg-type]
+        highest = None if terms is None else self.highest()
+        return Known(scores, terms, highest, self.layout.bias is not None)  # type: ignore[arg-type]
 
     def scores_at(self, mask: Mask) -> Tensor:
         """Scores of the mask's keys in the order of its lists: float32 (B, H, Q, K), -inf on padding."""
