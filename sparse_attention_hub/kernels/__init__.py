@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..lists import uses_loops
 from ..mask import Mask
-from .known import Known
 from .portable import attend_torch, dot_torch, needs_grad
-from .reference import attend_reference
+from .reference import Known, attend_reference
 
 __all__ = ["BACKENDS", "Known", "attend", "choose_backend", "dot", "log_mass"]
 

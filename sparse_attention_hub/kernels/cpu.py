@@ -14,8 +14,7 @@ from ..loops.attend import attend as attend_loop
 from ..loops.attend import dot_lists as dot_loop
 from ..loops.compiled import as_bits, in_threads
 from ..mask import Mask
-from .known import Known
-from .reference import group_scores
+from .reference import Known, group_scores
 
 #: Above this share of the keys, several rows are done sooner by matrix products than by reading keys row by row: 1.7x.
 DENSE_SHARE = 0.2

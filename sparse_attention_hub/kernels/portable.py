@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..lists import expand_heads
 from ..mask import Mask
-from .known import Known
-from .reference import attend_reference, group_scores, weigh
+from .reference import Known, attend_reference, group_scores, weigh
 
 
 def attend_torch(

@@ -63,19 +63,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
     the base samples' plus one standard error of it, since a small sample of a heavy tail mostly misses the tail.
 
     The bound holds where the base samples see the tail, that is behind a top-k that takes the tail off, and with exact
-    moments always. Share of rows past epsilon over 400 seeds, 512 keys, 64 base samples behind a top-k of 2%, by the standard
-    deviation of the scores (`python -m tests.maskers.test_sampling`); the mean denominator ratio is 1 within 0.006 throughout:
-
-        (epsilon, delta)                 (0.1, 0.1)          (0.05, 0.05)        (0.2, 0.1)
-        deviation of the scores          1     2     3       1     2     3       1     2     3
-        OracleTopK                      .07   .07   .09     .03   .03   .06     .06   .07   .08
-        HashAttention, random weights   .08   .15   .28     .04   .09   .19     .08   .15   .27
-        PQCache, 4 x 4 bits             .08   .19   .30     .05   .10   .15     .08   .19   .36
-        no top-k                        .08   .15   .19     .04   .07   .06     .08   .16   .25
-        no top-k, 24 base samples       .10   .22   .32     .06   .12   .13     .10   .23   .39
-        no top-k, exact moments         .10   .08   .06     .05   .05   .03     .10   .09   .09
-
-    Behind a selector that misses large terms, or none, the bound is thus broken on heavy tails.
+    moments always. Behind a selector that misses large terms, or none, it is broken on heavy tails: docs/numbers.md.
     """
 
     is_sampling = True
