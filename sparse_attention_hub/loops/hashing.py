@@ -39,7 +39,7 @@ def find_matches(queries: np.ndarray, keys: np.ndarray, least: int, out: np.ndar
 
 @compiled
 def score_bits(queries: np.ndarray, keys: np.ndarray, out: np.ndarray) -> None:
-    """Minus the number of bits that differ: see maskers/bits.py. queries, keys int32; out float32 (B, h, G, Q, N)."""
+    """Minus the number of bits that differ: see maskers/codes.py. queries, keys int32; out float32 (B, h, G, Q, N)."""
     batch, heads, group, rows, total = out.shape
     for b in range(batch):
         for h in range(heads):

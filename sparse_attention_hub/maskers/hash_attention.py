@@ -17,7 +17,7 @@ from torch import Tensor
 from ..mask import Mask
 from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
-from .bits import pack_bits, score_bits
+from .codes import pack_bits, score_bits
 from .hat_weights import Layer, check_weights, read_hat_weights, ready_layer
 from .inputs import AttentionInputs
 from .layout import NEVER

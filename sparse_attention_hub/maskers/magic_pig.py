@@ -13,7 +13,7 @@ from ..lists import as_arrays, expand_heads, uses_loops
 from ..mask import Mask
 from ..search_space import Choice
 from .base import Masker, MaskerConfig, check_flag, check_int, register_masker
-from .bits import pack_bits
+from .codes import pack_bits
 from .inputs import AttentionInputs
 
 PACKINGS = ("int64", "float32")

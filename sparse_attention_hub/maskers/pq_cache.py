@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..lists import as_arrays, uses_loops
 from ..mask import Mask
 from ..search_space import Choice, LogUniform
 from .base import Masker, MaskerConfig, check_int, check_size, register_masker
+from .codes import sum_codes
 from .inputs import AttentionInputs
 
 METRICS = ("euclidean", "ip")
@@ -108,10 +107,6 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         square = torch.stack([square for _, square in fits]) if self.config.metric == "ip" else None
         return PQFit(torch.stack([centroids for centroids, _ in fits]), square)
 
-    def fit_from(self, centroids: Tensor, square: Tensor | None = None) -> PQFit:
-        """A fit of given centres, shapes as in PQFit: what `state.fitted` takes in place of clustering."""
-        return PQFit(centroids.float(), square)
-
     def encode(self, keys: Tensor, fitted: PQFit, layer_idx: int) -> Tensor:
         batch, heads, total, _ = keys.shape
         codes = torch.empty((batch, heads, total, self.config.pq_group_factor), dtype=self.code_dtype, device=keys.device)
@@ -131,7 +126,7 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         # Scores of all centres for the rows of a kv head's queries: (B, Hkv, R, G, 2^bits).
         parts = (inputs.queries.float() * inputs.scaling).reshape(batch, inputs.kv_heads, -1, groups, width)
         table = (parts.transpose(2, 3) @ fitted.centroids[..., :width].transpose(-1, -2)).transpose(2, 3)
-        return inputs.layout.biased(_sum_codes(table, codes).reshape(batch, heads, rows, total))
+        return inputs.layout.biased(sum_codes(table, codes).reshape(batch, heads, rows, total))
 
     def _clustered(self, keys: Tensor, allowed: Tensor | None, item: int) -> Tensor:
         """The item's keys to cluster, (Hkv, M, D): allowed ones past the offset, or all allowed ones if those are none."""
@@ -180,19 +175,6 @@ class PQCacheMasker(Masker[PQCacheConfig]):
             if float(drift.max()) < 1e-2:
                 break
         return centroids, square
-
-
-def _sum_codes(table: Tensor, codes: Tensor) -> Tensor:
-    """Each key's sum of its centres' scores: table (B, Hkv, R, G, C) and codes (B, Hkv, N, G) to (B, Hkv, R, N)."""
-    if uses_loops(codes):
-        from ..loops.scores import sum_codes
-
-        out = torch.empty((*table.shape[:3], codes.shape[2]))
-        sum_codes(*as_arrays(table, codes, out))
-        return out
-    shape = (*table.shape[:3], codes.shape[2])
-    each = (table[:, :, :, g].gather(-1, codes[:, :, None, :, g].long().expand(shape)) for g in range(codes.shape[3]))
-    return functools.reduce(torch.add, each)
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> Tensor:

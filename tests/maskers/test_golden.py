@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_attention_hub import Mask, ResearchAttention, ResearchAttentionConfig
 from sparse_attention_hub.attention import AttentionResult
 from sparse_attention_hub.maskers.inputs import AttentionInputs
+from sparse_attention_hub.maskers.pq_cache import PQFit
 
 from .golden import Case, index
 
@@ -39,7 +40,7 @@ def run(case: Case, folder: Path) -> tuple[AttentionResult, AttentionInputs, Res
         entry = state.entry(case.entry["layer_idx"], position)
         masker = attention.maskers[position]
         if name == "PQCache":
-            entry.fitted, entry.fit_length = masker.fit_from(case.array("centroids")), inputs.shape[3]
+            entry.fitted, entry.fit_length = PQFit(case.array("centroids").float()), inputs.shape[3]
             codes = case.array("codes").permute(0, 2, 1, 3)
             skipped = codes.new_zeros((*codes.shape[:2], params["init_offset"], codes.shape[3]))
             entry.append(torch.cat([skipped, codes], 2).to(masker.code_dtype))

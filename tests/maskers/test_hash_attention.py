@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmark.settings import as_sparse_configs
 from sparse_attention_hub import HashAttentionTopKMaskerConfig, ResearchAttention, ResearchAttentionConfig
 from sparse_attention_hub.errors import UserError
-from sparse_attention_hub.maskers.bits import pack_bits, popcount
+from sparse_attention_hub.maskers.codes import pack_bits, popcount
 from sparse_attention_hub.maskers.hat_weights import Layer, read_hat_weights, write_hat_weights
 from sparse_attention_hub.models.model_files import fit_template
 from sparse_attention_hub.testing import MaskerContract

@@ -1,6 +1,8 @@
-"""Bits packed into words, and words compared."""
+"""Codes of keys: bits packed into words, and scores of keys from codes."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -45,3 +47,16 @@ def score_bits(queries: Tensor, keys: Tensor) -> Tensor:
     for own, others in zip(queries.unbind(-1), keys.transpose(2, 3).unbind(-1), strict=True):
         differ = differ + popcount(own.unsqueeze(-1) ^ others.unsqueeze(3))
     return differ.neg().float()
+
+
+def sum_codes(table: Tensor, codes: Tensor) -> Tensor:
+    """Each key's sum of its centres' scores: table (B, Hkv, R, G, C) and codes (B, Hkv, N, G) to (B, Hkv, R, N)."""
+    if uses_loops(codes):
+        from ..loops import scores
+
+        out = torch.empty((*table.shape[:3], codes.shape[2]))
+        scores.sum_codes(*as_arrays(table, codes, out))
+        return out
+    shape = (*table.shape[:3], codes.shape[2])
+    each = (table[:, :, :, g].gather(-1, codes[:, :, None, :, g].long().expand(shape)) for g in range(codes.shape[3]))
+    return functools.reduce(torch.add, each)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_attention_hub import MagicPigConfig
-from sparse_attention_hub.maskers.bits import pack_bits, score_bits
+from sparse_attention_hub.maskers.codes import pack_bits, score_bits
 from sparse_attention_hub.maskers.magic_pig import MagicPigMasker
 
 
