@@ -2,7 +2,8 @@
 
 Shapes are those of Llama-3.1-8B (32 query heads, 8 kv heads, 128 dimensions), with random keys chosen. "own" lists
 differ between the heads of a group, "shared" lists do not. Sides take turns; a ratio is the median of those of its rounds.
-On the CPU: the compiled loops beside the best dense forms there are at 16k keys, float32, one thread. On a GPU, if there is one:
+On the CPU: the compiled loops beside grouped matrix products (the goals) and torch's fused attention, which machines differ in, at
+16k keys, float32, one thread. On a GPU, if there is one:
 the Triton kernels beside torch's attention at 4k to 128k keys, bfloat16, in GPU time without launches, and beside the time
 that reading the chosen keys and values takes at the bandwidth that a large copy reaches in the same run.
 Exit code 1 if a goal does not hold.
@@ -29,7 +30,7 @@ from sparse_attention_hub import Mask
 from sparse_attention_hub.kernels import attend
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
-#: (lists, share of the keys) -> how many times faster than dense a step on the CPU must be
+#: (lists, share of the keys) -> how many times faster than grouped matrix products a step on the CPU must be
 CPU_GOALS = {("shared", 0.02): 14.0, ("shared", 0.05): 7.0, ("shared", 0.1): 4.2, ("shared", 0.25): 2.4, ("own", 0.05): 3.0}
 Step = Callable[[], object]
 
@@ -63,11 +64,10 @@ def measure_cpu(keys: int, rounds: int) -> tuple[dict[str, float], list[dict[str
     torch.set_num_threads(1)
     try:
         queries, cache = _tensors(1, keys, torch.float32, "cpu")
-        dense: dict[str, Step] = {
+        steps: dict[str, Step] = {
             "dense_products": lambda: _dense_products(queries, *cache),
             "dense_sdpa": lambda: _dense(queries, *cache),
         }
-        steps = dict(dense)
         for name, density in CPU_GOALS:
             mask = _masks(1, keys, density, "cpu")[name]
             steps[f"{name}_{density:.0%}"] = lambda mask=mask: attend(queries, *cache, mask, DIM**-0.5, "cpu")
@@ -80,8 +80,8 @@ def measure_cpu(keys: int, rounds: int) -> tuple[dict[str, float], list[dict[str
     goals = []
     for (lists, density), at_least in CPU_GOALS.items():
         name = f"{lists}_{density:.0%}"
-        ratios = [min(times[form] for form in dense) / times[name] for times in seen]
-        figures[f"cpu_{name}_speedup"] = statistics.median(ratios)
+        for form, figure in (("dense_products", "speedup"), ("dense_sdpa", "over_sdpa")):
+            figures[f"cpu_{name}_{figure}"] = statistics.median(times[form] / times[name] for times in seen)
         goals.append(_goal(figures, f"cpu_{name}_speedup", at_least))
     return figures, goals
 
