@@ -164,8 +164,10 @@ def _cosines(inputs: AttentionInputs, shifted: Tensor, fitted: HashFit, indices:
     batch, heads = inputs.shape[:2]
     safe = indices.clamp(min=0).long()
     if inputs.shape[2] == 1:
-        places = safe.view(batch, inputs.kv_heads, -1, 1).expand(-1, -1, -1, inputs.keys.shape[3])
-        picked = (inputs.keys.gather(2, places).float() - fitted.mean).view(batch, heads, -1, inputs.keys.shape[3])
+        places = safe.view(batch * inputs.kv_heads, -1)  # one kv head at a time: on a CPU a tenth of the time of gather
+        rows = [own.index_select(0, place) for own, place in zip(inputs.keys.flatten(0, 1), places, strict=True)]
+        picked = torch.stack(rows).view(batch, inputs.kv_heads, -1, inputs.keys.shape[3]).float() - fitted.mean
+        picked = picked.view(batch, heads, -1, inputs.keys.shape[3])
         dots = shifted @ picked.transpose(-1, -2)
         lengths = picked.norm(dim=-1).unsqueeze(2)
     else:
