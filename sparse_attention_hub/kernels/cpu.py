@@ -16,7 +16,8 @@ from ..loops.compiled import as_bits, in_threads
 from ..mask import Mask
 from .reference import Known, group_scores
 
-#: Above this share of the keys, several rows are done sooner by matrix products than by reading keys row by row: 1.7x.
+#: Above this share of the keys, several rows are done sooner by matrix products than by reading keys row by row:
+#: 1.3x at 27%, 1.8x at 50%.
 DENSE_SHARE = 0.2
 #: Numbers in a block of weights.
 _BLOCK = 2**20
