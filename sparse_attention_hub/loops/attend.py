@@ -115,7 +115,7 @@ def _dot(
     far: bool,
     out: np.ndarray,
 ) -> None:
-    """Logits of listed keys: queries (G, D) to out (G, K). Four keys at a time: 1.3x, more keys are on their way from memory.
+    """Logits of listed keys: queries (G, D) to out (G, K). Four keys at a time: 1.2x, more keys are on their way from memory.
     far: the keys are in memory, not in a core's cache."""
     zero, last = scaling - scaling, count - 1
     for t in range(0, count, 4):  # the last keys are repeated up to four
@@ -143,7 +143,7 @@ def _dot(
 def _sum(
     values: np.ndarray, first: int, index: np.ndarray, count: int, weights: np.ndarray, far: bool, out: np.ndarray
 ) -> None:
-    """Weighted sums of listed values: weights (G, K) to out (G, DV). Four keys at a time: 1.3x, a sum is stored once for them."""
+    """Weighted sums of listed values: weights (G, K) to out (G, DV). Four keys at a time: 1.2x, a sum is stored once for them."""
     out[:] = 0
     whole = count - count % 4
     for t in range(0, whole, 4):
