@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from .kernels import BACKENDS, Known, attend
-from .kernels.portable import needs_grad
-from .kernels.reference import group_scores, weigh
+from .kernels.reference import group_scores, needs_grad, weigh
 from .mask import Mask
 from .maskers.base import Masker, MaskerConfig, config_from_dict, config_to_dict, create_masker
 from .maskers.call_cache import once
 from .maskers.inputs import AttentionInputs
 from .maskers.state import AttentionState
+
+#: Scores that a dense output holds at once.
+_BLOCK_SCORES = {"cpu": 2**20, "gpu": 2**25}
 
 
 @dataclass
@@ -41,56 +43,48 @@ class ResearchAttentionConfig:
         return ResearchAttentionConfig([config_from_dict(entry) for entry in record["masker_configs"]])
 
 
+@dataclass(eq=False, repr=False)
 class AttentionResult:
-    """What one attention call gave. The figures beside the output are computed when asked for.
+    """Result of one attention call. Density, KV bytes and errors are computed when first read.
 
-    output: (B, Q, H, D) in the queries' dtype. mask: the final Mask. log_sum_exp: of the attended keys' logits, each term
-    weighted by 1/p: (B, H, Q), float32 or wider. empty_rows: rows (over batch, heads and queries) that attended to nothing and
-    were given their last allowed key.
+    output: (B, Q, H, D) in the queries' dtype. mask: the final Mask. log_sum_exp: of the attended
+    keys' logits, each term weighted by 1/p: (B, H, Q), float32 or wider. empty_rows: rows (over
+    batch, heads and queries) that selected no key and were given their last allowed key.
     """
 
-    def __init__(
-        self, output: Tensor, log_sum_exp: Tensor, mask: Mask, inputs: AttentionInputs, selector: float, empty_rows: int
-    ) -> None:
-        self.output, self.log_sum_exp, self.mask, self.empty_rows = output, log_sum_exp, mask, empty_rows
-        self._inputs, self._selector = inputs, selector
+    output: Tensor
+    log_sum_exp: Tensor
+    mask: Mask
+    empty_rows: int
+    _inputs: AttentionInputs
+    _selector_fraction: float
 
     @cached_property
     def density_rows(self) -> Tensor:
-        """Attended allowed keys / allowed keys of each query row, mean over heads: float32 (B, Q), NaN without allowed keys."""
-        counts = self.mask.counts().float().mean(1)
-        allowed = self._allowed_counts()
-        return counts / allowed.masked_fill(allowed == 0, float("nan"))
+        """`density` of each query row: float32 (B, Q), NaN without allowed keys."""
+        return self.mask.counts().float().mean(1) / self._inputs.layout.row_lengths  # 0 / 0 is NaN
 
     @cached_property
     def density(self) -> float:
-        """Attended allowed keys / allowed keys, mean over heads and rows that may attend to anything."""
+        """Attended / allowed keys, mean over heads and the rows that have allowed keys."""
         return self._inputs.layout.share_of_allowed(self.mask.counts())
 
     @cached_property
     def kv_fraction(self) -> float:
-        """Share of the dense KV bytes that the method reads, its selectors included; a key wanted by several query heads
-        of a group is read once."""
-        return self._inputs.layout.share_of_allowed(self.mask.group_counts()) + self._selector
+        """Share of the dense KV bytes that is read, selectors included. A key that several query
+        heads of a group attend to is read once."""
+        keys_read = self._inputs.layout.share_of_allowed(self.mask.group_counts())
+        return keys_read + self._selector_fraction
 
     @cached_property
     def dead_rows(self) -> int:
         """Rows without any allowed key: their output is 0 and they stay out of all averages."""
-        return int((self._allowed_counts() == 0).sum())
+        return int((self._inputs.layout.row_lengths == 0).sum())
 
-    def error_rows(self, dense: Tensor | None = None) -> Tensor:
-        """||O_sparse - O_dense|| / ||O_dense|| per (batch, head, row): float32 (B, H, Q), NaN without allowed keys.
-
-        dense: (B, Q, H, D) dense output of the same inputs, computed if not given.
-        """
-        if dense is None:
-            dense = dense_of(self._inputs)
-        difference: Tensor = torch.linalg.vector_norm(self.output.to(dense.dtype) - dense, dim=-1)
-        error: Tensor = (difference / torch.linalg.vector_norm(dense, dim=-1).clamp(min=1e-30)).transpose(1, 2)
-        return error.masked_fill((self._allowed_counts() == 0).unsqueeze(1), float("nan"))
-
-    def _allowed_counts(self) -> Tensor:
-        return self._inputs.layout.row_lengths.float()
+    def error_rows(self) -> Tensor:
+        """`relative_error` against dense attention: float32 (B, H, Q), NaN without allowed keys."""
+        error = relative_error(self.output, dense_of(self._inputs)).transpose(1, 2)
+        return error.masked_fill((self._inputs.layout.row_lengths == 0).unsqueeze(1), float("nan"))
 
 
 class ResearchAttention:
@@ -157,19 +151,18 @@ class ResearchAttention:
         if not self.maskers:
             return inputs.mask(inputs.allowed)
         leading = list(itertools.takewhile(lambda masker: masker.by_position, self.maskers))
-        mask = inputs.layout.choose_once(
-            tuple((type(masker), repr(masker.config)) for masker in leading), lambda: self._leading_mask(inputs, leading)
-        )
+
+        def choose_by_position() -> Mask:
+            mask = Mask.empty(inputs.shape, inputs.device, inputs.kv_heads)
+            for masker in leading:
+                mask = self._select(masker, inputs, mask)
+            return mask
+
+        key = tuple((type(masker), repr(masker.config)) for masker in leading)
+        mask = once(inputs.layout.chosen, key, choose_by_position)
         for position, masker in enumerate(self.maskers[len(leading) :], len(leading)):
             entry = None if state is None else state.entry(inputs.layer_idx, position)
             mask = self._select(masker, inputs.for_masker(entry), mask)
-        return mask
-
-    def _leading_mask(self, inputs: AttentionInputs, maskers: Sequence[Masker[Any]]) -> Mask:
-        """What the first maskers choose, which go by positions."""
-        mask = Mask.empty(inputs.shape, inputs.device, inputs.kv_heads)
-        for masker in maskers:
-            mask = self._select(masker, inputs, mask)
         return mask
 
     @staticmethod
@@ -177,32 +170,24 @@ class ResearchAttention:
         mask = masker.select(inputs, mask)
         return mask if masker.keeps_to_allowed or inputs.layout.all_allowed else mask.restrict(inputs.allowed)
 
-    def final_mask(self, inputs: AttentionInputs, state: AttentionState | None = None) -> tuple[Mask, int]:
-        """(the mask that is attended to, how many rows chose nothing and were given their last allowed key)."""
-        return inputs.layout.fill_empty_rows(self.make_mask(inputs, state))
-
-    def selector_fraction(self, inputs: AttentionInputs) -> float:
-        """What the maskers' selectors read, as a share of the dense KV bytes."""
-        return sum(masker.selector_fraction(inputs) for masker in self.maskers)
-
     def attend_inputs(self, inputs: AttentionInputs, state: AttentionState | None = None) -> AttentionResult:
-        """The same for prepared inputs, which several configurations may share."""
-        with torch.no_grad():  # choosing keys is no differentiable function
-            mask, empty_rows = self.final_mask(inputs, state)
-        output, lse = self.attend_mask(inputs, mask)
-        return AttentionResult(output, lse, mask, inputs, self.selector_fraction(inputs), empty_rows)
+        """`__call__` on prepared inputs, which several configurations may share."""
+        with torch.no_grad():  # selecting keys is not differentiable
+            mask, empty_rows = inputs.layout.fill_empty_rows(self.make_mask(inputs, state))
+        selectors = sum(masker.selector_fraction(inputs) for masker in self.maskers)
+        output, lse = self._attend(inputs, mask)
+        return AttentionResult(output, lse, mask, empty_rows, inputs, selectors)
 
-    def attend_mask(self, inputs: AttentionInputs, mask: Mask) -> tuple[Tensor, Tensor]:
+    def _attend(self, inputs: AttentionInputs, mask: Mask) -> tuple[Tensor, Tensor]:
         """Attention over a mask: (output (B, Q, H, D), log-sum-exp (B, H, Q))."""
         known = inputs.known()
-        if known.scores is not None and needs_grad(
-            inputs.queries, inputs.keys
-        ):  # scores that maskers asked for have no gradients
+        if known.scores is not None and needs_grad(inputs.queries, inputs.keys):
+            # The scores that maskers computed have no gradients.
             fresh = inputs.layout.biased(group_scores(inputs.queries, inputs.usable_keys, inputs.scaling))
             known = Known(fresh, biased=known.biased)
         keys, values = inputs.keys, inputs.values
         if inputs.shape[2] > 1 or known.scores is not None or self.config.backend == "reference":
-            # All keys and values may be read, those that weigh nothing too.
+            # These read all keys and values: NaN in padding must not reach the output.
             keys, values = inputs.usable_keys, inputs.usable_values
         return attend(inputs.queries, keys, values, mask, inputs.scaling, self.config.backend, known=known)
 
@@ -210,29 +195,41 @@ class ResearchAttention:
 def dense_attention(
     queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None = None, scaling: float | None = None
 ) -> Tensor:
-    """Dense attention in float32 (float64 stays): the reference for errors. Shapes as in ResearchAttention; (B, Q, H, D)."""
-    return dense_of(AttentionInputs(queries, keys, values, attention_mask, scaling))
+    """Dense attention in float32 (float64 stays): the reference for errors. Arguments as for
+    ResearchAttention; returns (B, Q, H, D)."""
+    (batch, heads, rows, total), mask = AttentionInputs(queries, keys, values, attention_mask, scaling).shape, attention_mask
+    step = max(1, _BLOCK_SCORES["cpu" if queries.device.type == "cpu" else "gpu"] // (batch * heads * total))
+    parts = []
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        end = total if mask is not None else total - rows + stop  # causal: the block sees no later key
+        own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
+        parts.append(dense_of(AttentionInputs(queries[:, :, start:stop], keys[:, :, :end], values[:, :, :end], own, scaling)))
+    return torch.cat(parts, 1)
 
 
 def dense_of(inputs: AttentionInputs) -> Tensor:
-    """Dense output of a call, (B, Q, H, D) in float32 or wider; computed once per call however many ask."""
-
+    """Dense output of a call, (B, Q, H, D) in float32 or wider; computed once per call."""
     return once(inputs.cache.call, "dense_output", lambda: weigh(inputs.scores(), None, inputs.usable_values)[0])
+
+
+def relative_error(output: Tensor, dense: Tensor) -> Tensor:
+    """||output - dense|| / ||dense|| over the last dimension."""
+    scale: Tensor = torch.linalg.vector_norm(dense, dim=-1).clamp(min=1e-30)
+    error: Tensor = torch.linalg.vector_norm(output - dense, dim=-1) / scale
+    return error
 
 
 def _draw_seeds(
     generator: torch.Generator | Sequence[torch.Generator] | None, seeds: int | Sequence[int] | None, batch: int
 ) -> list[int]:
-    """One 64-bit seed an item: drawn from its generator, or given."""
+    """One 64-bit seed per item: drawn from its generator, or given."""
     given = generator if generator is not None else seeds or 0
     each: list[Any] = list(given) if isinstance(given, Sequence) else [given] * batch
     if len(each) != batch:
         rule = "seeds must hold one seed" if generator is None else "generator must hold one torch.Generator"
         raise ValueError(f"{rule} an item ({batch}), got {len(each)}")
+    if generator is None:
+        return [int(seed) for seed in each]
     limits = (-(2**63), 2**63 - 1, (1,))
-    return [
-        int(torch.randint(*limits, generator=source, device=source.device))
-        if isinstance(source, torch.Generator)
-        else int(source)
-        for source in each
-    ]
+    return [int(torch.randint(*limits, generator=source, device=source.device)) for source in each]

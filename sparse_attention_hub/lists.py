@@ -1,4 +1,4 @@
-"""Lists of keys as tensors: the one form in which choices are held. Compiled loops on a CPU, torch elsewhere."""
+"""Lists of selected keys as tensors. Compiled loops on a CPU, torch elsewhere."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ HAS_NUMBA = find_spec("numba") is not None
 
 
 class KeyLists(NamedTuple):
-    """indices int32 (B, h, Q, K), -1 = padding, no key twice; counts int32 (B, h, Q); probability float32 (B, h, Q, K), None =
-    certain. h is 1, the number of kv heads, or H. Where compiled loops are used padding comes last in a list; elsewhere it may
-    stand anywhere."""
+    """indices int32 (B, h, Q, K), -1 = padding, no key twice; counts int32 (B, h, Q); probability
+    float32 (B, h, Q, K), None = certain. h is 1, the number of kv heads, or H. Where compiled loops
+    are used, padding comes last in a list; elsewhere it may be anywhere."""
 
     indices: Tensor
     counts: Tensor
@@ -31,7 +31,7 @@ def uses_loops(tensor: Tensor) -> bool:
 
 
 def as_arrays(*values: Any) -> list[Any]:
-    """Arguments of a compiled loop: CPU tensors as arrays, tuples of tensors (lists, orders) as their members."""
+    """Arguments of a compiled loop: CPU tensors as arrays, tuples as their members."""
     arrays: list[Any] = []
     for value in values:
         if isinstance(value, tuple):
@@ -42,7 +42,7 @@ def as_arrays(*values: Any) -> list[Any]:
 
 
 def expand_heads(tensor: Tensor, heads: int) -> Tensor:
-    """(B, h, ...) to (B, heads, ...): h = 1 is shared by all heads, otherwise each of the h rows serves heads/h in turn."""
+    """(B, h, ...) to (B, heads, ...): each of the h entries serves heads / h neighbouring heads."""
     held = tensor.shape[1]
     if held == heads:
         return tensor
@@ -52,14 +52,14 @@ def expand_heads(tensor: Tensor, heads: int) -> Tensor:
 
 
 def empty_lists(batch: int, heads: int, rows: int, width: int, weighted: bool = False) -> KeyLists:
-    """Room for lists on a CPU."""
+    """Uninitialised lists on a CPU."""
     shape = (batch, heads, rows)
     indices, counts = torch.empty((*shape, width), dtype=torch.int32), torch.empty(shape, dtype=torch.int32)
     return KeyLists(indices, counts, torch.empty((*shape, width)) if weighted else None)
 
 
 def from_flags(flags: Tensor) -> KeyLists:
-    """Flags bool (B, h, Q, N) as lists of rising indices."""
+    """Flags bool (B, h, Q, N) as lists of ascending indices."""
     counts = flags.sum(-1, dtype=torch.int32)
     width = int(counts.max()) if counts.numel() else 0
     if uses_loops(flags):
@@ -73,8 +73,16 @@ def from_flags(flags: Tensor) -> KeyLists:
     return KeyLists(order.masked_fill(torch.arange(width, device=flags.device) >= counts.unsqueeze(-1), -1), counts)
 
 
+def from_dense(dense: Tensor) -> KeyLists:
+    """Flags bool, or inclusion probabilities float, (B, h, Q, N) as lists of ascending indices."""
+    if dense.dtype == torch.bool:
+        return from_flags(dense)
+    lists = from_flags(dense > 0)
+    return lists._replace(probability=dense.gather(-1, lists.indices.clamp(min=0).long()))
+
+
 def from_indices(indices: Tensor, probability: Tensor | None = None) -> KeyLists:
-    """Integer indices (B, h, Q, K) with -1 in any place as lists."""
+    """Integer indices (B, h, Q, K), padded with -1 anywhere, as lists."""
     padded = indices < 0
     if bool(padded.any()) and uses_loops(indices):
         order = padded.to(torch.uint8).argsort(dim=-1, stable=True)  # keys keep their order, padding goes to the end
@@ -93,11 +101,8 @@ def to_probability(lists: KeyLists, keys: int) -> Tensor:
     return _scatter(lists.indices, 1.0 if lists.probability is None else lists.probability, keys, torch.float32)
 
 
-def join(first: KeyLists, second: KeyLists, keys: int, apart: bool = False) -> KeyLists:
-    """The keys of either. Two probabilities join as those of independent coins, p + q - pq; certain stays certain.
-
-    apart: no key is in both, which saves looking.
-    """
+def join(first: KeyLists, second: KeyLists, keys: int) -> KeyLists:
+    """The union of two lists per row; a key in both gets p + q - pq."""
     heads, uncertain = max(first.heads, second.heads), first.probability is not None or second.probability is not None
     if uncertain:
         first, second = _with_probability(first), _with_probability(second)
@@ -106,13 +111,11 @@ def join(first: KeyLists, second: KeyLists, keys: int, apart: bool = False) -> K
 
         batch, _, rows, width = first.indices.shape
         joined = empty_lists(batch, heads, rows, width + second.indices.shape[3], uncertain)
-        join_lists(*as_arrays(first, second, keys, apart, joined))
+        join_lists(*as_arrays(first, second, keys, joined))
         return joined
     if uncertain:
         p, q = (expand_heads(to_probability(lists, keys), heads) for lists in (first, second))
-        both = p + q - p * q
-        lists = from_flags(both > 0)
-        return lists._replace(probability=both.gather(-1, lists.indices.clamp(min=0).long()))
+        return from_dense(p + q - p * q)
     own, other = expand_heads(first.indices, heads), expand_heads(second.indices, heads)
     double = expand_heads(to_flags(first, keys), heads).gather(-1, other.clamp(min=0).long())
     indices = torch.cat([own, other.masked_fill(double, -1)], -1)
@@ -139,6 +142,6 @@ def _with_probability(lists: KeyLists) -> KeyLists:
 
 
 def _scatter(indices: Tensor, value: Tensor | float | bool, keys: int, dtype: torch.dtype) -> Tensor:
-    """`value` where indices (B, h, Q, K) point, 0 elsewhere. Padding lands in a column before the first, which is cut off."""
+    """`value` at indices (B, h, Q, K), 0 elsewhere. Padding goes to a column that is cut off."""
     out = torch.zeros((*indices.shape[:3], keys + 1), dtype=dtype, device=indices.device)
     return out.scatter_(-1, indices.long() + 1, value)[..., 1:]

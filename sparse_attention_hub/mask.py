@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lists import KeyLists, count_groups, expand_heads, from_flags, from_indices, join, to_flags, to_probability, uses_loops
+from .lists import KeyLists, count_groups, expand_heads, from_dense, from_indices, join, to_flags, to_probability, uses_loops
 
 Shape = tuple[int, int, int, int]
 
@@ -13,11 +13,10 @@ Shape = tuple[int, int, int, int]
 class Mask:
     """Inclusion probabilities p in [0, 1] for every (batch, query head, query, key); 0 = not attended.
 
-    The softmax term of an attended key is weighted by 1/p. A mask is a value: no method changes it. It is held as lists of
-    keys, as flags, or both; the missing form is made when first asked for. Kernels read lists.
-
-    Lists and flags have h heads: H, or 1 when all heads share them, or the number of kv heads when the query heads of a group
-    share them: sharing is what saves KV reads.
+    The softmax term of an attended key is weighted by 1/p. A mask is a value: no method changes it.
+    It is stored as lists of keys (for kernels), as flags, or both; the missing form is made when
+    first read. Both have h heads: H, 1 if all heads share them, or kv_heads if the query heads of a
+    group do. Sharing is what saves KV reads.
     """
 
     def __init__(
@@ -27,15 +26,12 @@ class Mask:
         *,
         lists: KeyLists | None = None,
         dense: Tensor | None = None,
-        apart_from: Mask | None = None,
     ) -> None:
-        """Use `empty`, `from_indices`, `from_range` or `from_dense` instead. apart_from: a mask that shares no key with this one,
-        since this one was chosen among what it left: their union need not look."""
+        """Use `empty`, `from_indices`, `from_range` or `from_dense` instead."""
         self.shape = shape
         self.kv_heads = kv_heads if kv_heads is not None else shape[1]
         self._lists = lists
         self._dense = dense
-        self._apart_from = apart_from
         self._flags: Tensor | None = None
 
     # -- making masks ------------------------------------------------------------------------------------------------
@@ -48,11 +44,8 @@ class Mask:
     @staticmethod
     def from_indices(indices: Tensor, shape: Shape, probability: Tensor | None = None, kv_heads: int | None = None) -> Mask:
         """indices: integer (B, h, Q, K), -1 = padding, distinct in a row; h is 1, kv_heads or H.
-
-        probability: float (B, h, Q, K) inclusion probabilities of those keys, None = certain.
-        Raises ValueError if the shapes do not fit.
-        """
-        heads = {1, shape[1]} | ({kv_heads} if kv_heads else set())
+        probability: float (B, h, Q, K), None = certain. ValueError if the shapes do not fit."""
+        heads = {1, shape[1], kv_heads or 1}
         if indices.dim() != 4 or indices.shape[0] != shape[0] or indices.shape[2] != shape[2]:
             raise ValueError(f"indices must be (B, h, Q, K) = ({shape[0]}, h, {shape[2]}, K), got {tuple(indices.shape)}")
         if indices.shape[1] not in heads:
@@ -73,12 +66,13 @@ class Mask:
 
     @staticmethod
     def from_dense(dense: Tensor, heads: int | None = None, kv_heads: int | None = None) -> Mask:
-        """dense: bool (attended or not) or float inclusion probabilities, (B, H, Q, N), or (B, h, Q, N) with `heads`."""
+        """dense: bool (attended or not) or float inclusion probabilities, (B, H, Q, N), or
+        (B, h, Q, N) with `heads` = H. Raises ValueError if the shape does not fit."""
         if dense.dim() != 4:
             raise ValueError(f"a dense mask must be (B, H, Q, N), got {tuple(dense.shape)}")
         batch, given, rows, keys = dense.shape
         heads = heads if heads is not None else given
-        known = {1, heads} | ({kv_heads} if kv_heads else set())
+        known = {1, heads, kv_heads or 1}
         if given not in known:
             raise ValueError(f"a dense mask must have {sorted(known)} heads, got {given}")
         return Mask((batch, heads, rows, keys), kv_heads, dense=dense if dense.dtype == torch.bool else dense.float())
@@ -91,17 +85,17 @@ class Mask:
 
     @property
     def is_empty(self) -> bool:
-        """True if no masker has chosen anything yet (known by construction, values are not searched)."""
+        """True if no masker has selected keys yet (by construction: flags are not searched)."""
         return self._lists is not None and self._lists.indices.shape[-1] == 0
 
     @property
     def is_certain(self) -> bool:
-        """True if every attended key is attended for certain (p = 1), known by construction."""
+        """True if every attended key has p = 1 (known by construction)."""
         return self._dense.dtype == torch.bool if self._dense is not None else self.lists().probability is None
 
     @property
     def shared_heads(self) -> int:
-        """For how many heads the mask is held separately: 1, kv_heads or H."""
+        """How many heads the mask is stored for: 1, kv_heads or H."""
         return self._held.shape[1]
 
     @property
@@ -109,17 +103,14 @@ class Mask:
         return self._lists.indices if self._lists is not None else self._dense  # type: ignore[return-value]
 
     def lists(self) -> KeyLists:
-        """The keys of each row, as many heads as the mask is held in."""
+        """The keys of each row, for `shared_heads` heads."""
         if self._lists is None:
             assert self._dense is not None
-            lists = from_flags(self.chosen())
-            if not self.is_certain:
-                lists = lists._replace(probability=self._dense.gather(-1, lists.indices.clamp(min=0).long()))
-            self._lists = lists
+            self._lists = from_dense(self._dense)
         return self._lists
 
     def chosen(self) -> Tensor:
-        """bool (B, h, Q, N), True where p > 0; h as the mask is held (1, kv_heads or H)."""
+        """bool (B, h, Q, N), True where p > 0; h = `shared_heads`."""
         if self._flags is None:
             if self._dense is not None:
                 self._flags = self._dense if self._dense.dtype == torch.bool else self._dense > 0
@@ -133,7 +124,7 @@ class Mask:
         return expand_heads(held, self.shape[1])
 
     def residual(self, allowed: Tensor) -> Tensor:
-        """Allowed keys that nothing chose: bool (B, h, Q, N), h as the mask is held. allowed: bool (B, 1, Q, N)."""
+        """Allowed keys that no masker selected: bool (B, h, Q, N). allowed: bool (B, 1, Q, N)."""
         return allowed if self.is_empty else torch.gt(allowed, self.chosen())  # allowed and not chosen, in one pass
 
     def counts(self) -> Tensor:
@@ -141,44 +132,43 @@ class Mask:
         return self.lists().counts
 
     def group_counts(self) -> Tensor:
-        """Distinct keys that the query heads of one kv head attend to, row by row: int32 (B, kv_heads or 1, Q)."""
+        """Distinct keys of each row over a kv head's query heads: int32 (B, kv_heads or 1, Q)."""
         if self.shared_heads in (1, self.kv_heads):
             return self.counts()
         return count_groups(self.lists(), self.kv_heads, self.shape[3])
 
     def to_indices(self, group: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Lists as an engine takes them: the first `count` entries of a row are keys, the rest is padding (0).
+        """(idx int32, count int32, log_weight = -log p float32): a list's first `count` entries are
+        keys, the rest is padding (idx 0, log_weight -inf).
 
-        group=False: idx int32 (B, H, Q, K), count int32 (B, H, Q), log_weight = -log p float32 (B, H, Q, K), -inf on padding,
-        or None (all 0).
-        group=True: one list a kv head, the union over its query heads and rows: idx int32 (B, kv_heads, K),
-        count int32 (B, kv_heads), log_weight float32 (B, H, Q, K), -inf where that row did not choose the key.
+        group=False: idx (B, H, Q, K), count (B, H, Q), log_weight as idx or None (all 0).
+        group=True: one list per kv head, the union over its query heads and rows: idx
+        (B, kv_heads, K), count (B, kv_heads), log_weight (B, H, Q, K), -inf also where that row did
+        not select the key.
         """
         batch, heads, rows, keys = self.shape
         if group:
             chosen = expand_heads(self.chosen(), heads)
-            union = from_flags(chosen.reshape(batch, self.kv_heads, -1, keys).any(2, keepdim=True))
-            index, count = union.indices[:, :, 0].clamp(min=0), union.counts[:, :, 0]
-            places = expand_heads(index, heads).unsqueeze(2).expand(-1, -1, rows, -1).long()
-            p = self.inclusion_probability().gather(-1, places)
-            padded = torch.arange(places.shape[-1], device=p.device) >= expand_heads(count, heads)[..., None, None]
-            return index, count, (-p.log()).masked_fill((p == 0) | padded, float("-inf"))
-        lists = self.lists()
-        if not uses_loops(lists.indices):  # padding may stand anywhere
-            lists = from_flags(self.chosen())
-        index, count = expand_heads(lists.indices, heads), expand_heads(lists.counts, heads)
-        if self.is_certain:
-            return index.clamp(min=0), count, None
-        weight = -self.inclusion_probability().gather(-1, index.clamp(min=0).long()).log()
-        return index.clamp(min=0), count, weight.masked_fill(index < 0, float("-inf"))
+            union = from_dense(chosen.reshape(batch, self.kv_heads, -1, keys).any(2, keepdim=True))
+            index, count = union.indices[:, :, 0], union.counts[:, :, 0]
+            by_row = expand_heads(index, heads).unsqueeze(2).expand(-1, -1, rows, -1)
+        else:
+            lists = self.lists()
+            if not uses_loops(lists.indices):  # padding may be anywhere
+                lists = from_dense(self.chosen())
+            index, count = expand_heads(lists.indices, heads), expand_heads(lists.counts, heads)
+            if self.is_certain:
+                return index.clamp(min=0), count, None
+            by_row = index
+        p = self.inclusion_probability().gather(-1, by_row.clamp(min=0).long())
+        log_weight = (-p.log()).masked_fill((by_row < 0) | (p == 0), float("-inf"))
+        return index.clamp(min=0), count, log_weight
 
     # -- combining masks ---------------------------------------------------------------------------------------------
 
     def union(self, other: Mask) -> Mask:
-        """Attended if either attends. Two probabilities join as those of independent coins, p + q - pq; certain stays certain.
-
-        Raises ValueError if the shapes differ.
-        """
+        """Attended if either mask attends; p + q - pq, as of independent coins, if both do.
+        Raises ValueError if the shapes differ."""
         if self.shape != other.shape:
             raise ValueError(f"masks of shapes {self.shape} and {other.shape} cannot be joined")
         if self.is_empty or other.is_empty:
@@ -188,9 +178,7 @@ class Mask:
             heads = max(self.shared_heads, other.shared_heads)
             both = expand_heads(self.chosen(), heads) | expand_heads(other.chosen(), heads)
             return Mask.from_dense(both, self.shape[1], self.kv_heads)
-        return Mask(
-            self.shape, self.kv_heads, lists=join(self.lists(), other.lists(), self.shape[3], other._apart_from is self)
-        )
+        return Mask(self.shape, self.kv_heads, lists=join(self.lists(), other.lists(), self.shape[3]))
 
     def restrict(self, allowed: Tensor) -> Mask:
         """This mask without the keys that are not allowed. allowed: bool (B, 1, Q, N)."""

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import ResearchAttention, dense_of
+from .attention import ResearchAttention, dense_of, relative_error
 from .lists import expand_heads
 from .maskers.call_cache import CallCache
 from .maskers.inputs import AttentionInputs
 from .maskers.layout import Layout
 from .maskers.shared_states import SharedStates
-from .maskers.state import AttentionState
 
 if TYPE_CHECKING:
     from .models.trace import Trace, TraceLayer
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """Means over rows, heads and layers, as everywhere; errors and densities are (layers, H) float32, in the trace's order."""
+    """Means over rows, heads and layers; errors and densities are per layer and head: float32
+    (layers, H), layers in the order replayed."""
 
     error: float
     density: float
@@ -34,11 +34,10 @@ class ReplayResult:
     densities: Tensor
 
 
-def spread_rows(rows: int, keep: int) -> list[int]:
-    """`keep` of a trace's rows, evenly spread, first and last included."""
-    if keep >= rows:
-        return list(range(rows))
-    return sorted({round(i * (rows - 1) / max(keep - 1, 1)) for i in range(keep)})
+def spread(count: int, keep: int) -> list[int]:
+    """`keep` of a trace's rows or layers 0 to count - 1, evenly spread, first and last included; all if there are fewer."""
+    keep = min(keep, count)
+    return [round(i * (count - 1) / max(keep - 1, 1)) for i in range(keep)]
 
 
 @torch.inference_mode()
@@ -54,9 +53,9 @@ def replay(
 ) -> list[ReplayResult]:
     """(error, density) of each attention on a trace, in the order given.
 
-    rows: which of the trace's query rows to look at (default all; the last row should be among them, since fractions of N
-    are fractions of what the last row sees). layers: model layer numbers (default all recorded). seed: of this sample.
-    states: masker states to share with earlier and later calls.
+    rows: the trace's query rows to use (default all). Include the last one: fractions of N are
+    fractions of the keys it sees. layers: model layer numbers (default all recorded). seed: of this
+    sample. states: masker states to share with other calls.
     """
     layers = trace.layers if layers is None else layers
     kept = list(range(trace.rows)) if rows is None else list(rows)
@@ -66,11 +65,12 @@ def replay(
     densities: list[list[Tensor]] = [[] for _ in attentions]
     for layer_idx in layers:
         inputs = _layer_inputs(trace.layer(layer_idx, device), trace.rows, kept, seed, layouts)
-        for place, attention in enumerate(attentions):
+        for i, attention in enumerate(attentions):
             state = states.of(attention.maskers, trace.key, inputs.keys[:, :, : trace.context_length], layer_idx)
-            error, density = _replay_layer(attention, inputs, state)
-            errors[place].append(error)
-            densities[place].append(density)
+            result = attention.attend_inputs(inputs, state)
+            counts = expand_heads(result.mask.counts(), inputs.shape[1])[0]
+            errors[i].append(relative_error(result.output, dense_of(inputs))[0].mean(0).cpu())
+            densities[i].append((counts / inputs.layout.row_lengths).mean(-1).cpu())
         states.trim()
     return [
         ReplayResult(float(e.mean()), float(d.mean()), e, d)
@@ -81,7 +81,7 @@ def replay(
 def _layer_inputs(
     stored: TraceLayer, rows: int, kept: list[int], seed: int, layouts: dict[Hashable, Layout]
 ) -> AttentionInputs:
-    """One layer's call for some of the recorded rows, its dense output already known. layouts: of all layers."""
+    """One layer's call for the kept rows, with the recorded dense output."""
     mask, queries, dense = None, stored.queries, stored.dense
     if len(kept) < rows:
         queries, dense = queries[:, :, kept], dense[:, kept]
@@ -90,15 +90,5 @@ def _layer_inputs(
         mask = (torch.arange(keys, device=stored.keys.device) <= last[:, None])[None, None]
     cache = CallCache(call={"dense_output": dense}, layouts=layouts, keeps_order=True)
     inputs = AttentionInputs(queries, stored.keys, stored.values, mask, stored.scaling, stored.layer_idx, [seed], cache)
-    inputs.exponentials()  # for all configurations: attention over their lists reads these instead of keys
+    inputs.exponentials()  # shared: attention of each configuration reads these, not the keys
     return inputs
-
-
-def _replay_layer(attention: ResearchAttention, inputs: AttentionInputs, state: AttentionState) -> tuple[Tensor, Tensor]:
-    """(error (H,), density (H,)) of one attention on one layer, means over rows."""
-    mask, _ = attention.final_mask(inputs, state)
-    output = attention.attend_mask(inputs, mask)[0]
-    dense = dense_of(inputs)
-    error = (output - dense).norm(dim=-1) / dense.norm(dim=-1).clamp(min=1e-30)
-    density = expand_heads(mask.counts(), inputs.shape[1])[0] / inputs.layout.row_lengths.float()
-    return error[0].mean(0).cpu(), density.mean(-1).cpu()

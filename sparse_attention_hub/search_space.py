@@ -1,11 +1,11 @@
-"""Search spaces of masker configs, described without a search library.
+"""Domains of a search space. A config class returns {field: domain} from `get_search_space`.
 
-A config class returns `{field: domain}` from `get_search_space`; the benchmark turns each domain into the one its
-search library uses. Any `ray.tune` domain may be returned instead.
+The benchmark converts them to `ray.tune` domains; a config class may return those instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,12 @@ from typing import Any
 class Choice:
     """One of the given values."""
 
-    values: tuple[Any, ...]
+    values: Sequence[Any]
 
-    def __init__(self, values: list[Any] | tuple[Any, ...]) -> None:
-        if not values:
+    def __post_init__(self) -> None:
+        if not self.values:
             raise ValueError("Choice needs at least one value, got none")
-        object.__setattr__(self, "values", tuple(values))
+        object.__setattr__(self, "values", tuple(self.values))
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,3 @@ class IntUniform:
     def __post_init__(self) -> None:
         if not self.low <= self.high:
             raise ValueError(f"IntUniform needs low <= high, got {self.low} and {self.high}")
-
-
-Domain = Choice | Uniform | LogUniform | IntUniform

@@ -1,10 +1,8 @@
-"""The contract that every masker keeps, as tests that a masker's own test class inherits. Needs pytest and hypothesis.
+"""Contract tests for maskers. A masker's test class inherits them; needs pytest and hypothesis.
 
-    class TestMyMasker(MaskerContract):
-        def make_config(self):
-            return MyMaskerConfig(heavy_size=0.2)
-
-runs them all. The attributes and first methods of `MaskerContract` are what a masker's test class may have to override.
+class TestMyMasker(MaskerContract):
+    def make_config(self):
+        return MyMaskerConfig(heavy_size=0.2)
 """
 
 from __future__ import annotations
@@ -20,23 +18,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from .attention import AttentionResult, ResearchAttention, ResearchAttentionConfig, dense_attention
-from .kernels.reference import attend_reference
+from .kernels import attend
 from .mask import Mask
 from .maskers import SinkMaskerConfig
 from .maskers.base import MaskerConfig, create_masker
 from .maskers.inputs import AttentionInputs
 from .maskers.state import AttentionState
 
+_SIZES = ("heavy_size", "sink_size", "window_size", "sampling_rate")
+
 
 class MaskerContract:
-    """Inherit and override `make_config`; override the rest only where the defaults do not fit."""
+    """Override `make_config`; override the rest only if the defaults do not fit."""
 
     #: Query heads and channels of every call; kv heads vary.
     heads = 8
     head_dim = 32
     #: Keys of the context in tests of states; more where a method needs a long context.
     context = 200
-    #: Seeds over which a sampler's softmax denominator is averaged, and how far from 1 its mean ratio to the dense one may be.
+    #: Seeds over which a sampler's softmax denominator is averaged, and the tolerance of its mean
+    #: ratio to the dense denominator.
     bias_seeds = 400
     bias_tolerance = 0.02
     #: Set in each test: a folder for files that a config needs.
@@ -49,19 +50,14 @@ class MaskerContract:
     def full_config(self) -> MaskerConfig | None:
         """A config that chooses every key, None if the method cannot. Default: `make_config` with its size at 100%."""
         config = self.make_config()
-        for field in ("heavy_size", "sink_size", "window_size", "sampling_rate", "top_p"):
-            if hasattr(config, field):
-                return dataclasses.replace(config, **{field: 1.0})
-        return None
+        field = next((name for name in (*_SIZES, "top_p") if hasattr(config, name)), None)
+        return None if field is None else dataclasses.replace(config, **{field: 1.0})
 
     def max_keys(self, n: int) -> int:
         """The most keys that a row may attend to, of n allowed. Default: the config's size, n if it has none."""
         config = self.make_config()
-        for field in ("heavy_size", "sink_size", "window_size", "sampling_rate"):
-            if hasattr(config, field):
-                size = getattr(config, field)
-                return min(n, size) if isinstance(size, int) else max(1, int(size * n))
-        return n
+        size = next((getattr(config, name) for name in _SIZES if hasattr(config, name)), n)
+        return min(n, size) if isinstance(size, int) else max(1, int(size * n))
 
     def config_for_seed(self, seed: int) -> MaskerConfig | None:
         """For a sampler whose randomness comes from its config: the config under test with another seed."""
@@ -83,11 +79,11 @@ class MaskerContract:
         values = torch.randn(batch, kv_heads, n, self.head_dim, generator=generator)
         return queries.to(dtype), keys.to(dtype), values.to(dtype)
 
-    def attention(self, config: MaskerConfig | None = None, backend: str = "auto") -> ResearchAttention:
-        return ResearchAttention(ResearchAttentionConfig([config or self.make_config()], backend))
+    def attention(self, config: MaskerConfig | None = None) -> ResearchAttention:
+        return ResearchAttention(ResearchAttentionConfig([config or self.make_config()]))
 
     def prepared(self, attention: ResearchAttention, keys: Tensor, allowed: Tensor | None = None) -> AttentionState:
-        """A state that was fitted on the context's keys."""
+        """A state fitted on the context's keys."""
         state = attention.new_state()
         attention.prepare(keys, 0, state, allowed)
         return state
@@ -113,7 +109,8 @@ class MaskerContract:
         assert int(chosen.max()) <= self.max_keys(200) and int(chosen.min()) >= 1
         assert 0 < result.density <= 1 and result.kv_fraction > 0
         assert result.output.shape == (2, rows, self.heads, self.head_dim) and result.output.dtype == dtype
-        expected, _ = attend_reference(queries.double(), keys.double(), values.double(), result.mask, self.head_dim**-0.5)
+        q, k, v = (tensor.double() for tensor in (queries, keys, values))
+        expected, _ = attend(q, k, v, result.mask, self.head_dim**-0.5, "reference")
         tolerance = {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(dtype, 1e-5)
         torch.testing.assert_close(result.output.double(), expected, atol=tolerance, rtol=tolerance)
 

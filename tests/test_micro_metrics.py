@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_attention_hub import LocalMaskerConfig, ResearchAttention, ResearchAttentionConfig, SinkMaskerConfig
 from sparse_attention_hub.attention import AttentionResult
 from sparse_attention_hub.errors import UserError
-from sparse_attention_hub.micro_metrics import MetricRecorder, expand_records
+from sparse_attention_hub.micro_metrics import MAX_CALLS, MetricRecorder, expand_records
 
 ATTENTION = ResearchAttention(ResearchAttentionConfig([SinkMaskerConfig(sink_size=2), LocalMaskerConfig(window_size=3)]))
 
@@ -37,8 +37,6 @@ def test_full_mode_measures_every_row_of_every_call() -> None:
     assert recorder.error == pytest.approx(flat_mean([r.error_rows() for r in question + token]), rel=1e-5)
     assert recorder.density == pytest.approx(flat_mean([r.density_rows for r in question + token]), rel=1e-5)
     assert len(recorder.calls()) == 6
-    layer = recorder.layer_means()[1]
-    assert layer["error"] == pytest.approx(flat_mean([question[1].error_rows(), token[1].error_rows()]), rel=1e-5)
 
 
 def test_sample_mode_takes_rows_of_every_layer_and_position_alike() -> None:
@@ -82,8 +80,9 @@ def test_a_dense_row_is_not_recorded() -> None:
     assert recorder.error is None and recorder.density is None and recorder.calls() == []
 
 
-def test_records_are_bounded_and_cover_the_whole_answer() -> None:
-    recorder = MetricRecorder("full", max_calls=16)
+def test_records_are_bounded_and_cover_the_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MAX_CALLS, "full", 16)
+    recorder = MetricRecorder("full")
     for step in range(100):
         call(recorder, 0, step, rows=1, total=20 + step)
     steps = [entry[1] for entry in recorder.calls()]
@@ -116,18 +115,16 @@ def test_record_schema() -> None:
         assert moment.tzinfo is not None and moment.utcoffset().total_seconds() == 0  # type: ignore[union-attr]
 
 
-def test_bad_modes_and_bounds_are_refused() -> None:
+def test_bad_modes_are_refused() -> None:
     with pytest.raises(UserError, match="off, sample or full, got 'all'"):
         MetricRecorder("all")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="got -1"):
-        MetricRecorder("full", max_calls=-1)
 
 
 def test_long_questions_are_measured_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sparse_attention_hub.micro_metrics as module
+    import sparse_attention_hub.attention as module
 
     whole, parts = MetricRecorder("full"), MetricRecorder("full")
     call(whole, 0, 0, rows=20, total=60)
-    monkeypatch.setattr(module, "_BLOCK_SCORES", 4 * 60 * 3)
+    monkeypatch.setitem(module._BLOCK_SCORES, "cpu", 4 * 60 * 3)
     call(parts, 0, 0, rows=20, total=60)
     assert parts.error == pytest.approx(whole.error, rel=1e-6)

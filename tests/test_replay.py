@@ -33,8 +33,8 @@ from sparse_attention_hub import (
 from sparse_attention_hub.maskers.shared_states import SharedStates
 from sparse_attention_hub.maskers.state import MaskerState
 from sparse_attention_hub.models import LanguageModel, answer, forced, prefill
-from sparse_attention_hub.models.trace import Trace, record_trace, thinned_layers
-from sparse_attention_hub.replay import replay, spread_rows
+from sparse_attention_hub.models.trace import Trace, record_trace
+from sparse_attention_hub.replay import replay, spread
 
 CONTEXT = [1, *torch.randint(2, 100, (150,), generator=torch.Generator().manual_seed(3)).tolist()]
 QUESTION = [5, 9, 44, 17, 23]
@@ -98,7 +98,7 @@ def test_recording_stops_at_eos(lm: LanguageModel, trace: Trace, tmp_path: Path)
 
 @pytest.mark.parametrize("rows", [None, 4])
 def test_together_equals_alone_equals_the_definition(trace: Trace, rows: int | None) -> None:
-    kept = None if rows is None else spread_rows(trace.rows, rows)
+    kept = None if rows is None else spread(trace.rows, rows)
     together = replay(trace, attentions(), rows=kept, seed=7)
     for entry, shared in zip(attentions(), together, strict=True):
         (alone,) = replay(trace, [entry], rows=kept, seed=7)
@@ -195,7 +195,7 @@ def test_a_cache_rebuilt_from_a_trace_answers_alike(lm: LanguageModel, trace: Tr
 
 
 def test_thinned_traces_keep_even_layers(lm: LanguageModel, tmp_path: Path) -> None:
-    assert thinned_layers(30, 4) == [0, 10, 19, 29] and thinned_layers(4, 9) == [0, 1, 2, 3]
+    assert spread(30, 4) == [0, 10, 19, 29] and spread(4, 9) == [0, 1, 2, 3]
     thin = record_trace(lm, CONTEXT, QUESTION, 3, tmp_path / "t", layers=[0, 3])
     assert thin.layers == [0, 3] and thin.prefilled(lm, 20) is None
     assert replay(thin, [attention()])[0].errors.shape[0] == 2

@@ -91,7 +91,8 @@ class TraceEvaluator:
         can be sparse, or a backend that cannot run here."""
         from sparse_attention_hub.maskers.shared_states import SharedStates
         from sparse_attention_hub.models.session import sparse_layers
-        from sparse_attention_hub.models.trace import layer_bytes, thinned_layers, trace_key
+        from sparse_attention_hub.models.trace import layer_bytes, trace_key
+        from sparse_attention_hub.replay import spread
 
         _check_backend(settings.attention_backend, lm)
         self.lm, self.task, self.settings = lm, get_task(task_name), settings
@@ -113,7 +114,7 @@ class TraceEvaluator:
                     f"--trace-budget-gb {settings.trace_budget_gb:g} is less than one layer of {len(self.samples)} traces "
                     f"({self.bytes_per_layer / 1e9:.2f} GB): raise it, or lower --search-max-requests"
                 )
-            self.layers = [usable[place] for place in thinned_layers(len(usable), fit)]
+            self.layers = [usable[place] for place in spread(len(usable), fit)]
         thinned = [] if self.layers == usable else self.layers
         self._folders = []
         for entry in self.samples:
@@ -200,13 +201,13 @@ class TraceEvaluator:
     def _replay(
         self, attentions: list[ResearchAttention], check: Any, rows: int | None, layers: list[int] | None
     ) -> list[Evaluation]:
-        from sparse_attention_hub.replay import replay, spread_rows
+        from sparse_attention_hub.replay import replay, spread
 
         per_sample = []
         for entry, trace in zip(self.samples, self.traces, strict=True):
             if not trace.rows:
                 continue
-            kept = None if rows is None else spread_rows(trace.rows, rows)
+            kept = None if rows is None else spread(trace.rows, rows)
             results = replay(
                 trace, attentions, rows=kept, layers=layers, seed=entry.seed, device=self.lm.device, states=self._states
             )

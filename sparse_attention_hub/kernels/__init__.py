@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..lists import uses_loops
 from ..mask import Mask
-from .portable import attend_torch, dot_torch, needs_grad
-from .reference import Known, attend_reference
+from .reference import Call, Known, attend_reference, attend_torch, dot_torch, needs_grad
 
 __all__ = ["BACKENDS", "Known", "attend", "choose_backend", "dot", "log_mass"]
 
@@ -41,49 +40,36 @@ def attend(
     SPARSE_ATTENTION_HUB_BACKEND overrides auto. Raises ValueError for an unknown backend, or one that cannot take these tensors.
     """
     name = choose_backend(backend, queries, keys, values)
-    if name == "triton" and known is not None and known.biased:
-        name = "torch"
-    if name == "triton":
+    call = Call(queries, keys, values, mask, scaling, softcap, sinks, known or Known())
+    if name == "triton" and not call.known.biased:
         from .triton import attend_triton
 
-        output, lse = attend_triton(queries, keys, values, mask, scaling, softcap=softcap, sinks=sinks)
-    elif name == "cpu":
-        from .cpu import attend_cpu
-
-        found, lse = attend_cpu(queries, keys, values, mask, scaling, softcap, sinks, known)
-        assert found is not None
-        output = found
-    else:
-        function = attend_reference if name == "reference" else attend_torch
-        output, lse = function(queries, keys, values, mask, scaling, softcap, sinks, known)
+        return attend_triton(call)
+    output, lse = _attend_cpu(call) if name == "cpu" else attend_reference(call) if name == "reference" else attend_torch(call)
+    assert output is not None
     return output.to(queries.dtype), lse
 
 
 def dot(queries: Tensor, keys: Tensor, mask: Mask, scaling: float, softcap: float | None = None) -> Tensor:
     """Scaled logits of the mask's keys, in the order of its lists: float32 or wider (B, H, Q, K), -inf on padding."""
+    call = Call(queries, keys, None, mask, scaling, softcap)
     if choose_backend("auto", queries, keys) == "cpu":
         from .cpu import dot_cpu
 
-        return dot_cpu(queries, keys, mask, scaling, softcap)
-    return dot_torch(queries, keys, mask, scaling, softcap)
+        return dot_cpu(call)
+    return dot_torch(call)
 
 
-def log_mass(
-    queries: Tensor,
-    keys: Tensor,
-    mask: Mask,
-    scaling: float,
-    *,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    known: Known | None = None,
-) -> Tensor:
+def log_mass(queries: Tensor, keys: Tensor, mask: Mask, scaling: float, known: Known | None = None) -> Tensor:
     """The log-sum-exp of `attend` alone, without reading values: (B, H, Q)."""
-    if choose_backend("auto", queries, keys) == "cpu":
-        from .cpu import attend_cpu
+    call = Call(queries, keys, None, mask, scaling, known=known or Known())
+    return (_attend_cpu(call) if choose_backend("auto", queries, keys) == "cpu" else attend_torch(call))[1]
 
-        return attend_cpu(queries, keys, None, mask, scaling, softcap, sinks, known)[1]
-    return attend_torch(queries, keys, keys[..., :1], mask, scaling, softcap, sinks, known)[1]
+
+def _attend_cpu(call: Call) -> tuple[Tensor | None, Tensor]:
+    from .cpu import attend_cpu  # loads Numba
+
+    return attend_cpu(call)
 
 
 def choose_backend(backend: str, *tensors: Tensor) -> str:

@@ -1,4 +1,5 @@
-"""The reference: masked attention over all keys in float32 or wider. Simple, slow, and what the others are tested against."""
+"""Attention in plain torch. `attend_reference` masks all keys: simple, slow, and what the others are tested against.
+`attend_torch` is for any device and for gradients: of one row it reads the listed keys alone."""
 
 from __future__ import annotations
 
@@ -7,15 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..lists import expand_heads
 from ..mask import Mask
 
 NEVER = float("-inf")
 
 
 class Known(NamedTuple):
-    """What a caller knows of a call's scores already. scores (B, H, Q, N): logits with softcap and bias. terms (B, H, Q, N): exp(scores - highest), highest (B, H, Q): the
-    highest score of each row, 0 where it is -inf; both or neither. biased: the scores hold a bias, so queries and keys alone do
-    not tell them."""
+    """What a caller knows of a call's scores already. scores (B, H, Q, N): logits with softcap and bias.
+
+    terms (B, H, Q, N): exp(scores - highest), highest (B, H, Q): the highest score of each row, 0 where it is -inf; both or
+    neither. biased: the scores hold a bias, so queries and keys alone do not determine them.
+    """
 
     scores: Tensor | None = None
     terms: Tensor | None = None
@@ -23,22 +27,56 @@ class Known(NamedTuple):
     biased: bool = False
 
 
-def attend_reference(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Mask,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    known: Known | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(output (B, Q, H, D), log-sum-exp (B, H, Q)), both float32 or wider; see kernels.attend. Gradients flow. Values must be
-    finite also where nothing attends to them."""
-    logits = known.scores if known is not None else None
-    if logits is None:
-        logits = group_scores(queries, keys, scaling, softcap)
-    return weigh(logits, mask.inclusion_probability(), values, sinks)
+class Call(NamedTuple):
+    """What a backend is given; `kernels.attend` explains the fields. values None: only the log-sum-exp is wanted."""
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor | None
+    mask: Mask
+    scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    known: Known = Known()
+
+    def scores(self) -> Tensor:
+        """Logits of all keys, float32 or wider (B, H, Q, N)."""
+        if self.known.scores is not None:
+            return self.known.scores
+        return group_scores(self.queries, self.keys, self.scaling, self.softcap)
+
+
+def attend_reference(call: Call) -> tuple[Tensor, Tensor]:
+    """(output (B, Q, H, D), log-sum-exp (B, H, Q)), both float32 or wider. Gradients flow. Values must be finite also where
+    nothing attends to them."""
+    values = call.keys[..., :1] if call.values is None else call.values
+    return weigh(call.scores(), call.mask.inclusion_probability(), values, call.sinks)
+
+
+def attend_torch(call: Call) -> tuple[Tensor, Tensor]:
+    """(output (B, Q, H, D), log-sum-exp (B, H, Q)), both float32 or wider."""
+    mask, values = call.mask, call.keys[..., :1] if call.values is None else call.values
+    if mask.shape[2] > 1 or call.known.scores is not None:
+        return attend_reference(call)
+    lists, heads = mask.lists(), mask.shape[1]
+    units = mask.kv_heads if lists.heads in (1, mask.kv_heads) else heads
+    indices = expand_heads(lists.indices, units)[:, :, 0]  # (B, units, K)
+    padded = indices < 0
+    places = indices.clamp(min=0).long().unsqueeze(-1)
+    own_keys, own_values = (
+        expand_heads(t, units).gather(2, places.expand(-1, -1, -1, t.shape[-1])).masked_fill(padded.unsqueeze(-1), 0.0)
+        for t in (call.keys, values)
+    )
+    probability = (~padded).float() if lists.probability is None else expand_heads(lists.probability, units)[:, :, 0]
+    probability = probability.masked_fill(padded, 0.0)
+    logits = group_scores(call.queries, own_keys, call.scaling, call.softcap)
+    return weigh(logits, expand_heads(probability.unsqueeze(2), heads), own_values, call.sinks)
+
+
+def dot_torch(call: Call) -> Tensor:
+    """Logits of the mask's keys, in the order of its lists: float32 or wider (B, H, Q, K), -inf on padding."""
+    indices = expand_heads(call.mask.lists().indices, call.mask.shape[1])
+    return call.scores().gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, float("-inf"))
 
 
 def weigh(logits: Tensor, probability: Tensor | None, values: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -66,3 +104,8 @@ def group_scores(queries: Tensor, keys: Tensor, scaling: float, softcap: float |
     grouped = (queries.to(wide) * scaling).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
     scores = (grouped @ keys.to(wide).transpose(-1, -2)).view(batch, heads, rows, keys.shape[2])
     return scores if not softcap else softcap * torch.tanh(scores / softcap)
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether the output must carry gradients, which compiled kernels cannot."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..lists import expand_heads
 from ..mask import Mask
+from .reference import Call
 from .triton_kernels import INTERPRETED, groups_kernel, merge_kernel, rows_kernel
 
 KERNELS = ("rows", "groups")
@@ -38,29 +39,19 @@ GROUPS_STAGES = 2
 
 
 def attend_triton(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Mask,
-    scaling: float,
-    *,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    kernel: str | None = None,
-    splits: int | None = None,
-    output_dtype: torch.dtype | None = None,
+    call: Call, *, kernel: str | None = None, splits: int | None = None, output_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(output (B, Q, H, D), log-sum-exp (B, H, Q) float32); a row without keys gives 0 and -inf. Sums are float32.
+    """(output (B, Q, H, D), log-sum-exp (B, H, Q) float32). Sums are float32; all tensors float32, float16 or bfloat16.
 
-    queries (B, H, Q, D), keys and values (B, Hkv, N, D), all float32, float16 or bfloat16 and on one device.
     kernel ("rows" or "groups") and splits are chosen unless given. output_dtype: default the queries' dtype.
     Raises ValueError for other dtypes, devices or kernels.
     """
-    _check(queries, keys, values, kernel)
-    batch, heads, rows, _ = queries.shape
+    queries, values, sinks, (batch, heads, rows, _) = call.queries, call.values, call.sinks, call.mask.shape
+    assert values is not None
+    _check(call, kernel)
     value_dim, device = values.shape[3], queries.device
-    kernel = kernel or choose_kernel(mask, rows, keys.shape[1])
-    indices, log_weight = _lists(mask, kernel, rows, keys.shape[1])
+    kernel = kernel or choose_kernel(call.mask, rows, values.shape[1])
+    indices, log_weight = _lists(call.mask, kernel, rows, values.shape[1])
     output = torch.empty((batch, rows, heads, value_dim), dtype=output_dtype or queries.dtype, device=device)
     lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
     if output.numel() == 0:
@@ -69,7 +60,7 @@ def attend_triton(
         own = float("-inf") if sinks is None else sinks.float().view(1, -1, 1)
         return output.zero_(), torch.zeros_like(lse) + own
     with torch.cuda.device_of(queries):
-        partial, top, total = _launch(kernel, queries, keys, values, indices, log_weight, scaling, softcap or 0.0, splits)
+        partial, top, total = _launch(kernel, call, values, indices, log_weight, splits)
         sink = partial if sinks is None else sinks.float().contiguous()
         merge_kernel[(batch * heads * rows,)](
             partial, top, total, sink, output, lse, heads, rows, partial.shape[1],
@@ -109,19 +100,12 @@ def _lists(mask: Mask, kernel: str, rows: int, kv_heads: int) -> tuple[Tensor, T
 
 
 def _launch(
-    kernel: str,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    log_weight: Tensor | None,
-    scaling: float,
-    softcap: float,
-    splits: int | None,
+    kernel: str, call: Call, values: Tensor, indices: Tensor, log_weight: Tensor | None, splits: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Partial results of the B * H * Q rows, float32: sum of p * v (rows, splits, DV), max and sum of p (rows, splits)."""
-    batch, heads, rows, _ = queries.shape
+    queries, keys, (batch, heads, rows, _) = call.queries, call.keys, call.queries.shape
     kv_heads, width, device = keys.shape[1], indices.shape[-1], queries.device
+    softcap = call.softcap or 0.0
     weighted, capped = log_weight is not None, softcap > 0
     if kernel == "rows":
         function, constants = rows_kernel, rows_constants(queries, values, weighted, capped)
@@ -148,7 +132,7 @@ def _launch(
     function[(programs, splits)](
         queries, keys, values, indices, weights, partial, top, total,
         *queries.stride(), *keys.stride(), *values.stride(), *indices.stride()[:-1], *weight_strides,
-        *sizes, width, chunk, splits, scaling, softcap, **constants, **options, enable_fp_fusion=True,
+        *sizes, width, chunk, splits, call.scaling, softcap, **constants, **options, enable_fp_fusion=True,
     )  # fmt: skip
     return partial, top, total
 
@@ -190,15 +174,15 @@ def merge_constants(splits: int, value_dim: int, sinks: bool = False) -> dict[st
     return {"DV": value_dim, "BLOCK_DV": choose_block(value_dim), "BLOCK_S": block_s, "SINKS": sinks}
 
 
-def _check(queries: Tensor, keys: Tensor, values: Tensor, kernel: str | None) -> None:
+def _check(call: Call, kernel: str | None) -> None:
     if kernel is not None and kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
-    dtypes = {queries.dtype, keys.dtype, values.dtype}
+    dtypes = {tensor.dtype for tensor in call[:3] if tensor is not None}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise ValueError(f"the triton backend takes one dtype of float32, float16 and bfloat16, got {names}")
-    if not INTERPRETED and not queries.is_cuda:
-        raise ValueError(f"the triton backend takes tensors on a GPU, got {queries.device}")
+    if not INTERPRETED and not call.queries.is_cuda:
+        raise ValueError(f"the triton backend takes tensors on a GPU, got {call.queries.device}")
 
 
 @lru_cache

@@ -5,10 +5,6 @@ queries (B, h, Q, G, D), scores (B, h, G, Q, N), output (B, Q, h, G, DV), lse (B
 (M, D) and (M, DV); `starts` (B, h) say at which row a unit's keys begin.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 
 from .compiled import compiled, prefetch, widen
@@ -22,27 +18,9 @@ AHEAD = 12
 
 @compiled
 def attend(
-    start: int,
-    stop: int,
-    queries: np.ndarray,
-    keys: np.ndarray,
-    key_starts: np.ndarray,
-    values: np.ndarray | None,
-    value_starts: np.ndarray,
-    scores: np.ndarray | None,
-    terms: np.ndarray | None,
-    highest: np.ndarray,
-    lists: np.ndarray,
-    counts: np.ndarray,
-    probability: np.ndarray | None,
-    scaling: Any,
-    softcap: Any,
-    sinks: np.ndarray,
-    output: np.ndarray,
-    lse: np.ndarray,
-    totals: np.ndarray,
-    spread: np.ndarray | None,
-) -> None:
+    start, stop, queries, keys, key_starts, values, value_starts, scores, terms, highest, lists, counts, probability,
+    scaling, softcap, sinks, output, lse, totals, spread,
+):  # fmt: skip
     """Fill output, lse and totals (alike) for units [start, stop). values None: no output. spread (stop - start, G, N), full of
     zeros: gets the weights of all keys, to be multiplied with values and divided by totals.
 
@@ -104,17 +82,7 @@ def attend(
 
 
 @compiled
-def _dot(
-    queries: np.ndarray,
-    keys: np.ndarray,
-    first: int,
-    index: np.ndarray,
-    count: int,
-    scaling: Any,
-    softcap: Any,
-    far: bool,
-    out: np.ndarray,
-) -> None:
+def _dot(queries, keys, first, index, count, scaling, softcap, far, out):
     """Logits of listed keys: queries (G, D) to out (G, K). Four keys at a time: 1.2x, more keys are on their way from memory.
     far: the keys are in memory, not in a core's cache."""
     zero, last = scaling - scaling, count - 1
@@ -140,9 +108,7 @@ def _dot(
 
 
 @compiled
-def _sum(
-    values: np.ndarray, first: int, index: np.ndarray, count: int, weights: np.ndarray, far: bool, out: np.ndarray
-) -> None:
+def _sum(values, first, index, count, weights, far, out):
     """Weighted sums of listed values: weights (G, K) to out (G, DV). Four keys at a time: 1.2x, a sum is stored once for them."""
     out[:] = 0
     whole = count - count % 4
@@ -163,18 +129,7 @@ def _sum(
 
 
 @compiled
-def dot_lists(
-    start: int,
-    stop: int,
-    queries: np.ndarray,
-    keys: np.ndarray,
-    key_starts: np.ndarray,
-    lists: np.ndarray,
-    counts: np.ndarray,
-    scaling: Any,
-    softcap: Any,
-    out: np.ndarray,
-) -> None:
+def dot_lists(start, stop, queries, keys, key_starts, lists, counts, scaling, softcap, out):
     """The logits alone: out (B, h, Q, G, K), -inf on padding."""
     _, units, rows, _, _ = queries.shape
     for unit in range(start, stop):

@@ -1,5 +1,3 @@
-# Numba has no types to check.
-# mypy: disable-error-code="attr-defined,no-untyped-call,no-untyped-def,untyped-decorator,call-arg,no-any-return,misc"
 """Compiling loops: once for each machine, kept in the user's cache folder."""
 
 from __future__ import annotations

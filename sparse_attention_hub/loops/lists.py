@@ -1,16 +1,12 @@
 """Lists of chosen keys: made from flags, joined, counted."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 
 from .compiled import compiled
 
 
 @compiled
-def pack(flags: np.ndarray, lists: np.ndarray) -> None:
+def pack(flags, lists):
     """Where flags bool (B, h, Q, N) are set: lists (B, h, Q, K), in rising order, -1 behind them."""
     batch, heads, rows, keys = flags.shape
     for b in range(batch):
@@ -26,21 +22,9 @@ def pack(flags: np.ndarray, lists: np.ndarray) -> None:
 
 
 @compiled
-def join(
-    first: np.ndarray,
-    first_counts: np.ndarray,
-    first_p: Any,
-    second: np.ndarray,
-    second_counts: np.ndarray,
-    second_p: Any,
-    keys: int,
-    apart: bool,
-    lists: np.ndarray,
-    counts: np.ndarray,
-    probability: Any,
-) -> None:
+def join(first, first_counts, first_p, second, second_counts, second_p, keys, lists, counts, probability):
     """The keys of either list (B, h, Q, K); one in both has p + q - pq. Probabilities are all
-    None, which means certain, or all given. apart: no key is in both."""
+    None, which means certain, or all given."""
     batch, heads, rows, width = lists.shape
     at = np.zeros(keys, np.int32)  # place of a key in the joined list, 1 = the first; 0 = not in it
     for b in range(batch):
@@ -50,14 +34,12 @@ def join(
                 own, other, out, count = first[b, i, q], second[b, k, q], lists[b, h, q], first_counts[b, i, q]
                 for t in range(count):
                     out[t] = own[t]
+                    at[own[t]] = t + 1
                 if probability is not None:
                     for t in range(count):
                         probability[b, h, q, t] = first_p[b, i, q, t]
-                if not apart:
-                    for t in range(count):
-                        at[own[t]] = t + 1
                 for t in range(second_counts[b, k, q]):
-                    place = 0 if apart else at[other[t]]
+                    place = at[other[t]]
                     if place == 0:
                         out[count] = other[t]
                     if probability is not None:
@@ -67,16 +49,15 @@ def join(
                         else:
                             probability[b, h, q, place - 1] += p - p * probability[b, h, q, place - 1]
                     count += place == 0
-                if not apart:
-                    for t in range(first_counts[b, i, q]):
-                        at[own[t]] = 0
+                for t in range(first_counts[b, i, q]):
+                    at[own[t]] = 0
                 for t in range(count, width):
                     out[t] = -1
                 counts[b, h, q] = count
 
 
 @compiled
-def count_groups(lists: np.ndarray, counts: np.ndarray, keys: int, out: np.ndarray) -> None:
+def count_groups(lists, counts, keys, out):
     """Distinct keys in the lists (B, H, Q, K) of a kv head's query heads: out (B, Hkv, Q)."""
     batch, heads, rows, _ = lists.shape
     group = heads // out.shape[1]

@@ -1,16 +1,12 @@
 """Uniform numbers from integer hashes: the bits that maskers/uniforms.py makes with torch on other devices."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 
 from .compiled import compiled
 
 
 @compiled
-def keyed_uniforms(words: np.ndarray, query_positions: np.ndarray, key_positions: np.ndarray, out: np.ndarray) -> None:
+def keyed_uniforms(words, query_positions, key_positions, out):
     """Fill out float32 (B, h, Q, N), given words uint64 (B, h) and positions int64 (B, Q) and (B, N)."""
     batch, heads, rows, keys = out.shape
     for b in range(batch):
@@ -25,7 +21,7 @@ def keyed_uniforms(words: np.ndarray, query_positions: np.ndarray, key_positions
 
 
 @compiled
-def _mix(x: Any) -> Any:
+def _mix(x):
     """A 32-bit integer finaliser. Numba widens every result to 64 bits, so each step cuts it back."""
     x = np.uint32(x)
     x = np.uint32(x ^ (x >> np.uint32(16)))

@@ -5,10 +5,6 @@ last places the most recent are taken, so that the choice depends neither on pad
 that are not to be chosen. Rows with fewer keys take all.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 
 from .attend import LEAST_SHARED_MASS
@@ -16,7 +12,7 @@ from .compiled import compiled
 
 
 @compiled
-def pack_ranks(scores: np.ndarray, out: np.ndarray) -> None:
+def pack_ranks(scores, out):
     """float32 scores (R, N) as int64 numbers that rank alike, of equal scores the most recent key higher: the score's bits, made
     to rise with it, above the key's index."""
     for r in range(scores.shape[0]):
@@ -27,7 +23,7 @@ def pack_ranks(scores: np.ndarray, out: np.ndarray) -> None:
 
 
 @compiled
-def unpack_order(ranks: np.ndarray, out: np.ndarray) -> None:
+def unpack_order(ranks, out):
     """Keys by falling rank, from ranks (R, N) that were sorted: int32."""
     keys = ranks.shape[1]
     for r in range(ranks.shape[0]):
@@ -36,15 +32,7 @@ def unpack_order(ranks: np.ndarray, out: np.ndarray) -> None:
 
 
 @compiled
-def walk(
-    order: np.ndarray,
-    lengths: np.ndarray,
-    taken: np.ndarray,
-    taken_counts: np.ndarray,
-    sizes: np.ndarray,
-    lists: np.ndarray,
-    counts: np.ndarray,
-) -> None:
+def walk(order, lengths, taken, taken_counts, sizes, lists, counts):
     """The first sizes (B, h, Q) keys of a row's order (B, h', Q, N) that are not taken. lengths (B, Q): allowed keys, which
     come first."""
     batch, heads, rows, _ = lists.shape
@@ -69,7 +57,7 @@ def walk(
 
 
 @compiled
-def blank(scores: np.ndarray, allowed: Any, taken: np.ndarray, taken_counts: np.ndarray, lowest: Any, out: np.ndarray) -> None:
+def blank(scores, allowed, taken, taken_counts, lowest, out):
     """Scores (B, h', Q, N) with the lowest number in place of keys that are taken or not allowed, bool (B, Q, N) or None: out
     (B, h, Q, N)."""
     batch, heads, rows, keys = out.shape
@@ -85,17 +73,7 @@ def blank(scores: np.ndarray, allowed: Any, taken: np.ndarray, taken_counts: np.
 
 
 @compiled
-def collect(
-    scores: np.ndarray,
-    allowed: Any,
-    taken: np.ndarray,
-    taken_counts: np.ndarray,
-    thresholds: np.ndarray,
-    sizes: np.ndarray,
-    lowest: Any,
-    lists: np.ndarray,
-    counts: np.ndarray,
-) -> None:
+def collect(scores, allowed, taken, taken_counts, thresholds, sizes, lowest, lists, counts):
     """The sizes (B, h, Q) highest keys of `blank`'s scores, given the score of the last of them: lists (B, h, Q, K) in rising
     order."""
     batch, heads, rows, width = lists.shape
@@ -130,16 +108,7 @@ def collect(
 
 
 @compiled
-def count_mass(
-    order: np.ndarray,
-    lengths: np.ndarray,
-    scores: np.ndarray,
-    terms: np.ndarray | None,
-    taken: np.ndarray,
-    taken_counts: np.ndarray,
-    share: float,
-    sizes: np.ndarray,
-) -> None:
+def count_mass(order, lengths, scores, terms, taken, taken_counts, share, sizes):
     """How many of a row's keys, in falling order of score, hold more than a share of the mass that is not taken: sizes
     (B, H, Q). Keys that tie with the last one count too. terms: exponentials of the scores, where known."""
     batch, heads, rows, keys = order.shape
@@ -179,15 +148,7 @@ def count_mass(
 
 
 @compiled
-def expand_pages(
-    pages: np.ndarray,
-    counts: np.ndarray,
-    starts: np.ndarray,
-    page: int,
-    allowed: np.ndarray,
-    lists: np.ndarray,
-    out: np.ndarray,
-) -> None:
+def expand_pages(pages, counts, starts, page, allowed, lists, out):
     """The allowed keys of chosen pages (B, H, Q, P): lists (B, H, Q, K) and their counts. Page i of an item holds the keys from
     starts[b] + i * page on; allowed bool (B, Q, N)."""
     batch, heads, rows, _ = lists.shape

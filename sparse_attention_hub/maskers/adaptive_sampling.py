@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..lists import expand_heads
 from ..mask import Mask
 from ..search_space import LogUniform
-from .base import Masker, MaskerConfig, check_flag, check_number, check_size, register_masker
+from .base import Masker, MaskerConfig, check_flag, check_number, check_size, draw_example, register_masker
 from .inputs import AttentionInputs
 from .layout import NEVER
 
@@ -55,15 +55,14 @@ class AdaptiveSamplingMaskerConfig(MaskerConfig):
 
 @register_masker(AdaptiveSamplingMaskerConfig)
 class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
-    """Base samples of the residual (kept, p = 1) give mean and spread of its terms; from them the number B of further
-    samples follows, drawn without replacement from the rest with p = B / rest.
+    """Base samples of the residual (kept, p = 1) estimate mean and variance of its terms. They give the number B of
+    further samples, drawn without replacement from the rest with p = B / rest.
 
-    B solves t^2 Var(B) = (epsilon Z)^2 with the variance of sampling without replacement (finite-population correction)
-    and the two-sided Student t quantile of the base samples' degrees of freedom, rounded up. The variance of the terms is
-    the base samples' plus one standard error of it, since a small sample of a heavy tail mostly misses the tail.
+    B solves t^2 Var(B) = (epsilon Z)^2, rounded up: Var with finite-population correction, t the two-sided Student t
+    quantile. One standard error is added to the variance, since a small sample of a heavy tail mostly misses the tail.
 
-    The bound holds where the base samples see the tail, that is behind a top-k that takes the tail off, and with exact
-    moments always. Behind a selector that misses large terms, or none, it is broken on heavy tails: docs/numbers.md.
+    The bound holds with exact moments, and behind a top-k that takes the tail off. Behind a selector that misses
+    large terms, or behind none, heavy tails break it: docs/numbers.md.
     """
 
     is_sampling = True
@@ -72,65 +71,44 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         if self.config.base_rate_sampling == 0:
             return mask
-        mask = self._with_offsets(inputs, mask)
+        if self.config.init_offset:
+            mask = mask.union(inputs.layout.first_keys(inputs.resolve(self.config.init_offset)))
+        if self.config.local_offset:
+            mask = mask.union(inputs.layout.last_keys(inputs.resolve(self.config.local_offset)))
         left = inputs.left(mask)
         if int(left.max()) == 0:
             return mask
-        drawn = inputs.draw(mask, self._base_size(left))
-        base = inputs.mask(drawn.lists()._replace(probability=None), mask)  # kept for certain
+        rate = self.config.base_rate_sampling
+        wanted = torch.full_like(left, rate) if isinstance(rate, int) else (left * rate).long()
+        drawn = inputs.draw(mask, wanted.clamp(min=2))  # one sample has no spread
+        base = inputs.mask(drawn.lists()._replace(probability=None))  # kept for certain
         budget = self._budget(inputs, mask, base)
         mask = mask.union(base)
         return mask.union(inputs.draw(mask, budget))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
-        return (
-            0.5 if self.config.use_exact_estimation and self.config.base_rate_sampling else 0.0
-        )  # exact moments read every key
-
-    def _base_size(self, left: Tensor) -> Tensor:
-        """Base samples for each row: at least 2, since one sample has no spread. left: int64 (B, h, Q)."""
-        rate = self.config.base_rate_sampling
-        wanted = torch.full_like(left, rate) if isinstance(rate, int) else (left * rate).long()
-        return wanted.clamp(min=2)
-
-    def _with_offsets(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        """The mask with the keys inside the offsets attended for certain."""
-        if self.config.init_offset:
-            mask = mask.union(inputs.layout.first_keys(inputs.resolve(self.config.init_offset)))
-        if self.config.local_offset:
-            mask = mask.union(inputs.layout.last_keys(inputs.resolve(self.config.local_offset)))
-        return mask
+        exact = self.config.use_exact_estimation and self.config.base_rate_sampling
+        return 0.5 if exact else 0.0  # exact moments read every key
 
     def _budget(self, inputs: AttentionInputs, mask: Mask, base: Mask) -> Tensor:
-        """How many of the keys that are neither chosen nor base samples must be drawn: int64 (B, H, Q)."""
-        heads = inputs.shape[1]
+        """Draws that the bound needs of the keys that are neither chosen nor base samples: int64 (B, H, Q)."""
+        heads, exact = inputs.shape[1], self.config.use_exact_estimation
         static, scores = inputs.log_mass(mask), inputs.scores_at(base)
-        top = torch.maximum(static, scores.amax(-1))
-        if self.config.use_exact_estimation:
-            top = inputs.highest()
+        top = inputs.highest() if exact else torch.maximum(static, scores.amax(-1))
         top = top.masked_fill(top == NEVER, 0.0)
-        samples = _Terms((scores - top.unsqueeze(-1)).exp_(), scores > NEVER, expand_heads(base.counts(), heads))
+        samples, counts = (scores - top.unsqueeze(-1)).exp_(), expand_heads(base.counts(), heads)
         rest = expand_heads(inputs.left(mask) - base.counts(), heads)
-        exact = None
-        if self.config.use_exact_estimation:
+        quantile: float | np.ndarray
+        if exact:
             outside = expand_heads(mask.union(base).residual(inputs.allowed), heads)
-            exact = _Terms((inputs.scores() - top.unsqueeze(-1)).exp() * outside, outside, rest)
-        return self._needed(samples, (static - top).exp(), rest, exact)
-
-    def _needed(self, samples: _Terms, static: Tensor, rest: Tensor, exact: _Terms | None = None) -> Tensor:
-        """Draws that the bound asks for, int64 (B, H, Q), at most `rest` (B, H, Q).
-
-        static: the chosen keys' sum, (B, H, Q), on the scale of the base samples. exact: the rest's own terms, where known.
-        """
-        mean, variance, error = _moments(samples if exact is None else exact)
-        if exact is not None:
-            quantile: float | np.ndarray = _student_t(self.config.delta, None)
+            mean, variance, _ = _moments((inputs.scores() - top.unsqueeze(-1)).exp() * outside, outside, rest)
+            quantile = _student_t(self.config.delta, None)
         else:
-            # One standard error on top: of heavy tails, a small sample more often shows too little spread than too much.
+            mean, variance, error = _moments(samples, scores > NEVER, counts)
             variance = variance + error
-            quantile = _quantiles(self.config.delta, samples.counts - 1)
-        total = static + samples.each.sum(-1) + mean * rest
-        # A few numbers a row are left, for which NumPy takes a fraction of torch's time; in float64 no square overflows.
+            quantile = _quantiles(self.config.delta, counts - 1)
+        total = (static - top).exp() + samples.sum(-1) + mean * rest
+        # A few numbers per row: NumPy takes a fraction of torch's time; in float64 no square overflows.
         spread, whole, left = (t.cpu().numpy().astype(np.float64) for t in (variance.sqrt(), total, rest))
         # Sampling with replacement would need n0 draws; without, n0 / (1 + n0 / rest) are enough.
         with_replacement = (quantile * spread * left / np.maximum(self.config.epsilon * whole, 1e-30)) ** 2
@@ -140,20 +118,15 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         return torch.from_numpy(draws.astype(np.int64)).to(rest.device)
 
 
-class _Terms(NamedTuple):
-    """Softmax terms of some keys of each row (B, H, Q, K), 0 where not valid; how many are valid: (B, H, Q)."""
+def _moments(terms: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and the variance's standard error, (B, H, Q), of each row's valid terms.
 
-    each: Tensor
-    valid: Tensor
-    counts: Tensor
-
-
-def _moments(terms: _Terms) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and the variance's standard error of each row's terms: (B, H, Q)."""
-    count = terms.counts.clamp(min=1)
-    mean = terms.each.sum(-1) / count
-    square = (terms.each - mean.unsqueeze(-1)).mul_(terms.valid).square_()
-    variance = square.sum(-1) / (terms.counts - 1).clamp(min=1)
+    terms: (B, H, Q, K), 0 where not valid. counts: valid terms of each row, (B, H, Q).
+    """
+    count = counts.clamp(min=1)
+    mean = terms.sum(-1) / count
+    square = (terms - mean.unsqueeze(-1)).mul_(valid).square_()
+    variance = square.sum(-1) / (counts - 1).clamp(min=1)
     fourth = square.square_().sum(-1) / count
     return mean, variance, ((fourth - variance.square()).clamp(min=0) / count).sqrt()
 
@@ -177,6 +150,4 @@ def _student_t(delta: float, freedom: int | None) -> float:
 
 
 if __name__ == "__main__":
-    from sparse_attention_hub.maskers.drawing import main
-
-    main("adaptive_sampling")
+    draw_example("adaptive_sampling")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..mask import Mask
+from ..search_space import LogUniform
 from .call_cache import once
 from .inputs import AttentionInputs
 from .layout import end_of_allowed
@@ -30,12 +31,26 @@ class MaskerConfig:
         return {}
 
 
+@dataclass
+class TopKConfig(MaskerConfig):
+    """heavy_size: keys chosen beside those already chosen, int (tokens) or float (fraction of N)."""
+
+    heavy_size: int | float
+
+    def __post_init__(self) -> None:
+        self.heavy_size = check_size("heavy_size", self.heavy_size)
+
+    @classmethod
+    def get_search_space(cls, task_name: str) -> dict[str, Any]:
+        return {"heavy_size": LogUniform(0.005, 0.5)}
+
+
 ConfigT = TypeVar("ConfigT", bound=MaskerConfig)
 T = TypeVar("T")
 
 
 class Masker(ABC, Generic[ConfigT]):
-    """One way of choosing keys. An instance holds only its config: what it learns of keys lives in a state.
+    """One way of choosing keys. An instance holds only its config; a MaskerState holds what it learns.
 
     Override `select`. A masker that summarises keys also overrides `encode` (per-key codes) and, if the summary needs
     the context as a whole, `fit`; `codes(inputs)` then returns both, cached across decode steps.
@@ -43,13 +58,12 @@ class Masker(ABC, Generic[ConfigT]):
 
     #: True for maskers that sample: at most one in a pipeline, and it comes last.
     is_sampling = False
-    #: True if `select` never returns a key outside inputs.allowed (the contract tests check it); else the pipeline sees to it.
+    #: True if `select` never returns a key outside inputs.allowed; else the pipeline removes such keys.
     keeps_to_allowed = False
-    #: True if `select` looks at shapes, positions and inputs.allowed alone: not at queries, keys, values, state, layer or
-    #: seeds. What such maskers choose before any other is found once for all calls that share their positions.
+    #: True if `select` reads shapes, positions and inputs.allowed only. The choice of the leading maskers
+    #: of this kind is computed once for all calls of equal positions.
     by_position = False
-    #: Config fields that decide what `fit` and `encode` make of keys; None = all. Configurations that agree in them share
-    #: codes.
+    #: Config fields that `fit` and `encode` depend on, None = all. Equal fields share codes.
     code_fields: tuple[str, ...] | None = None
 
     def __init__(self, config: ConfigT) -> None:
@@ -60,7 +74,7 @@ class Masker(ABC, Generic[ConfigT]):
         """The mask with this masker's choice added. Never changes `mask`; never chooses a key outside inputs.allowed."""
 
     def fit(self, keys: Tensor, allowed: Tensor | None, layer_idx: int) -> Any:
-        """Learn from the context's keys (B, Hkv, N, D), once. allowed: bool (B, N), False on padding; None = all."""
+        """Learn from the context's keys (B, Hkv, N, D). allowed: bool (B, N), False on padding; None = all."""
         return True
 
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
@@ -88,19 +102,15 @@ class Masker(ABC, Generic[ConfigT]):
         return state.fitted, codes
 
     def shared(self, inputs: AttentionInputs, make: Callable[[], T]) -> T:
-        """`make()` once for all maskers of this call whose codes are the same ones: equal settings, one state."""
+        """`make()` once for all maskers of this call with equal code fields and the same state."""
         return once(inputs.cache.call, (self.codes_key(), inputs.state), make)
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
-        """Bytes the selector itself reads per allowed key, as a share of the key's and value's own bytes.
-
-        See "Physical limits": reading all true keys is 0.5; page bounds are 1/page_size.
-        """
+        """Bytes that choosing reads, as a share of all keys and values: 0.5 = all keys, none of the values."""
         return 0.0
 
     def _extend(self, keys: Tensor, layer_idx: int, state: MaskerState, allowed: Tensor | None) -> None:
-        """Code the keys that are new. A cache of fixed size hands over slots past the last key, to be filled later: those
-        are not coded for good."""
+        """Code the new keys. Slots past the last allowed key (caches of fixed size) are not coded yet."""
         state.check(keys.shape[2])
         total = keys.shape[2] if allowed is None else max(state.length, end_of_allowed(allowed))
         if not state.is_fitted:
@@ -142,15 +152,12 @@ def masker_class(config: MaskerConfig) -> type[Masker[Any]]:
 
 
 def registered_configs() -> dict[str, type[MaskerConfig]]:
-    """Config classes by name. Where two share a name the later counts, but not the copy that `python -m` makes of a module."""
-    copies = [c for c in _REGISTRY if c.__module__ == "__main__"]
-    rest = [c for c in _REGISTRY if c.__module__ != "__main__"]
-    return {c.__name__: c for c in [*copies, *rest]}
+    """Config classes by name. Of equal names the latest, but never the copy that `python -m` makes of a module."""
+    return {c.__name__: c for c in sorted(_REGISTRY, key=lambda c: c.__module__ != "__main__")}
 
 
 def config_to_dict(config: MaskerConfig) -> dict[str, Any]:
-    """{"type": class name, "params": {field: value}}, which `config_from_dict` reads back. Tensors, and what holds some, are
-    left out: a config that is to be written down names a file instead."""
+    """{"type": class name, "params": {field: value}} for `config_from_dict`, without `unwritable_fields`."""
     params = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
     return {"type": type(config).__name__, "params": {k: v for k, v in params.items() if not _holds_tensor(v)}}
 
@@ -178,35 +185,29 @@ def config_from_dict(record: dict[str, Any]) -> MaskerConfig:
         raise ValueError(f"parameters of {record['type']} do not fit: {error}") from None
 
 
-# -- checks that configs share -------------------------------------------------------------------------------------------
+def draw_example(name: str) -> None:
+    """What `python -m sparse_attention_hub.maskers.{name}` does: draw the mask on a small example."""
+    from .drawing import main  # imports all maskers
+
+    main(name)
 
 
 def check_size(name: str, value: Any, *, zero: bool = False) -> int | float:
-    """A size as the program means it: int = tokens, float = fraction of N; NumPy scalars count as what they are.
-
-    Raises ValueError unless tokens are > 0, or a fraction is in (0, 1]; `zero` permits 0.
-    """
+    """A size as an int > 0 (tokens) or a float in (0, 1] (fraction of N), ValueError otherwise; `zero` permits 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be an int (tokens) or a float (fraction), got {value!r}")
-    if isinstance(value, numbers.Integral):
-        tokens = int(value)
-        if tokens < 0 or (tokens == 0 and not zero):
-            raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'}, got {value}")
-        return tokens
-    fraction = float(value)
-    if not (0 <= fraction <= 1 if zero else 0 < fraction <= 1):
-        interval = "[0, 1]" if zero else "(0, 1]"
-        raise ValueError(f"{name} must be {'>= 0' if zero else '> 0'}; as a fraction in {interval}, got {value}")
-    return fraction
+    is_tokens = isinstance(value, numbers.Integral)
+    size: int | float = int(value) if is_tokens else float(value)  # type: ignore[call-overload]
+    if not (size >= 0 if zero else size > 0) or not (is_tokens or size <= 1):
+        least, interval = (">= 0", "[0, 1]") if zero else ("> 0", "(0, 1]")
+        raise ValueError(f"{name} must be {least}{'' if is_tokens else f'; as a fraction in {interval}'}, got {value}")
+    return size
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False) -> float:
     """A float in the interval, ValueError otherwise."""
-    fits = not isinstance(value, bool) and isinstance(value, numbers.Real)
-    if fits:
-        number = float(value)
-        fits = (low < number if open_low else low <= number) and (number < high if open_high else number <= high)
-    if not fits:
+    fits = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) <= high
+    if not fits or (open_low and value == low) or (open_high and value == high):
         interval = f"{'(' if open_low else '['}{low}, {high}{')' if open_high else ']'}"
         raise ValueError(f"{name} must be a number in {interval}, got {value!r}")
     return float(value)
@@ -221,8 +222,8 @@ def check_flag(name: str, value: Any) -> bool:
 
 def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     """An int in [low, high], ValueError otherwise."""
-    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
-    if number is None or number < low or (high is not None and number > high):
+    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_int or value < low or (high is not None and value > high):
         bound = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be an integer {bound}, got {value!r}")
-    return number
+    return int(value)

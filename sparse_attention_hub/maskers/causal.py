@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..mask import Mask
-from .base import Masker, MaskerConfig, register_masker
+from .base import Masker, MaskerConfig, draw_example, register_masker
 from .inputs import AttentionInputs
 
 
@@ -26,6 +26,4 @@ class CausalMasker(Masker[CausalMaskerConfig]):
 
 
 if __name__ == "__main__":
-    from sparse_attention_hub.maskers.drawing import main
-
-    main("causal")
+    draw_example("causal")

@@ -1,4 +1,4 @@
-"""Codes of keys: bits packed into words, and scores of keys from codes."""
+"""Codes of keys: numbers of few bits, signs packed into words, and scores of keys from codes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,26 @@ from torch import Tensor
 from ..lists import as_arrays, uses_loops
 
 
+def pseudo_quantise(x: Tensor, bits: int) -> Tensor:
+    """x (..., C) rounded to 2^bits levels between each vector's minimum and maximum: float32; x itself from 16 bits on."""
+    if bits >= 16:
+        return x
+    x = x.float()
+    low = x.amin(-1, keepdim=True)
+    spread = x.amax(-1, keepdim=True) - low
+    scale = (2**bits - 1) / spread.masked_fill(spread == 0, 1.0)
+    levels: Tensor = ((x - low) * scale).round_().clamp_(0, 2**bits - 1)
+    rounded: Tensor = levels / scale + low
+    return rounded
+
+
 def pack_bits(bits: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
     """bool (..., n) to words of an integer type, (..., ceil(n / bits of a word)); bits past n are 0."""
     width = torch.iinfo(dtype).bits
     words = -(-bits.shape[-1] // width)
     packed = torch.empty((*bits.shape[:-1], words), dtype=dtype, device=bits.device)
     if uses_loops(bits):
-        from ..loops.hashing import pack_bits as pack
+        from ..loops.codes import pack_bits as pack
 
         pack(*as_arrays(bits.reshape(-1, bits.shape[-1]), packed.view(-1, words)))
         return packed
@@ -38,7 +51,7 @@ def score_bits(queries: Tensor, keys: Tensor) -> Tensor:
     """Minus the number of bits that differ: int32 words queries (B, h, G, Q, words) and keys (B, h, N, networks, words) to
     float32 (B, h, G, Q, N). networks is G, or 1 where a group's query heads share the words of keys."""
     if uses_loops(keys):
-        from ..loops.hashing import score_bits as score
+        from ..loops.codes import score_bits as score
 
         scores = torch.empty((*queries.shape[:4], keys.shape[2]), dtype=torch.float32)
         score(*as_arrays(queries, keys, scores))
@@ -52,10 +65,10 @@ def score_bits(queries: Tensor, keys: Tensor) -> Tensor:
 def sum_codes(table: Tensor, codes: Tensor) -> Tensor:
     """Each key's sum of its centres' scores: table (B, Hkv, R, G, C) and codes (B, Hkv, N, G) to (B, Hkv, R, N)."""
     if uses_loops(codes):
-        from ..loops import scores
+        from ..loops.codes import sum_codes as add
 
         out = torch.empty((*table.shape[:3], codes.shape[2]))
-        scores.sum_codes(*as_arrays(table, codes, out))
+        add(*as_arrays(table, codes, out))
         return out
     shape = (*table.shape[:3], codes.shape[2])
     each = (table[:, :, :, g].gather(-1, codes[:, :, None, :, g].long().expand(shape)) for g in range(codes.shape[3]))

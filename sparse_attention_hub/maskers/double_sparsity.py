@@ -13,50 +13,43 @@ from torch import Tensor
 
 from ..kernels.reference import group_scores
 from ..mask import Mask
-from ..search_space import Choice, LogUniform
-from .base import Masker, MaskerConfig, check_int, check_size, register_masker
+from ..search_space import Choice
+from .base import Masker, TopKConfig, check_int, register_masker
 from .channel_file import layer_channels, read_channels
+from .codes import pseudo_quantise
 from .inputs import AttentionInputs
-from .quantise import pseudo_quantise
 
 CHANNEL_SELECTIONS = ("q_proj", "k_proj", "qk_proj")
 
 
 @dataclass
-class DoubleSparsityTopKMaskerConfig(MaskerConfig):
-    """heavy_size: keys chosen beside those already chosen, int (tokens) or float (fraction of N).
-
-    sorted_channel_file: JSON {"model.layers.{L}.self_attn.{selection}": [[channels, most important first], ... one list a
-    query head]}; None in a template for the search, which then calibrates the model.
+class DoubleSparsityTopKMaskerConfig(TopKConfig):
+    """heavy_size: see TopKConfig. sorted_channel_file: see channel_file.py; None in a search template: the
+    search then calibrates the model.
     group_factor: head_dim / channels kept. label_bits: bits of each kept channel, 1 to 16; 16 = as queries and keys are.
     channel_selection: q_proj, k_proj or qk_proj, the list of the file to use.
     """
 
-    heavy_size: int | float
     sorted_channel_file: str | None
     group_factor: int = 16
     label_bits: int = 4
     channel_selection: str = "qk_proj"
 
     def __post_init__(self) -> None:
-        self.heavy_size = check_size("heavy_size", self.heavy_size)
+        super().__post_init__()
         self.group_factor = check_int("group_factor", self.group_factor, 1)
         self.label_bits = check_int("label_bits", self.label_bits, 1, 16)
         self.sorted_channel_file = str(self.sorted_channel_file) if self.sorted_channel_file else None
         if self.sorted_channel_file and not Path(self.sorted_channel_file).is_file():
             raise ValueError(f"sorted_channel_file must be an existing file, got {self.sorted_channel_file!r}")
         if self.channel_selection not in CHANNEL_SELECTIONS:
-            raise ValueError(
-                f"channel_selection must be one of {', '.join(CHANNEL_SELECTIONS)}, got {self.channel_selection!r}"
-            )
+            known = ", ".join(CHANNEL_SELECTIONS)
+            raise ValueError(f"channel_selection must be one of {known}, got {self.channel_selection!r}")
 
     @classmethod
     def get_search_space(cls, task_name: str) -> dict[str, Any]:
-        return {
-            "heavy_size": LogUniform(0.005, 0.5),
-            "group_factor": Choice([4, 8, 16]),
-            "label_bits": Choice([2, 4, 8, 16]),
-        }
+        codes = {"group_factor": Choice([4, 8, 16]), "label_bits": Choice([2, 4, 8, 16])}
+        return super().get_search_space(task_name) | codes
 
 
 @register_masker(DoubleSparsityTopKMaskerConfig)
@@ -117,10 +110,8 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
         if channels.shape[0] != heads:
             raise ValueError(f"{self.config.sorted_channel_file} is for {channels.shape[0]} query heads, the model has {heads}")
         kept, group = channels.shape[1], inputs.group_size
-        own = pseudo_quantise(
-            inputs.queries.gather(-1, channels.view(1, heads, 1, kept).expand(batch, -1, rows, -1)),
-            self.config.label_bits,
-        )
+        index = channels.view(1, heads, 1, kept).expand(batch, -1, rows, -1)
+        own = pseudo_quantise(inputs.queries.gather(-1, index), self.config.label_bits)
         # Each head's channels stand in a block of their own, zeros in its neighbours': one matrix product scores the group.
         spread = own.new_zeros((batch, heads // group, group, rows, group, kept))
         spread.diagonal(dim1=2, dim2=4).copy_(own.view(batch, heads // group, group, rows, kept).permute(0, 1, 3, 4, 2))

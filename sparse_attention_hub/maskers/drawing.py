@@ -1,13 +1,12 @@
 """Draws what a masker chooses on a small example: `python -m sparse_attention_hub.maskers.quest [--out FILE.png]`.
 
-One panel per query head; rows are queries, columns are keys. A key has the colour of the masker that chose it, paler where its
-inclusion probability is below 1.
+One panel per query head; rows are queries, columns are keys. A key has the colour of the masker that
+chose it, paler where its inclusion probability is below 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,17 +19,19 @@ from .. import maskers as hub
 from ..errors import UserError, check_writable
 from ..mask import Mask
 from . import base
+from .channel_file import write_channels
 from .inputs import AttentionInputs
 
 KEYS = 96
 HEADS = 2
 DIM = 16
-COLOURS = {"sink": "#d1495b", "local": "#2e86ab", "own": "#edae49"}
+COLOURS = {"sink": "#d1495b", "local": "#2e86ab"}
+OWN, FUTURE = "#edae49", "#d9d9d9"
 
 
 def example_inputs() -> AttentionInputs:
-    """96 queries on their own 96 keys, two query heads on one kv head. Neighbouring keys are alike, and a few keys in a row match
-    all later queries of one head."""
+    """96 queries on their own 96 keys, two query heads on one kv head. Neighbouring keys are alike; five keys in
+    a row match the queries of one head."""
     generator = torch.Generator().manual_seed(4)
     steps = torch.randn(KEYS, DIM, generator=generator)
     keys = torch.stack([sum((0.6**lag * steps[max(0, i - lag)] for lag in range(5)), torch.zeros(DIM)) for i in range(KEYS)])
@@ -42,24 +43,15 @@ def example_inputs() -> AttentionInputs:
     return AttentionInputs(queries.unsqueeze(0), keys, keys, seeds=[1])
 
 
-def _channels(folder: Path) -> str:
-    inputs = example_inputs()
-    order = (inputs.queries.abs().mean((0, 2)) * inputs.keys.std(2)[0]).argsort(-1, descending=True).tolist()
-    path = folder / "channels.json"
-    path.write_text(json.dumps({"model.layers.0.self_attn.qk_proj": order}))
-    return str(path)
-
-
-def _hash_weights() -> dict[int, dict[str, list[torch.Tensor]]]:
-    planes = torch.randn(1, DIM, 32, generator=torch.Generator().manual_seed(0))
-    none = torch.zeros(1, 32)
-    both = {"query_matrix": [planes.repeat(HEADS, 1, 1)], "query_bias": [none.repeat(HEADS, 1)]}
-    return {0: both | {"key_matrix": [planes], "key_bias": [none]}}
-
-
 def example_configs(name: str, folder: Path) -> list[base.MaskerConfig]:
-    """The pipeline that shows the masker of module `name`; files that a config needs are made in `folder`. UserError for a
+    """The pipeline that shows the masker of module `name`, with the files it needs in `folder`. UserError for a
     masker that is not listed here."""
+    inputs, channels = example_inputs(), folder / "channels.json"
+    order = (inputs.queries.abs().mean((0, 2)) * inputs.keys.std(2)[0]).argsort(-1, descending=True)
+    write_channels({"model.layers.0.self_attn.qk_proj": order.tolist()}, channels)
+    planes = torch.randn(1, DIM, 32, generator=torch.Generator().manual_seed(0)).repeat(HEADS, 1, 1)
+    matrices, biases = [planes], [torch.zeros(HEADS, 32)]
+    hashes = {"query_matrix": matrices, "query_bias": biases, "key_matrix": matrices, "key_bias": biases}
     own: dict[str, base.MaskerConfig] = {
         "causal": hub.CausalMaskerConfig(),
         "sink": hub.SinkMaskerConfig(6),
@@ -67,17 +59,15 @@ def example_configs(name: str, folder: Path) -> list[base.MaskerConfig]:
         "oracle_top_k": hub.OracleTopKConfig(12),
         "oracle_top_p": hub.OracleTopPMaskerConfig(0.7),
         "quest": hub.QuestTopKMaskerConfig(24, 8),
-        "double_sparsity": hub.DoubleSparsityTopKMaskerConfig(12, _channels(folder), 4),
-        "hash_attention": hub.HashAttentionTopKMaskerConfig(12, 32, 1, 0, "relu", hat_weights=_hash_weights()),
+        "double_sparsity": hub.DoubleSparsityTopKMaskerConfig(12, str(channels), 4),
+        "hash_attention": hub.HashAttentionTopKMaskerConfig(12, 32, 1, 0, "relu", hat_weights={0: hashes}),
         "pq_cache": hub.PQCacheConfig(12, 4, 3, 10, 6, "euclidean"),
         "random_sampling": hub.RandomSamplingMaskerConfig(0.15),
         "adaptive_sampling": hub.AdaptiveSamplingMaskerConfig(0.1, 0.3, 0.3, 0, 0),
         "magic_pig": hub.MagicPigConfig(lsh_l=16, lsh_k=5),
     }
     if name not in own:
-        raise UserError(
-            f"{name!r} has no example: add its line to example_configs() in sparse_attention_hub/maskers/drawing.py"
-        )
+        raise UserError(f"{name!r} has no example: add it to example_configs() in sparse_attention_hub/maskers/drawing.py")
     first = [] if name in ("causal", "sink", "local") else [own["sink"], own["local"]]
     return [*first, own[name]]
 
@@ -93,14 +83,14 @@ def draw(configs: Sequence[base.MaskerConfig], out: Path, title: str) -> None:
     before = mask.inclusion_probability()
     allowed = inputs.allowed[0, 0]
     picture = torch.ones(HEADS, KEYS, KEYS, 3)
-    picture[:, ~allowed] = torch.tensor(colors.to_rgb("#d9d9d9"))
+    picture[:, ~allowed] = torch.tensor(colors.to_rgb(FUTURE))
     legend = []
     for config in configs:
         masker = base.create_masker(config)
         mask = masker.select(inputs.for_masker(None), mask)
         after = mask.restrict(inputs.allowed).inclusion_probability()
         name = type(config).__name__.removesuffix("Config").removesuffix("Masker")
-        colour = COLOURS.get(name.lower(), COLOURS["own"])
+        colour = COLOURS.get(name.lower(), OWN)
         gained = (after - before).clamp(min=0)[0].unsqueeze(-1)
         strength = torch.where(gained > 0, 0.35 + 0.65 * gained, gained)
         picture = picture * (1 - strength) + torch.tensor(colors.to_rgb(colour)) * strength
@@ -111,11 +101,10 @@ def draw(configs: Sequence[base.MaskerConfig], out: Path, title: str) -> None:
         density = float((before[0, head] > 0).sum() / allowed.sum())
         axes.imshow(picture[head].numpy(), interpolation="nearest")
         axes.set(title=f"query head {head}, density {density:.0%}", xlabel="key position", ylabel="query position")
-        axes.set_xticks(range(0, KEYS + 1, 8))
-        axes.set_yticks(range(0, KEYS + 1, 8))
+        axes.set(xticks=range(0, KEYS + 1, 8), yticks=range(0, KEYS + 1, 8))
     lines = [f"{type(config).__name__}({_parameters(config)})" for config in configs]
     figure.suptitle("\n".join(filter(None, [title, ", ".join(lines[:-1]), lines[-1]])), fontsize=11)
-    legend += [Patch(facecolor="white", edgecolor="black", label="left out"), Patch(color="#d9d9d9", label="future")]
+    legend += [Patch(facecolor="white", edgecolor="black", label="left out"), Patch(color=FUTURE, label="future")]
     figure.legend(handles=legend, loc="outside lower center", ncols=min(5, len(legend)), fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)

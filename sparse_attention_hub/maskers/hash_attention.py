@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..mask import Mask
-from ..search_space import LogUniform
-from .base import Masker, MaskerConfig, check_int, check_size, register_masker
+from .base import Masker, TopKConfig, check_int, register_masker
 from .codes import pack_bits, score_bits
 from .hat_weights import Layer, check_weights, read_hat_weights, ready_layer
 from .inputs import AttentionInputs
@@ -29,16 +28,13 @@ _NUMBERS = itertools.count()
 
 
 @dataclass
-class HashAttentionTopKMaskerConfig(MaskerConfig):
-    """heavy_size: keys chosen beside those already chosen, int (tokens) or float (fraction of N).
-
-    hat_bits: bits of a signature. hat_mlp_layers, hat_mlp_hidden_size, hat_mlp_activation (relu, silu, gelu, tanh): the
-    networks that make signatures. Weights: `hat_weights`, {layer: {"query_matrix": [...], "query_bias": [...], "key_matrix":
-    [...], "key_bias": [...]}} with one (heads, in, out) and (heads, out) per network layer, or `hat_weight_file`, the same in
-    safetensors (see hat_weights.py); a search template may leave both out.
+class HashAttentionTopKMaskerConfig(TopKConfig):
+    """heavy_size: see TopKConfig. hat_bits: bits of a signature. hat_mlp_layers, hat_mlp_hidden_size,
+    hat_mlp_activation (relu, silu, gelu, tanh): the networks that make signatures. hat_weights: their weights,
+    {layer: {part: [tensor of each network layer]}}, or hat_weight_file: the same in safetensors, see
+    hat_weights.py for both. A search template may leave both out.
     """
 
-    heavy_size: int | float
     hat_bits: int
     hat_mlp_layers: int
     hat_mlp_hidden_size: int
@@ -47,7 +43,7 @@ class HashAttentionTopKMaskerConfig(MaskerConfig):
     hat_weight_file: str | None = None
 
     def __post_init__(self) -> None:
-        self.heavy_size = check_size("heavy_size", self.heavy_size)
+        super().__post_init__()
         self.hat_bits = check_int("hat_bits", self.hat_bits, 1)
         self.hat_mlp_layers = check_int("hat_mlp_layers", self.hat_mlp_layers, 1)
         least = 0 if self.hat_mlp_layers == 1 else 1
@@ -56,16 +52,12 @@ class HashAttentionTopKMaskerConfig(MaskerConfig):
         if self.hat_mlp_activation not in ACTIVATIONS:
             raise ValueError(f"hat_mlp_activation must be one of {', '.join(ACTIVATIONS)}, got {self.hat_mlp_activation!r}")
 
-    @classmethod
-    def get_search_space(cls, task_name: str) -> dict[str, Any]:
-        return {"heavy_size": LogUniform(0.005, 0.5)}
-
 
 @register_masker(HashAttentionTopKMaskerConfig)
 class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
-    """Per query head and row, the `heavy_size` residual keys whose signature shares the most bits with the query's; of equals
-    the most recent. A signature is the signs of a small network's outputs, packed into 32-bit words and cached, once per kv
-    head where the query heads of its group share one key network.
+    """Per query head and row, the `heavy_size` residual keys whose signatures share the most bits with the query's;
+    of equals the most recent. A signature is the signs of a small network's outputs, packed into 32-bit words: one
+    per kv head where its query heads share the key network.
     """
 
     keeps_to_allowed = True
@@ -78,7 +70,8 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         file = config.hat_weight_file
         self._weights: dict[int, Layer] = read_hat_weights(file) if file is not None else config.hat_weights or {}
         check_weights(self._weights, config.hat_bits, config.hat_mlp_layers, config.hat_mlp_hidden_size)
-        self._number = next(_NUMBERS)
+        # Weights given in memory have no name: their codes are this masker's own.
+        self._source = config.hat_weight_file or f"masker {next(_NUMBERS)}"
         self._ready: dict[tuple[int, int, str], Layer] = {}
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
@@ -86,9 +79,7 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         return mask.union(inputs.choose_top(scores, mask, self.config.heavy_size))
 
     def codes_key(self) -> tuple[str, ...]:
-        # Weights given in memory have no name: their codes are this masker's own.
-        source = self.config.hat_weight_file or f"masker {self._number}"
-        return type(self).__name__, source, self.config.hat_mlp_activation
+        return type(self).__name__, self._source, self.config.hat_mlp_activation
 
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
         """Signatures of keys (B, Hkv, n, D): int32 (B, Hkv, n, networks, words), one network per kv head or per query head."""

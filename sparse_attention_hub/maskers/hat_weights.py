@@ -60,16 +60,13 @@ def _read(path: str, modified: int) -> dict[int, Layer]:
             f"{path} is not a safetensors file ({error}); convert a pickle of hash weights with: "
             "python -m sparse_attention_hub.maskers.hash_attention convert IN.pkl OUT.safetensors"
         ) from None
-    found: dict[int, dict[str, dict[int, Tensor]]] = {}
-    for name, tensor in tensors.items():
+    found: dict[int, Layer] = {}
+    for name in sorted(tensors, key=lambda name: (len(name), name)):  # network layer 2 before 10
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"{path} holds {name!r}, which is no tensor of hash weights")
-        found.setdefault(int(match[1]), {}).setdefault(match[2], {})[int(match[3])] = tensor
-    return {
-        layer: {part: [entries[i] for i in sorted(entries)] for part, entries in parts.items()}
-        for layer, parts in found.items()
-    }
+        found.setdefault(int(match[1]), {}).setdefault(match[2], []).append(tensors[name])
+    return found
 
 
 def write_hat_weights(weights: dict[int, Layer], path: str, activation: str) -> None:

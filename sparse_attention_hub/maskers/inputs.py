@@ -11,7 +11,7 @@ from ..kernels.select import Order, choose, choose_mass, lowest, order_of
 from ..lists import KeyLists, expand_heads
 from ..mask import Mask
 from .call_cache import CallCache, once
-from .layout import NEVER
+from .layout import NEVER, Layout
 from .state import MaskerState
 from .uniforms import keyed_uniforms
 
@@ -19,8 +19,8 @@ from .uniforms import keyed_uniforms
 class AttentionInputs:
     """One attention call as maskers see it.
 
-    queries (B, H, Q, D), keys and values (B, Hkv, N, D), H a multiple of Hkv. `allowed` is bool (B, 1, Q, N): what the
-    causal and padding masks permit. seeds: one an item, of the uniforms. cache: values to share with other calls.
+    queries (B, H, Q, D), keys and values (B, Hkv, N, D), H a multiple of Hkv. attention_mask: see Layout.
+    scaling: default D ** -0.5. seeds: of `uniform()`, one per item, default 0. cache: shared with other calls.
     """
 
     def __init__(
@@ -42,18 +42,16 @@ class AttentionInputs:
         self.layer_idx = layer_idx
         self.seeds = seeds if seeds is not None else [0] * queries.shape[0]
         self.cache = CallCache() if cache is None else cache
-        #: What follows from shapes and attention mask alone.
-        self.layout = self.cache.layout(self.shape, keys.shape[1], queries.device, attention_mask)
+        place = (self.shape, keys.shape[1], queries.device)
+        self.layout = once(self.cache.layouts, place, lambda: Layout(*place, attention_mask))
         self.state: MaskerState | None = None
 
     def for_masker(self, state: MaskerState | None) -> AttentionInputs:
-        """The same call with one masker's own state; all cached values stay shared."""
+        """The same call, cached values included, with one masker's own state."""
         view = object.__new__(AttentionInputs)  # copy.copy takes ten times as long, and this is done for every masker
         view.__dict__.update(self.__dict__)
         view.state = state
         return view
-
-    # -- sizes and positions -----------------------------------------------------------------------------------------
 
     @property
     def kv_heads(self) -> int:
@@ -75,55 +73,49 @@ class AttentionInputs:
 
     @property
     def key_positions(self) -> Tensor:
-        """Position of each key among the keys its item may use, counted without padding: int64 (B, N), -1 on padding."""
+        """int64 (B, N), counted without padding, -1 on padding."""
         return self.layout.key_positions
 
     def resolve(self, size: int | float) -> list[int]:
-        """A size in tokens (int) or as a fraction of N (float, floored, at least 1), for each item: B integers."""
+        """A size, int (tokens) or float (fraction of N), in tokens for each item: B integers."""
         return self.layout.resolve(size)
 
-    # -- masks -------------------------------------------------------------------------------------------------------
-
-    def mask(self, chosen: Tensor | KeyLists, apart_from: Mask | None = None) -> Mask:
-        """A mask of flags (bool, or float inclusion probabilities, (B, h, Q, N)) or lists; h = 1, kv heads or H.
-
-        apart_from: a mask with which the lists are known to share no key.
-        """
+    def mask(self, chosen: Tensor | KeyLists) -> Mask:
+        """A mask of lists or of flags (bool, or float inclusion probabilities, (B, h, Q, N)); h = 1, kv heads or H."""
         if isinstance(chosen, KeyLists):
-            return Mask(self.shape, self.kv_heads, lists=chosen, apart_from=apart_from)
+            return Mask(self.shape, self.kv_heads, lists=chosen)
         return Mask.from_dense(chosen, self.shape[1], self.kv_heads)
 
     def choose_top(self, scores: Tensor, mask: Mask, size: int | float) -> Mask:
-        """The highest-scored allowed keys of each row that `mask` has not; of keys that tie the most recent.
+        """The `size` highest-scored allowed keys of each row, or all, that `mask` has not; of equals the most recent.
 
-        scores: float (B, h, Q, N), h = 1, kv heads or H. size: int (tokens) or float (fraction of N). Rows with fewer keys take
-        all of them.
+        scores: float (B, h, Q, N), h = 1, kv heads or H. size: int (tokens) or float (fraction of N).
         """
-        own = scores is self.cache.call.get("scores")  # these mark what is not allowed
+        own = scores is self.cache.call.get("scores")  # which are -inf where not allowed
         order = self.order() if own and self.cache.keeps_order else None
         allowed = None if own or self.layout.all_allowed else self.allowed
-        return self.mask(choose(scores, mask, self.resolve(size), order, allowed), mask)
+        return self.mask(choose(scores, mask, self.resolve(size), order, allowed))
 
     def choose_mass(self, mask: Mask, share: float) -> Mask:
         """The fewest keys, by falling score, that hold more than a share of the attention mass that `mask` left."""
-        return self.mask(choose_mass(self.scores(), self.known().terms, self.order(), mask, share), mask)
+        return self.mask(choose_mass(self.scores(), self.known().terms, self.order(), mask, share))
 
     def draw(self, mask: Mask, size: int | float | Tensor) -> Mask:
         """Allowed keys drawn without replacement from those that `mask` has not, p = size / keys left.
 
-        size: int (tokens), float (fraction of N), or int64 (B, h, Q). Query heads of a group draw in the same random order.
+        size: int (tokens), float (fraction of N), or int64 (B, h, Q). Query heads of a group share the order.
         """
-        order = once(self.cache.draws, "order", self._random_order) if self.cache.keeps_order else None
-        lists = choose(self.random_ranks(), mask, size if isinstance(size, Tensor) else self.resolve(size), order)
+        ranks, order = self.random_ranks(), None
+        if self.cache.keeps_order:
+            order = once(self.cache.draws, "order", lambda: order_of(ranks, self.layout.row_lengths))
+        lists = choose(ranks, mask, size if isinstance(size, Tensor) else self.resolve(size), order)
         left = self.left(mask)
         rate = lists.counts / expand_heads(left, lists.heads).clamp(min=1)
-        return self.mask(lists._replace(probability=rate.unsqueeze(-1).expand(lists.indices.shape).contiguous()), mask)
+        return self.mask(lists._replace(probability=rate.unsqueeze(-1).expand(lists.indices.shape).contiguous()))
 
     def left(self, mask: Mask) -> Tensor:
         """How many allowed keys of each row `mask` has not: int64 (B, h, Q)."""
         return self.layout.row_lengths.unsqueeze(1) - mask.counts()
-
-    # -- scores ------------------------------------------------------------------------------------------------------
 
     def scores(self) -> Tensor:
         """Scaled logits plus additive bias, float32 (B, H, Q, N), -inf where not allowed."""
@@ -152,11 +144,10 @@ class AttentionInputs:
         return once(self.cache.call, "exponentials", lambda: (self.scores() - self.highest().unsqueeze(-1)).exp_())
 
     def known(self) -> Known:
-        """What was computed of the scores so far: kernels need not read the keys then. A bias is in the scores alone."""
-        scores = self.scores() if self.layout.bias is not None else self.cache.call.get("scores")
-        terms = self.cache.call.get("exponentials")
-        highest = None if terms is None else self.highest()
-        return Known(scores, terms, highest, self.layout.bias is not None)  # type: ignore[arg-type]
+        """What is known of the scores so far, so that kernels need not read the keys. Only scores hold a bias."""
+        biased, terms = self.layout.bias is not None, self.cache.call.get("exponentials")
+        scores = self.scores() if biased else self.cache.call.get("scores")
+        return Known(scores, terms, None if terms is None else self.highest(), biased)  # type: ignore[arg-type]
 
     def scores_at(self, mask: Mask) -> Tensor:
         """Scores of the mask's keys in the order of its lists: float32 (B, H, Q, K), -inf on padding."""
@@ -172,12 +163,12 @@ class AttentionInputs:
 
     @property
     def usable_values(self) -> Tensor:
-        """The values with zeros where no row may look: weights of 0 would keep NaN there."""
+        """The values, 0 where no row may look: there may be NaN, which a weight of 0 would not remove."""
         return self._usable("usable_values", self.values)
 
     @property
     def usable_keys(self) -> Tensor:
-        """The keys with zeros where no row may look."""
+        """The keys, 0 where no row may look."""
         return self._usable("usable_keys", self.keys)
 
     def _usable(self, name: str, tensor: Tensor) -> Tensor:
@@ -186,33 +177,19 @@ class AttentionInputs:
             return tensor
         return once(self.cache.call, name, lambda: tensor.masked_fill(unusable[:, None, :, None], 0.0))
 
-    # -- random numbers ----------------------------------------------------------------------------------------------
-
     def uniform(self) -> Tensor:
-        """Uniforms in [0, 1) that depend on (seed, layer, query position, kv head, key position) alone: (B, Hkv, Q, N).
-
-        The query heads of a group share them, so that what they sample overlaps.
-        """
-        return once(
-            self.cache.draws,
-            "uniform",
-            lambda: keyed_uniforms(self.seeds, self.layer_idx, self.kv_heads, self.layout.row_positions, self.key_positions),
-        )
+        """Uniforms in [0, 1), float32 (B, Hkv, Q, N): see uniforms.py. The heads of a group sample alike."""
+        places = self.layout.row_positions, self.key_positions
+        return once(self.cache.draws, "uniform", lambda: keyed_uniforms(self.seeds, self.layer_idx, self.kv_heads, *places))
 
     def random_ranks(self) -> Tensor:
-        """The random order in which keys are drawn, as scores: int64 (B, Hkv, Q, N), the first key has the highest.
+        """The random order of a row's keys: int64 (B, Hkv, Q, N), highest first, `lowest` where not allowed."""
 
-        By uniforms, equal ones by position; the lowest number where a key is not allowed.
-        """
-
-        def make() -> Tensor:
+        def make() -> Tensor:  # by uniforms, equal ones by position
             place = (self.uniform() * 2**24).long() << 32 | torch.arange(self.shape[3], device=self.device)
             return place.neg_().masked_fill_(~self.allowed, lowest(torch.int64))
 
         return once(self.cache.draws, "ranks", make)
-
-    def _random_order(self) -> Order:
-        return order_of(self.random_ranks(), self.layout.row_lengths)
 
 
 def _check(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import cached_property
 
 import torch
@@ -17,21 +17,16 @@ NEVER = float("-inf")
 
 
 class Layout:
-    """shape: (B, H, Q, N). attention_mask: additive or bool (True = allowed), broadcastable to (B, 1, Q, N); None = the queries
-    are the last Q positions and attention is causal. One object may serve all layers of a forward pass."""
+    """shape: (B, H, Q, N). attention_mask: additive or bool (True = allowed), broadcastable to
+    (B, 1, Q, N); None = the queries are the last Q positions and attention is causal."""
 
     def __init__(
         self, shape: tuple[int, int, int, int], kv_heads: int, device: torch.device, attention_mask: Tensor | None = None
     ) -> None:
         self.shape, self.kv_heads, self.device = shape, kv_heads, device
         self._mask = None if attention_mask is None else attention_mask[..., : shape[3]]
-        self._chosen: dict[Hashable, Mask] = {}
-
-    def choose_once(self, maskers: Hashable, make: Callable[[], Mask]) -> Mask:
-        """What maskers that go by positions alone choose, found once for all calls of this layout."""
-        if maskers not in self._chosen:
-            self._chosen[maskers] = make()
-        return self._chosen[maskers]
+        #: What leading maskers chose that go by positions alone: made once for all calls of this layout.
+        self.chosen: dict[Hashable, Mask] = {}
 
     @cached_property
     def allowed(self) -> Tensor:
@@ -51,7 +46,7 @@ class Layout:
 
     @cached_property
     def n_allowed(self) -> list[int]:
-        """N of each item: the allowed keys of its last query row. Sizes given as a fraction are fractions of it."""
+        """N of each item: the allowed keys of its last query row. Fractional sizes are fractions of it."""
         if self._mask is None:
             return [self.shape[3]] * self.shape[0]
         return self.allowed[:, 0, -1].sum(-1).tolist()
@@ -93,7 +88,7 @@ class Layout:
 
     def first_keys(self, sizes: list[int]) -> Mask:
         """The first sizes[b] allowed keys of each item, as far as a row may see them."""
-        if self.shape[2] == 1 and self.all_allowed:  # the start of the keys, the same for all heads and items
+        if self.shape[2] == 1 and self.all_allowed:  # one range of keys for all heads and items
             return Mask.from_range(0, sizes[0], self.shape, self.device, self.kv_heads)
         limit = torch.tensor(sizes, device=self.device).view(-1, 1, 1, 1)
         flags = (self.key_positions[:, None, None, :] < limit) & self.allowed
@@ -104,13 +99,13 @@ class Layout:
         if self.shape[2] == 1 and self.all_allowed:
             total = self.shape[3]
             return Mask.from_range(total - sizes[0], total, self.shape, self.device, self.kv_heads)
-        limit = torch.tensor(sizes, device=self.device).view(-1, 1, 1, 1)
         age = self.row_positions[:, None, :, None] - self.key_positions[:, None, None, :]
+        limit = torch.tensor(sizes, device=self.device).view(-1, 1, 1, 1)
         return Mask.from_dense((age < limit) & self.allowed, self.shape[1], self.kv_heads)
 
     @cached_property
     def _forbidden(self) -> tuple[int, Tensor]:
-        """(the first key that some row may not attend to, which keys from there on each row may not: bool (B, 1, Q, n))."""
+        """(first key that some row may not attend to, ~allowed from that key on: bool (B, 1, Q, n))."""
         seen_by_all = self.allowed.all(2).all(0).flatten()
         start = int(seen_by_all.to(torch.uint8).argmin()) if seen_by_all.numel() else 0
         return start, ~self.allowed[..., start:]
@@ -126,8 +121,7 @@ class Layout:
         return scores
 
     def share_of_allowed(self, counts: Tensor) -> float:
-        """Keys counted for each row, (B, h, Q), over those it may attend to: mean over heads, and over rows that may attend
-        to anything; NaN if none may."""
+        """counts (B, h, Q) / allowed keys: mean over heads and rows; rows without allowed keys stay out."""
         if self.all_allowed:
             return float(counts.sum()) / (counts.numel() * self.shape[3])
         lengths = self.row_lengths.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,11 @@ from ..kernels.reference import group_scores
 from ..lists import as_arrays, expand_heads, uses_loops
 from ..mask import Mask
 from ..search_space import Choice
-from .base import Masker, MaskerConfig, check_flag, check_int, register_masker
+from .base import Masker, MaskerConfig, check_flag, check_int, draw_example, register_masker
 from .codes import pack_bits
 from .inputs import AttentionInputs
 
-PACKINGS = ("int64", "float32")
+# Types of a table's packed bits, the narrowest first.
 WORDS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 # Floats in the largest temporary of hashing: 32 MB.
 BLOCK = 2**23
@@ -24,28 +25,22 @@ BLOCK = 2**23
 
 @dataclass
 class MagicPigConfig(MaskerConfig):
-    """lsh_l: hash tables. lsh_k: bits per table. center: hash keys and queries relative to the mean key.
+    """lsh_l: hash tables. lsh_k: bits per table, 1 to 64. center: hash keys and queries relative to the mean key.
 
-    packing: "int64" packs a table's bits into one integer, so lsh_k is at most 64; "float32" has no such limit and chooses the
-    same keys. seed: of the projections; the layer's number is added. min_matches: in how many tables a key must share the
-    query's bucket, 1 or 2 (the paper's rule).
+    seed: of the projections; the layer's number is added. min_matches: in how many tables a key must share
+    the query's bucket, 1 or 2 (the paper's rule).
     """
 
     lsh_l: int
     lsh_k: int
     center: bool = True
-    packing: str = "int64"
     seed: int = 42
     min_matches: int = 1
 
     def __post_init__(self) -> None:
         self.lsh_l = check_int("lsh_l", self.lsh_l, 1)
-        self.lsh_k = check_int("lsh_k", self.lsh_k, 1)
+        self.lsh_k = check_int("lsh_k", self.lsh_k, 1, 64)  # a table's bits are packed into one integer
         self.center = check_flag("center", self.center)
-        if self.packing not in PACKINGS:
-            raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {self.packing!r}")
-        if self.packing == "int64" and self.lsh_k > 64:
-            raise ValueError(f"lsh_k must be <= 64 with packing int64, got {self.lsh_k}")
         self.seed = check_int("seed", self.seed, 0)
         self.min_matches = check_int("min_matches", self.min_matches, 1, 2)
         if self.min_matches > self.lsh_l:
@@ -75,7 +70,7 @@ class MagicPigMasker(Masker[MagicPigConfig]):
 
     Mean and M are those of the context's keys, per item and kv head, then frozen. A later key with a norm above M is hashed as
     if M were its norm: its p still fits its bits, but its angle no longer falls with its norm.
-    The choice depends on the config's seed, not on the call's. There is no full budget. Signatures are (B, Hkv, N, words).
+    The choice depends on the config's seed, not on the call's. No budget chooses all keys.
     """
 
     is_sampling = True
@@ -88,7 +83,7 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         hits = self._hits(self._signature(shifted, torch.zeros_like(shifted[..., 0]), fitted), signatures).view(inputs.shape)
         found = inputs.mask(hits & expand_heads(mask.residual(inputs.allowed), inputs.shape[1])).lists()
         probability = self._probability(_cosines(inputs, shifted, fitted, found.indices))
-        return mask.union(inputs.mask(found._replace(probability=probability.float()), mask))
+        return mask.union(inputs.mask(found._replace(probability=probability.float())))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         return self.config.lsh_l * self.config.lsh_k / 8 / (2 * inputs.keys.shape[-1] * inputs.keys.element_size())
@@ -98,54 +93,48 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         mean = torch.zeros((batch, heads, 1, dim), device=keys.device)
         norm = torch.ones((batch, heads, 1), device=keys.device)
         # One item and head at a time: no float32 copy of all keys, and sums that no neighbour or padding can change.
-        for item in range(batch):
-            own = slice(None) if allowed is None else allowed[item]
-            for head in range(heads):
-                points = keys[item, head, own].float()
-                if len(points) == 0:
-                    continue
-                if self.config.center:
-                    mean[item, head, 0] = points.mean(0)
-                norm[item, head] = (points - mean[item, head]).norm(dim=-1).max().clamp(min=1e-12)
+        for item, head in itertools.product(range(batch), range(heads)):
+            points = keys[item, head, slice(None) if allowed is None else allowed[item]].float()
+            if len(points) == 0:
+                continue
+            if self.config.center:
+                mean[item, head, 0] = points.mean(0)
+            norm[item, head] = (points - mean[item, head]).norm(dim=-1).max().clamp(min=1e-12)
         generator = torch.Generator().manual_seed(self.config.seed + layer_idx)
         projections = torch.randn((dim + 1, self.config.lsh_l * self.config.lsh_k), generator=generator)
         return HashFit(mean, norm, projections.to(keys.device))
 
     def encode(self, keys: Tensor, fitted: HashFit, layer_idx: int) -> Tensor:
+        """Signatures of keys (B, Hkv, n, D): (B, Hkv, n, L)."""
         step = max(1, BLOCK // (keys.shape[0] * keys.shape[1] * self.config.lsh_l * self.config.lsh_k))
         parts = []
-        for start in range(0, keys.shape[2], step):
-            centred = keys[:, :, start : start + step].float() - fitted.mean
+        for part in torch.split(keys, step, 2):
+            centred = part.float() - fitted.mean
             extra = (fitted.norm.square() - centred.norm(dim=-1).square()).clamp(min=0).sqrt()
             parts.append(self._signature(centred, extra, fitted))
         return torch.cat(parts, 2)
 
     def _signature(self, points: Tensor, extra: Tensor, fitted: HashFit) -> Tensor:
-        """Signs of the projected vectors (points, extra): (B, h, n, D) and (B, h, n) to words (B, h, n, L * words per table).
-
-        Lengths do not matter to signs. Words are as narrow as the bits of a table permit.
-        """
+        """Signs of the projected vectors (points, extra): (B, h, n, D) and (B, h, n) to a word per table, (B, h, n, L)."""
         bits = points @ fitted.projections[:-1] + extra.unsqueeze(-1) * fitted.projections[-1] > 0
-        dtype = next((word for word in WORDS if torch.iinfo(word).bits >= self.config.lsh_k), WORDS[-1])
-        return pack_bits(bits.view(*bits.shape[:-1], self.config.lsh_l, self.config.lsh_k), dtype).flatten(-2)
+        dtype = next(word for word in WORDS if torch.iinfo(word).bits >= self.config.lsh_k)
+        return pack_bits(bits.view(*bits.shape[:-1], self.config.lsh_l, self.config.lsh_k), dtype).squeeze(-1)
 
     def _hits(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Which keys share enough buckets with each query: signatures of both to bool (B, Hkv, rows of the group, N)."""
-        tables, least = self.config.lsh_l, self.config.min_matches
+        """Keys that share enough buckets with a query: signatures of both to bool (B, Hkv, rows of the group, N)."""
         queries = queries.reshape(*keys.shape[:2], -1, keys.shape[-1])
         shape = (*queries.shape[:3], keys.shape[2])
-        if uses_loops(keys) and keys.shape[-1] == tables:
-            from ..loops.hashing import find_matches
+        if uses_loops(keys):
+            from ..loops.codes import find_matches
 
             hits = torch.empty(shape, dtype=torch.bool)
-            find_matches(*as_arrays(queries, keys, least, hits))
+            find_matches(*as_arrays(queries, keys, self.config.min_matches, hits))
             return hits
-        queries = queries.view(*queries.shape[:3], tables, -1)
-        keys = keys.view(*keys.shape[:3], tables, -1).permute(0, 1, 3, 4, 2).contiguous()
         counts = torch.zeros(shape, dtype=torch.int16, device=keys.device)
-        for table in range(tables):  # one at a time: less memory
-            counts += (queries[:, :, :, table].unsqueeze(-1) == keys[:, :, table].unsqueeze(2)).all(3)
-        return counts >= least
+        tables = keys.movedim(-1, 0).contiguous()
+        for own, others in zip(queries.unbind(-1), tables, strict=True):  # one at a time: less memory
+            counts += own.unsqueeze(-1) == others.unsqueeze(2)
+        return counts >= self.config.min_matches
 
     def _probability(self, cosines: Tensor) -> Tensor:
         """Chance of enough matches: in float64, since c may be tiny. Never 0 for a key that did match."""
@@ -180,6 +169,4 @@ def _cosines(inputs: AttentionInputs, shifted: Tensor, fitted: HashFit, indices:
 
 
 if __name__ == "__main__":
-    from sparse_attention_hub.maskers.drawing import main
-
-    main("magic_pig")
+    draw_example("magic_pig")

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..mask import Mask
-from ..search_space import LogUniform
-from .base import Masker, MaskerConfig, check_size, register_masker
+from .base import Masker, TopKConfig, draw_example, register_masker
 from .inputs import AttentionInputs
 
 
 @dataclass
-class OracleTopKConfig(MaskerConfig):
-    """heavy_size: keys chosen beside those already chosen, int (tokens) or float (fraction of N)."""
-
-    heavy_size: int | float
-
-    def __post_init__(self) -> None:
-        self.heavy_size = check_size("heavy_size", self.heavy_size)
-
-    @classmethod
-    def get_search_space(cls, task_name: str) -> dict[str, Any]:
-        return {"heavy_size": LogUniform(0.005, 0.5)}
+class OracleTopKConfig(TopKConfig):
+    """heavy_size: see TopKConfig."""
 
 
 @register_masker(OracleTopKConfig)
@@ -39,6 +28,4 @@ class OracleTopK(Masker[OracleTopKConfig]):
 
 
 if __name__ == "__main__":
-    from sparse_attention_hub.maskers.drawing import main
-
-    main("oracle_top_k")
+    draw_example("oracle_top_k")

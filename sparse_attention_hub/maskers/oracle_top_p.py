@@ -7,7 +7,7 @@ from typing import Any
 
 from ..mask import Mask
 from ..search_space import Uniform
-from .base import Masker, MaskerConfig, check_number, register_masker
+from .base import Masker, MaskerConfig, check_number, draw_example, register_masker
 from .inputs import AttentionInputs
 
 
@@ -44,6 +44,4 @@ class OracleTopP(Masker[OracleTopPMaskerConfig]):
 
 
 if __name__ == "__main__":
-    from sparse_attention_hub.maskers.drawing import main
-
-    main("oracle_top_p")
+    draw_example("oracle_top_p")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..mask import Mask
-from ..search_space import Choice, LogUniform
-from .base import Masker, MaskerConfig, check_int, check_size, register_masker
+from ..search_space import Choice
+from .base import Masker, TopKConfig, check_int, draw_example, register_masker
 from .codes import sum_codes
 from .inputs import AttentionInputs
 
@@ -20,15 +20,14 @@ BLOCKS = {"cpu": 2**20, "gpu": 2**23}
 
 
 @dataclass
-class PQCacheConfig(MaskerConfig):
-    """heavy_size: keys chosen beside those already chosen, int (tokens) or float (fraction of N).
+class PQCacheConfig(TopKConfig):
+    """heavy_size: see TopKConfig.
 
     pq_group_factor: sub-vectors that a key is cut into; must divide the head dimension. pq_bits: 2^bits centres each, 1 to 16.
     kmeans_iter: Lloyd iterations at most. init_offset: the first keys, which are neither clustered nor chosen (sinks).
     metric: "euclidean", or "ip" (inner product: keys get a coordinate that makes their norms equal). seed: for the centres.
     """
 
-    heavy_size: int | float
     pq_group_factor: int
     pq_bits: int
     kmeans_iter: int
@@ -37,7 +36,7 @@ class PQCacheConfig(MaskerConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.heavy_size = check_size("heavy_size", self.heavy_size)
+        super().__post_init__()
         self.pq_group_factor = check_int("pq_group_factor", self.pq_group_factor, 1)
         self.pq_bits = check_int("pq_bits", self.pq_bits, 1, 16)
         self.kmeans_iter = check_int("kmeans_iter", self.kmeans_iter, 1)
@@ -48,19 +47,14 @@ class PQCacheConfig(MaskerConfig):
 
     @classmethod
     def get_search_space(cls, task_name: str) -> dict[str, Any]:
-        return {
-            "heavy_size": LogUniform(0.005, 0.5),
-            "pq_group_factor": Choice([2, 4, 8]),
-            "pq_bits": Choice([4, 6, 8]),
-        }
+        codes = {"pq_group_factor": Choice([2, 4, 8]), "pq_bits": Choice([4, 6, 8])}
+        return super().get_search_space(task_name) | codes
 
 
 @dataclass(frozen=True)
 class PQFit:
-    """What clustering made. centroids: float32 (B, Hkv, G, 2^bits, D/G), one channel more for "ip".
-
-    square: largest squared norm of the sub-vectors fitted on, float32 (B, Hkv, G); only "ip" needs it.
-    """
+    """centroids: float32 (B, Hkv, G, 2^bits, D/G), one channel more for "ip". square, for "ip" only: largest
+    squared norm of the sub-vectors fitted on, float32 (B, Hkv, G)."""
 
     centroids: Tensor
     square: Tensor | None = None
@@ -86,7 +80,7 @@ class PQCacheMasker(Masker[PQCacheConfig]):
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
         sizes = inputs.resolve(self.config.heavy_size)
-        # Keys inside the offset are not chosen; but a budget of every key means every key.
+        # Keys inside the offset are not chosen, unless the budget is all keys.
         offsets = [
             0 if k >= n else min(self.config.init_offset, n) for k, n in zip(sizes, inputs.layout.n_allowed, strict=True)
         ]
@@ -99,10 +93,9 @@ class PQCacheMasker(Masker[PQCacheConfig]):
 
     def fit(self, keys: Tensor, allowed: Tensor | None, layer_idx: int) -> PQFit:
         """keys (B, Hkv, N, D), allowed bool (B, N) or None. ValueError if pq_group_factor does not divide D."""
-        if keys.shape[-1] % self.config.pq_group_factor:
-            raise ValueError(
-                f"pq_group_factor must divide the head dimension {keys.shape[-1]}, got {self.config.pq_group_factor}"
-            )
+        groups, dim = self.config.pq_group_factor, keys.shape[-1]
+        if dim % groups:
+            raise ValueError(f"pq_group_factor must divide the head dimension {dim}, got {groups}")
         fits = [self._fit_item(self._clustered(keys, allowed, item), layer_idx) for item in range(keys.shape[0])]
         square = torch.stack([square for _, square in fits]) if self.config.metric == "ip" else None
         return PQFit(torch.stack([centroids for centroids, _ in fits]), square)
@@ -167,9 +160,8 @@ class PQCacheMasker(Masker[PQCacheConfig]):
                 _add_members(points, _nearest(points, centroids), sums, counts)
             spare = torch.randint(total, (centres,), generator=generator).to(keys.device)
             # A centre without keys moves to a random key.
-            moved = torch.where(
-                counts.unsqueeze(-1) > 0, sums / counts.clamp(min=1).unsqueeze(-1), self._points(keys[:, spare], shift)
-            )
+            counts = counts.unsqueeze(-1)
+            moved = torch.where(counts > 0, sums / counts.clamp(min=1), self._points(keys[:, spare], shift))
             drift = (moved - centroids).norm(dim=-1).sum(-1)
             centroids = moved
             if float(drift.max()) < 1e-2:
@@ -208,6 +200,4 @@ def _blocks(total: int, centroids: Tensor) -> list[tuple[int, int]]:
 
 
 if __name__ == "__main__":
-    from sparse_attention_hub.maskers.drawing import main
-
-    main("pq_cache")
+    draw_example("pq_cache")

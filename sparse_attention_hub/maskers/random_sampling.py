@@ -7,7 +7,7 @@ from typing import Any
 
 from ..mask import Mask
 from ..search_space import LogUniform
-from .base import Masker, MaskerConfig, check_number, register_masker
+from .base import Masker, MaskerConfig, check_number, draw_example, register_masker
 from .inputs import AttentionInputs
 
 
@@ -41,6 +41,4 @@ class RandomSamplingMasker(Masker[RandomSamplingMaskerConfig]):
 
 
 if __name__ == "__main__":
-    from sparse_attention_hub.maskers.drawing import main
-
-    main("random_sampling")
+    draw_example("random_sampling")

@@ -13,10 +13,7 @@ from .state import AttentionState, MaskerState
 
 
 class SharedStates:
-    """What maskers learned of contexts, shared by all configurations whose codes are equal, kept up to `limit_bytes`.
-
-    Fitting (k-means, say) then happens once for each (context, layer, code-making settings), not once a configuration.
-    """
+    """LRU cache of at most `limit_bytes` of codes: a context is fitted once per layer and `codes_key`."""
 
     def __init__(self, limit_bytes: int = 256 * 2**20) -> None:
         self._limit, self._total = limit_bytes, 0
@@ -25,7 +22,7 @@ class SharedStates:
         self._used: set[tuple[Any, ...]] = set()  # since the last trim: their codes may have grown
 
     def of(self, maskers: Sequence[Masker[Any]], context: str, keys: Tensor, layer_idx: int) -> AttentionState:
-        """The states of a pipeline's maskers on one layer, fitted on the keys (1, Hkv, N, D) of the context of that name."""
+        """States of a pipeline's maskers on one layer, fitted on the keys (1, Hkv, N, D) of the named context."""
         state = AttentionState()
         for position, masker in enumerate(maskers):
             name = (context, layer_idx, masker.codes_key())
@@ -33,7 +30,7 @@ class SharedStates:
             if held is None:
                 held = MaskerState()
                 masker.prepare(keys, layer_idx, held)
-                if held.is_fitted:  # most maskers learn nothing of keys: a search would pile up a state for each of its trials
+                if held.is_fitted:  # most maskers learn nothing: a search would keep a state per trial
                     self._held[name] = held
             if held.is_fitted:
                 self._held.move_to_end(name)
@@ -42,7 +39,7 @@ class SharedStates:
         return state
 
     def trim(self) -> None:
-        """Forget what was used longest ago until the limit holds."""
+        """Drop the least recently used states until the limit holds."""
         for name in self._used & self._held.keys():
             size = self._held[name].bytes()
             self._total += size - self._sizes.get(name, 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..mask import Mask
 from ..search_space import Choice
-from .base import Masker, MaskerConfig, check_size, register_masker
+from .base import Masker, MaskerConfig, check_size, draw_example, register_masker
 from .inputs import AttentionInputs
 
 
@@ -37,6 +37,4 @@ class SinkMasker(Masker[SinkMaskerConfig]):
 
 
 if __name__ == "__main__":
-    from sparse_attention_hub.maskers.drawing import main
-
-    main("sink")
+    draw_example("sink")

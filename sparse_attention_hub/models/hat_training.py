@@ -1,12 +1,12 @@
-"""Learning HashAttention's bit signatures for a model, and converting weights learned elsewhere.
+"""Trains HashAttention's bit signatures for a model, and converts weights trained elsewhere.
 
     python -m sparse_attention_hub.maskers.hash_attention train --model MODEL --out FILE.safetensors [--text FILE]
     python -m sparse_attention_hub.maskers.hash_attention convert IN.pkl OUT.safetensors
 
-Signatures are linear, sign(x W + b), with one network per query head and one per kv head, so that a key is signed once for all
-query heads of its group. They learn to rank keys as attention does: the loss is the cross-entropy between the model's attention
-and the softmax of (equal - different bits) times a learned scale, over the keys outside a sink and a window. Signs have the
-gradient of tanh. The layers are independent of one another; each takes seconds on one core.
+Signatures are linear, sign(x W + b), with one network per query head and one per kv head, so that a
+key is signed once for its group. The loss is the cross-entropy between the model's attention and the
+softmax of (equal - different bits) times a learned scale, over the keys outside a sink and a window.
+Signs have the gradient of tanh. Layers are trained separately, in seconds each on one core.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from ..maskers.hat_weights import PARTS, Layer, write_hat_weights
 from .recording import Recording, add_model_arguments, load_asked_model, read_texts, record, sample_texts
 
 NEVER = -1e30
-#: Keys that a sink and a window cover in any sensible pipeline; the ranking leaves them out.
+#: Keys not ranked: any sensible pipeline covers them by a sink and a window.
 SINK, WINDOW = 4, 16
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: bits per signature, optimiser steps, query rows per step, learning rate, seed of everything random."""
+    """Training settings. bits: per signature; rows: queries per step; rate: learning rate."""
 
     bits: int = 32
     steps: int = 500
@@ -87,7 +87,7 @@ def train_layer(pairs: list[tuple[Tensor, Tensor]], recipe: Recipe) -> Layer:
 
 
 def ranked_keys(positions: Tensor, length: int) -> Tensor:
-    """The keys before the window and after the sink that each query position sees: bool (rows, length)."""
+    """The keys between sink and window for each query position: bool (rows, length)."""
     keys = torch.arange(length)
     return (keys >= SINK) & (keys <= positions.unsqueeze(-1) - WINDOW)
 
@@ -105,7 +105,7 @@ def _soft_sign(x: Tensor, steepness: float) -> Tensor:
 
 @torch.no_grad()
 def mass_at(layer: Layer, queries: Tensor, keys: Tensor, share: float = 0.05) -> tuple[float, float]:
-    """Attention mass on the best `share` of the reachable keys, for the later half of the queries: (by signature, by score)."""
+    """Attention mass on the top `share` of the ranked keys, later half of the text: (by signature, by score)."""
     queries, keys = queries.float().cpu(), keys.float().cpu()
     length = keys.shape[1]
     positions = torch.arange(length // 2, length)
@@ -116,7 +116,7 @@ def mass_at(layer: Layer, queries: Tensor, keys: Tensor, share: float = 0.05) ->
         torch.sign(x @ layer[f"{side}_matrix"][0].float() + layer[f"{side}_bias"][0].float().unsqueeze(1))
         for x, side in ((picked, "query"), (keys, "key"))
     )
-    by_signature = _scores(query_signs, key_signs) + torch.arange(length) / length  # of equal keys, the latest
+    by_signature = _scores(query_signs, key_signs) + torch.arange(length) / length  # ties: the latest key
     by_signature = by_signature.masked_fill(~reachable, NEVER)
     mass = by_score.softmax(-1)
     last = (share * reachable.sum(-1)).long().clamp(min=1).view(1, -1, 1).expand(mass.shape[0], -1, 1) - 1
@@ -127,19 +127,17 @@ def mass_at(layer: Layer, queries: Tensor, keys: Tensor, share: float = 0.05) ->
     return reached, best
 
 
-def train(recordings: list[Recording], recipe: Recipe, say: bool = True) -> dict[int, Layer]:
-    """Weights of all layers. The last recording is not trained on: it measures how good they are, printed with `say`."""
+def train(recordings: list[Recording], recipe: Recipe) -> dict[int, Layer]:
+    """Weights of all layers. The last recording is held out; the quality on it is printed."""
     *learned, held_out = recordings
     weights, masses = {}, []
-    for layer in held_out:
+    for layer, pair in held_out.items():
         weights[layer] = train_layer([recording[layer] for recording in learned], recipe)
-        reached, best = mass_at(weights[layer], *held_out[layer])
+        reached, best = mass_at(weights[layer], *pair)
         masses.append((reached, best))
-        if say:
-            print(f"layer {layer}: {reached:.3f} of the attention mass on 5% of the keys, {best:.3f} at best", flush=True)
-    if say:
-        reached, best = (sum(column) / len(masses) for column in zip(*masses, strict=True))
-        print(f"mean: {reached:.3f}, {best:.3f} at best", flush=True)
+        print(f"layer {layer}: {reached:.3f} of the attention mass on 5% of the keys, {best:.3f} at best", flush=True)
+    reached, best = (sum(column) / len(masses) for column in zip(*masses, strict=True))
+    print(f"mean: {reached:.3f}, {best:.3f} at best", flush=True)
     return weights
 
 
@@ -164,7 +162,7 @@ class _Restricted(pickle.Unpickler):
 
 
 def convert(source: str) -> dict[int, Layer]:
-    """The weights in a pickle or a file of torch.save, {layer: {part: [tensor of each network layer]}}. UserError otherwise."""
+    """Weights {layer: {part: [tensors]}} from a pickle or a torch.save file. UserError for other content."""
     path = Path(source)
     if not path.is_file():
         raise UserError(f"the pickle to convert must be an existing file, got {source!r}")

@@ -20,6 +20,7 @@ from .embedded import EMBEDDED_MODEL, embedded_folder
 from .notices import quiet_transformers
 
 logger = logging.getLogger(__name__)
+_log_once = functools.cache(logger.info)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DENSE_BACKENDS = ("auto", "sdpa", "flash")
@@ -34,8 +35,8 @@ _NETWORK = {"ConnectionError", "NetworkError", "TimeoutException", "TransportErr
 class LanguageModel:
     """A causal language model ready for inference.
 
-    dense_backend: transformers' name of the attention that prefills. keeps_logits: the model can compute the logits of the
-    last tokens alone. full_layers: layers without a sliding window, filled in by `sparse_layers`.
+    dense_backend: transformers' name of the attention that prefills. keeps_logits: the model can compute
+    logits of the last tokens only. full_layers: those without a sliding window, set by `sparse_layers`.
     """
 
     id: str
@@ -75,7 +76,7 @@ class LanguageModel:
 
     @functools.cached_property
     def weights_fingerprint(self) -> str:
-        """A hash of the model's id and of a few numbers of every weight, to notice a changed checkpoint under an old name."""
+        """A hash of the model's id and a few numbers of every weight: detects a changed checkpoint."""
         digest = hashlib.sha256(self.id.encode())
         for name, weight in self.model.named_parameters():
             digest.update(f"{name}{tuple(weight.shape)}".encode())
@@ -121,7 +122,7 @@ def check_place(device: str, dtype: str, dense_backend: str) -> None:
 
 
 def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[int, int]:
-    """(layers, bytes of one token's keys and values in one layer), from the configuration alone. UserError as load_model."""
+    """(layers, bytes of one token's keys and values in one layer), without weights. UserError as load_model."""
     with _model_files(model_id, trust_remote_code) as (path, options):
         from transformers import AutoConfig
 
@@ -131,7 +132,7 @@ def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = 
 
 
 def head_shape(config: Any) -> tuple[int, int, int]:
-    """(query heads, kv heads, channels of a head) of a text decoder's config."""
+    """(query heads, kv heads, channels per head) of a text decoder's config."""
     heads: int = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -139,7 +140,7 @@ def head_shape(config: Any) -> tuple[int, int, int]:
 
 @contextmanager
 def _model_files(model_id: str, trust_remote_code: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The folder or hub id, and the options, for `from_pretrained`. Errors inside the `with` become one-line UserErrors."""
+    """The folder or hub id, and the options, for `from_pretrained`. Errors inside become UserErrors."""
     if not isinstance(model_id, str) or not model_id.strip():
         raise UserError(f"a model is a hub id, a folder or {EMBEDDED_MODEL}, got {model_id!r}")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -174,9 +175,9 @@ def _local_folder(model_id: str) -> str | None:
 
 
 def _hub_has(model_id: str) -> bool:
-    """Whether the hub answers for a model; False means that it is read from the local cache. UserError if neither has it.
+    """Whether the hub has a model; False: only the local cache has it. UserError if neither has it.
 
-    One short request finds what is wrong before the loaders retry for minutes.
+    One short request: the loaders would retry for minutes.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -199,13 +200,17 @@ def _hub_has(model_id: str) -> bool:
 
 
 def _explain(error: Exception, model_id: str, from_hub: bool) -> str:
-    """One line: what went wrong while a model was loaded, and what to do."""
+    """One line: why a model could not be loaded, and what to do."""
     name = f"model {model_id!r}"
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
         return f"{name} brings its own code: read it, then pass --trust-remote-code to run it"
     if from_hub:
-        kinds = _class_names(error)
+        kinds: set[str] = set()  # names, because the hub's client moves its classes between versions
+        cause: BaseException | None = error
+        while cause is not None:
+            kinds |= {kind.__name__ for kind in type(cause).__mro__}
+            cause = cause.__cause__ or cause.__context__
         status = getattr(getattr(error, "response", None), "status_code", None)
         if "GatedRepoError" in kinds or status == 403:
             return f"{name} is gated: accept its terms on its page and log in with `hf auth login`, {_DEBUG}"
@@ -221,22 +226,13 @@ def _explain(error: Exception, model_id: str, from_hub: bool) -> str:
     return f"{name} cannot be loaded ({text}): check its files, {_DEBUG}"
 
 
-def _class_names(error: BaseException | None) -> set[str]:
-    """Class names of an error and its causes. Names, because the hub's client moves its classes between versions."""
-    names: set[str] = set()
-    while error is not None:
-        names |= {kind.__name__ for kind in type(error).__mro__}
-        error = error.__cause__ or error.__context__
-    return names
-
-
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     """Every token that ends an answer: instruct models list several."""
     found: set[Any] = set()
     for owner in (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True), tokenizer):
         value = getattr(owner, "eos_token_id", None)
         found |= set(value if isinstance(value, list | tuple | set) else [value])
-    return frozenset(int(token) for token in found if token is not None)
+    return frozenset(int(token) for token in found - {None})
 
 
 def pick_device(device: str) -> torch.device:
@@ -293,8 +289,3 @@ def _pick_dense(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         _log_once(f"dense attention runs on SDPA: {reason}")
     return "sdpa"
-
-
-@functools.cache
-def _log_once(line: str) -> None:
-    logger.info(line)

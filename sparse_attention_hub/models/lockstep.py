@@ -1,17 +1,16 @@
-"""The batch that answers one context under several attentions, and the attention function that transformers calls for it."""
+"""Batched decoding of one context under several attentions, and the attention function for it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..attention import AttentionResult, ResearchAttention
+from ..attention import ResearchAttention
 from ..errors import UserError
 from ..maskers.call_cache import CallCache
 from ..maskers.inputs import AttentionInputs
@@ -26,30 +25,16 @@ if TYPE_CHECKING:
 
 LOCKSTEP = "sparse_hub_lockstep"
 
-
-class Recorder(Protocol):
-    """Called after each layer's attention of a row. result is None for a dense row.
-
-    queries (1, H, Q, D), after RoPE, of the last Q positions; keys, values (1, Hkv, N, D), views of the cache, valid only during
-    the call. step: 0 for the question, 1, 2, ... for the generated tokens (1 for a forced answer that is not fed stepwise).
-    """
-
-    def __call__(
-        self,
-        *,
-        layer_idx: int,
-        result: AttentionResult | None,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float,
-        step: int,
-    ) -> None: ...
+#: Called after each layer's attention of a row, with keyword arguments: layer_idx; result, an
+#: AttentionResult, None for a dense row; queries (1, H, Q, D), after RoPE, of the last Q positions; keys,
+#: values (1, Hkv, N, D), views of the cache, valid only during the call; scaling; step, 0 for the question,
+#: 1, 2, ... for the generated tokens (1 for a forced answer that is not fed stepwise).
+Recorder = Callable[..., None]
 
 
 @dataclass
 class Memory:
-    """What an attention's maskers learned of one context. prepared: layers where they have seen the context's keys."""
+    """Masker states of an attention on one context. prepared: layers whose context keys are fitted."""
 
     attention: ResearchAttention
     state: AttentionState
@@ -58,22 +43,21 @@ class Memory:
 
 @dataclass
 class Row(SparseMeans):
-    """One row of the batch, dense without a memory: what it generated, seconds until it ended, means of what it attended to."""
+    """One row of the batch, dense without a memory. tokens: the answer; seconds: until its last token."""
 
     memory: Memory | None = None
-    seed: int = 0
     recorders: Sequence[Recorder] = ()
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
 
 class Lockstep:
-    """Rows that go through the model as one batch, each with its own attention, on the cache of one context."""
+    """Rows that go through the model as one batch, each with its own attention, on one context's cache."""
 
-    def __init__(self, lm: LanguageModel, prefilled: Prefilled, rows: list[Row]) -> None:
-        self.lm, self.prefilled, self.rows = lm, prefilled, rows
+    def __init__(self, lm: LanguageModel, prefilled: Prefilled, rows: list[Row], seed: int = 0) -> None:
+        self.lm, self.prefilled, self.rows, self.seed = lm, prefilled, rows, seed
         self.step = 0
-        self.windows: dict[int, int | None] = {}  # the sliding window of each layer that was called
+        self.windows: dict[int, int | None] = {}  # sliding window per layer that was called
         self._calls = 0  # of attention, in the current forward pass
         self._filling = False  # the current pass ends before the last layer's attention
         self._layouts: dict[Hashable, Layout] = {}  # shared by all rows and layers of one forward pass
@@ -85,12 +69,12 @@ class Lockstep:
         return logits
 
     def fill(self, ids: Tensor) -> None:
-        """Put the keys and values of ids (rows, Q) into the cache. What the last layer computes after these is skipped."""
+        """Put the keys and values of ids (rows, Q) into the cache; skip the rest of the last layer."""
         self._run(self.lm.model.base_model, ids, filling=True)
 
     @torch.no_grad()
     def _run(self, module: Any, ids: Tensor, filling: bool = False, **options: Any) -> Any:
-        """The module's output, None if it was to fill the cache only. UserError if a layer did not use this attention."""
+        """The module's output, None if filling. UserError if a layer did not use this attention."""
         self._layouts.clear()
         self._calls, self._filling, output = 0, filling, None
         with _ATTENTION.used_by(self, self.lm.attention_configs), suppress(_Filled):
@@ -112,14 +96,14 @@ class Lockstep:
         scale: float | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """queries (rows, H, Q, D) -> (rows, Q, H, D). The new keys and values are in the cache: each row views it in turn."""
+        """queries (rows, H, Q, D) -> (rows, Q, H, D). Keys and values come from each row's view of the cache."""
         layer_idx: int = module.layer_idx
         window = self.windows[layer_idx] = checked_window(module, kwargs)
         scaling = scale if scale is not None else queries.shape[-1] ** -0.5
         self._calls += 1
         if self._filling and self._calls == self.lm.num_layers:
             raise _Filled
-        draws: dict[int, dict[Hashable, object]] = defaultdict(dict)  # rows of one seed share their random numbers
+        draws: dict[Hashable, object] = {}  # all rows use the same random numbers
         outputs = []
         for index, row in enumerate(self.rows):
             own = queries if len(self.rows) == 1 else queries[index : index + 1]
@@ -129,8 +113,8 @@ class Lockstep:
                 output = dense_rows(own, keys, values, scaling, window)
             else:
                 self._prepare(row.memory, layer_idx, keys[:, :, : self.prefilled.context_length])
-                cache = CallCache(draws=draws[row.seed], layouts=self._layouts)
-                inputs = AttentionInputs(own, keys, values, None, scaling, layer_idx, [row.seed], cache)
+                cache = CallCache(draws=draws, layouts=self._layouts)
+                inputs = AttentionInputs(own, keys, values, None, scaling, layer_idx, [self.seed], cache)
                 result = row.memory.attention.attend_inputs(inputs, row.memory.state)
                 output = result.output.to(own.dtype)
                 row.add(result, own.shape[2])
@@ -142,7 +126,7 @@ class Lockstep:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _prepare(self, memory: Memory, layer_idx: int, keys: Tensor) -> None:
-        """Let the maskers learn the context's keys, once per layer; attentions whose codes are equal share the work."""
+        """Fit the maskers on the context's keys, once per layer; attentions with equal codes share the work."""
         if layer_idx in memory.prepared:
             return
         known = self.prefilled.learned.of(memory.attention.maskers, self.prefilled.name, keys, layer_idx)

@@ -1,7 +1,7 @@
-"""Finds or makes the model-specific files of maskers, so that a configuration can leave them out and stay portable.
+"""Finds or makes the model-specific files of maskers, so that configurations stay portable.
 
-DoubleSparsity needs the model's important channels: calibrated once and kept in the user's cache. HashAttention needs trained
-weights: those that come with the library.
+DoubleSparsity: the model's important channels, calibrated once and kept in the user's cache.
+HashAttention: the trained weights that come with the library.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 
 def fit_template(config: ResearchAttentionConfig, model_id: str) -> ResearchAttentionConfig | None:
-    """The template with HashAttention's fields as its weights have them (the model's, or the file that the template names).
-    None if there are no weights for this model: such a template is skipped. UserError for a file that holds no weights."""
+    """The template with HashAttention's fields set as in its weights (the model's, or the file named in it).
+    None if there are no weights for this model. UserError for a file that holds no weights."""
     maskers: list[MaskerConfig] = []
     for masker in config.masker_configs:
         if isinstance(masker, HashAttentionTopKMaskerConfig):
@@ -41,7 +41,7 @@ def fit_template(config: ResearchAttentionConfig, model_id: str) -> ResearchAtte
 
 
 def complete(config: ResearchAttentionConfig, lm: LanguageModel) -> ResearchAttentionConfig:
-    """The configuration with the files that it leaves out filled in. ValueError if there are no weights for this model."""
+    """The configuration with its missing files filled in. ValueError if there are no weights for the model."""
     maskers: list[MaskerConfig] = []
     for masker in config.masker_configs:
         if isinstance(masker, DoubleSparsityTopKMaskerConfig) and masker.sorted_channel_file is None:

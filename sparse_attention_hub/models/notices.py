@@ -21,8 +21,7 @@ def quiet_transformers() -> Iterator[None]:
     notices.set_verbosity_error()
     notices.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         notices.set_verbosity(level)

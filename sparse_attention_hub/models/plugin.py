@@ -1,15 +1,15 @@
-"""The transformers plug-in: a loaded model, its own caches and `generate`, with sparse attention for a while.
+"""The transformers plug-in: sparse attention for a loaded model, its own caches and `generate`.
 
     output = model(context_ids, past_key_values=cache)                      # dense prefill, as the model was loaded
     with sparse_attention(model, attention, seed=0) as session:
         model.generate(prompt_ids, past_key_values=cache, max_new_tokens=32)  # question and answer are sparse
     session.density
 
-A forward pass that finds the cache empty is a prefill and stays dense (without a cache, every pass is); all later passes are
-sparse, also the later chunks of a prefill in chunks. The cache is never changed. Each item of a batch is attended to by itself
-on its real keys: left padding is cut off, and of a StaticCache's slots only the filled ones are seen. Layers with a sliding
-window stay dense. Custom attention functions return no attention weights, so `output_attentions=True` yields None. For many
-attentions on one context `answer_many` is faster.
+A forward pass that finds the cache empty is a prefill and stays dense (without a cache, every pass
+is); all later passes are sparse, also the later chunks of a chunked prefill. The cache is never changed.
+Each item of a batch is computed on its real keys only, without left padding and the empty slots of a
+StaticCache. Layers with a sliding window stay dense. Attention weights are not returned:
+`output_attentions=True` yields None. For many attentions on one context `answer_many` is faster.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numbers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from ..attention import ResearchAttention
 from ..errors import UserError
 from ..maskers.layout import FORBIDDEN_BIAS
+from .load import LanguageModel
 from .switch import SessionAttention, SparseMeans, attention_configs, check_supported, checked_window
 
 PLUGIN = "sparse_hub"
@@ -43,8 +45,8 @@ class _Item:
 
 
 class _View:
-    """What a forward pass's mask (B, 1, Q, N) means. full: the mask of each item; spans: (first, end) of each item's real keys;
-    causal: nothing else is masked; prefill: the queries are all the keys there are."""
+    """A forward pass's mask (B, 1, Q, N), per item (full). spans: (first, end) of the real keys; causal:
+    nothing else is masked; prefill: no keys precede the queries."""
 
     def __init__(self, mask: Tensor, batch: int, length: int) -> None:
         if mask.dim() != 4 or mask.shape[1] != 1:
@@ -65,19 +67,17 @@ class _View:
 def _is_causal(mask: Tensor, allowed: Tensor, first: int, end: int) -> bool:
     """Whether an item's mask (Q, N) is plain causal order on the keys [first, end), without holes or biases."""
     length = mask.shape[0]
-    if end - first < length:
-        return False
-    own = allowed[:, first:end]
-    expected = torch.ones_like(own).tril(end - first - length)
-    unbiased = mask.dtype == torch.bool or not bool(mask[:, first:end][own].any())
-    return int(allowed.sum()) == int(own.sum()) and unbiased and torch.equal(own, expected)
+    expected = torch.ones_like(allowed).tril(end - length)
+    expected[:, :first] = False
+    unbiased = mask.dtype == torch.bool or not bool(mask[allowed].any())
+    return end - first >= length and unbiased and torch.equal(allowed, expected)
 
 
 @dataclass
 class SparseSession(SparseMeans):
-    """Counts what happened inside `sparse_attention`. calls: all attention calls; sparse_calls: those that were sparse;
-    windowed_calls: those of layers with a sliding window, which stay dense. density and kv_fraction: means over items, sparse
-    layers and query rows, None before the first sparse call."""
+    """Counts attention calls inside `sparse_attention`: all, sparse ones, and those of layers with a sliding
+    window, which stay dense. density and kv_fraction: means over items, sparse layers and query rows, None
+    before the first sparse call."""
 
     attention: ResearchAttention
     seeds: int | Sequence[int]
@@ -101,17 +101,16 @@ class SparseSession(SparseMeans):
         """queries (B, H, Q, D), keys and values (B, Hkv, N, D) -> (B, Q, H, D)."""
         self.calls += 1
         windowed = checked_window(module, kwargs) is not None
+        self.windowed_calls += windowed
         if mask is None:
             raise UserError(
                 "no attention mask reached the sparse attention, so padding and order are unknown: "
                 "this model builds its own masks, take another model"
             )
-        if windowed:
-            self.windowed_calls += 1
-        elif self._view is None or self._view.mask is not mask:  # all layers of a forward pass get the same mask
-            self._view = _View(mask, batch=queries.shape[0], length=queries.shape[2])
-        view = None if windowed else self._view
-        if view is None or (view.prefill and self.dense_prefill):
+        view = self._view
+        if not windowed and (view is None or view.mask is not mask):  # all layers of a pass share one mask
+            view = self._view = _View(mask, batch=queries.shape[0], length=queries.shape[2])
+        if windowed or view is None or (view.prefill and self.dense_prefill):
             # With a mask given, transformers' own function aligns nothing by itself.
             return sdpa_attention_forward(module, queries, keys, values, mask, scaling=scaling, is_causal=False)[0]
         seeds = [self.seeds] * len(queries) if isinstance(self.seeds, int) else self.seeds
@@ -140,7 +139,7 @@ class SparseSession(SparseMeans):
         return torch.cat(outputs)
 
     def _item(self, i: int, layer_idx: int, keys: Tensor, past: int) -> _Item:
-        """The item's state after the `past` keys: rewound if the cache was cropped, new for another text or a beam that moved."""
+        """The item's state after `past` keys: rewound after a crop, new for another text or a moved beam."""
         item = self._items.get((layer_idx, i))
         known = keys[0, :, :past, 0]
         if item is not None and item.fitted <= past <= item.seen.shape[1] and torch.equal(known, item.seen[:, :past]):
@@ -154,7 +153,7 @@ class SparseSession(SparseMeans):
 
 
 def _full_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """A bool mask (B, 1, Q, N), also where transformers would pass None: that could mean any order."""
+    """A bool mask (B, 1, Q, N), also where transformers would pass None, which could mean any order."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
@@ -165,12 +164,12 @@ _ATTENTION = SessionAttention(PLUGIN, "inside `with sparse_attention(...)` only,
 def sparse_attention(
     model: Any, attention: ResearchAttention, *, seed: int | Sequence[int] = 0, dense_prefill: bool = True
 ) -> Iterator[SparseSession]:
-    """Switch a transformers model (or a LanguageModel) to sparse attention inside the `with`; nothing is reloaded.
+    """Switch a transformers model (or a LanguageModel) to sparse attention inside the `with`.
 
-    seed: one for all items of a batch, or one per item. dense_prefill=False attends sparsely from the first token on.
-    UserError for a model whose attention is not supported, or which does not use the attention that its config names.
+    seed: one for all items of a batch, or one per item. dense_prefill=False: sparse from the first token.
+    UserError for a model whose attention is not supported or cannot be switched.
     """
-    target = getattr(model, "model", model) if hasattr(model, "attention_configs") else model
+    target = model.model if isinstance(model, LanguageModel) else model
     kind = type(target).__name__
     check_supported(target, getattr(target, "name_or_path", "") or kind)
     seeds = int(seed) if isinstance(seed, numbers.Integral) else [int(one) for one in seed]  # type: ignore[union-attr]
@@ -186,14 +185,12 @@ def sparse_attention(
         counted = session.calls
 
     hook = target.register_forward_hook(must_have_been_called)
-    generation = getattr(target, "generation_config", None)
+    generation = getattr(target, "generation_config", None) or SimpleNamespace()
     compiles = getattr(generation, "disable_compile", None)
+    generation.disable_compile = True  # control flow depends on the data: nothing to compile
     try:
-        if generation is not None:
-            generation.disable_compile = True  # what is attended to depends on the data: nothing to compile
         with _ATTENTION.used_by(session, attention_configs(target)):
             yield session
     finally:
         hook.remove()
-        if generation is not None:
-            generation.disable_compile = compiles
+        generation.disable_compile = compiles

@@ -1,4 +1,4 @@
-"""A model's queries and keys on some text, the input of calibration and training, and the arguments that both commands take."""
+"""Records a model's queries and keys for calibration and training; the arguments of both commands."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def load_asked_model(options: argparse.Namespace) -> LanguageModel:
 
 
 def sample_texts(count: int, seed: int = 0, characters: int = 12_000) -> list[str]:
-    """Texts that every Python installation can make: English prose (Python's own manual pages) with facts strewn in, and
-    questions about the facts with their answers at the end. The same for the same seed and Python version."""
+    """English prose (Python's own manual pages) with facts inserted, and questions with answers about the
+    facts at the end. Equal for equal seed and Python version."""
     from pydoc_data.topics import topics
 
     pages = [topics[name] for name in sorted(topics)]
@@ -69,7 +69,7 @@ def sample_texts(count: int, seed: int = 0, characters: int = 12_000) -> list[st
 
 
 def read_texts(path: str) -> list[str]:
-    """The texts of a user's file: separated by lines of "---", or the whole file as one. UserError if there is none."""
+    """The texts of a file, separated by lines of "---". UserError if there is none."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--text must be an existing text file, got {path!r}")
@@ -80,10 +80,10 @@ def read_texts(path: str) -> list[str]:
 
 
 def record(lm: LanguageModel, texts: list[str], tokens: int) -> Iterator[Recording]:
-    """Run each text through the model, densely: for every layer, post-RoPE queries (H, n - 1, D) and keys (Hkv, n, D) in
-    the model's dtype; query i is at position i + 1. Longer texts lose their middle: n <= `tokens`.
+    """Run each text through the model, densely. Queries and keys are post-RoPE, in the model's dtype; query
+    i is at position i + 1. Longer texts lose their middle: n <= `tokens`.
 
-    UserError for a text that is too short (8 tokens), or a model that has sliding-window layers only.
+    UserError for a text of less than 8 tokens, or a model that has sliding-window layers only.
     """
     from .session import forced, prefill
 

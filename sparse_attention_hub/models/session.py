@@ -1,9 +1,9 @@
 """Prefill a context once, then ask it many times, under dense and sparse attentions side by side.
 
-A `Prefilled` holds the KV cache of a context. `answer_many` generates greedily under several attentions in lockstep: all
-linear layers run as one batch (one read of the weights per step), attention runs for each row on the shared prefix and the
-row's private tail, and a finished row leaves the batch. `forced_many` takes the answer as input and returns how likely it is.
-Both leave the `Prefilled` as they found it.
+A `Prefilled` holds the KV cache of a context. `answer_many` generates greedily under several
+attentions: linear layers run as one batch (one read of the weights per step), attention runs per row
+on the shared prefix and the row's private tail, and a finished row leaves the batch. `forced_many`
+scores a given answer. Both leave the `Prefilled` as they found it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -27,15 +27,22 @@ from .switch import switched
 
 SparseFrom = Literal["question", "decode"]
 
-#: Tokens of a context that go through the layers at once: activations then stay small beside the cache.
+#: Tokens of a context that go through the layers at once: activations stay small beside the cache.
 _CHUNKS = {"cpu": 512, "gpu": 8192}
+
+
+class AskOptions(TypedDict, total=False):
+    """Options of `answer_many` that `answer`, `forced_many` and `forced` share."""
+
+    sparse_from: SparseFrom
+    seed: int
 
 
 @dataclass(frozen=True)
 class Answer:
-    """token_ids end with the EOS token if stopped == "eos"; text leaves special tokens out. seconds: from asking to this
-    answer's last token, shared with the other rows of the batch. density and kv_fraction: means over query rows and sparse
-    layers (None for dense, and where no row was sparse)."""
+    """token_ids end with the EOS token if stopped == "eos"; text leaves special tokens out. seconds: from
+    the start of the batch to this answer's last token. density and kv_fraction: means over query rows and
+    sparse layers (None where no row was sparse)."""
 
     token_ids: list[int]
     text: str
@@ -57,7 +64,7 @@ class Forced:
 
 @dataclass
 class Prefilled:
-    """A context's KV cache, and what the maskers of each attention learned from its keys. name: of the context in `learned`."""
+    """A context's KV cache, and the masker states fitted on its keys. name: of the context in `learned`."""
 
     cache: SharedPrefixCache
     context_length: int
@@ -83,7 +90,7 @@ class Prefilled:
 
 
 def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
-    """Run the context through the model once, densely and without the LM head; `room` tokens can follow it.
+    """Run the context through the model once, densely and without the LM head; `room` tokens can follow.
 
     UserError for an empty context or one longer than the model's positions.
     """
@@ -138,14 +145,11 @@ def answer(
     attention: ResearchAttention | None,
     max_new_tokens: int,
     *,
-    sparse_from: SparseFrom = "question",
-    seed: int = 0,
     recorder: Recorder | None = None,
+    **options: Unpack[AskOptions],
 ) -> Answer:
-    """Greedy answer to a question on a prefilled context; attention=None is dense. Details: `answer_many`."""
-    return answer_many(
-        lm, prefilled, question_ids, [attention], max_new_tokens, sparse_from=sparse_from, seed=seed, recorders=[recorder]
-    )[0]
+    """Greedy answer under one attention; None is dense. options: sparse_from and seed, as in `answer_many`."""
+    return answer_many(lm, prefilled, question_ids, [attention], max_new_tokens, recorders=[recorder], **options)[0]
 
 
 def answer_many(
@@ -159,10 +163,10 @@ def answer_many(
     seed: int = 0,
     recorders: Sequence[Recorder | None] | None = None,
 ) -> list[Answer]:
-    """Greedy answers under several attentions in lockstep, in the order given.
+    """Greedy answers under several attentions, decoded as one batch, in the order given.
 
-    sparse_from: "question" (question and answer are sparse) or "decode" (the question is dense, once for all rows). An
-    answer ends with EOS or after exactly max_new_tokens tokens, EOS counted.
+    sparse_from: "question" (question and answer are sparse) or "decode" (the question is dense, once for
+    all rows). An answer ends with EOS or after exactly max_new_tokens tokens, EOS counted.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
@@ -206,23 +210,15 @@ def forced(
     answer_ids: list[int],
     attention: ResearchAttention | None,
     *,
-    sparse_from: SparseFrom = "question",
-    seed: int = 0,
     recorder: Recorder | None = None,
     stepwise: bool = False,
+    **options: Unpack[AskOptions],
 ) -> Forced:
-    """How likely this answer is under an attention. Details: `forced_many`."""
-    return forced_many(
-        lm,
-        prefilled,
-        question_ids,
-        answer_ids,
-        [attention],
-        sparse_from=sparse_from,
-        seed=seed,
-        recorders=[recorder],
-        stepwise=stepwise,
-    )[0]
+    """How likely an answer is under one attention. Parameters: as of `forced_many`."""
+    (found,) = forced_many(
+        lm, prefilled, question_ids, answer_ids, [attention], recorders=[recorder], stepwise=stepwise, **options
+    )
+    return found
 
 
 def forced_many(
@@ -237,11 +233,11 @@ def forced_many(
     recorders: Sequence[Recorder | None] | None = None,
     stepwise: bool = False,
 ) -> list[Forced]:
-    """How likely a given answer is under several attentions, as one batch: the question, then the answer's tokens.
+    """How likely a given answer is under several attentions, as one batch.
 
-    The answer's last token is predicted but never fed, as in generation: an answer that ends with EOS has no row after it.
-    stepwise: feed the tokens one by one, as slow as generation and equal to it. In one pass, sizes that are a fraction of N
-    use the N of the last token, and pages hold tokens that come later.
+    The answer's last token is predicted but never fed, as in generation. stepwise: feed the tokens one by
+    one, as slow as generation and equal to it. In one pass, sizes that are a fraction of N use the N of
+    the last token, and pages hold tokens that come later.
     """
     if not answer_ids:
         raise UserError("the answer has no tokens: nothing to force")
@@ -262,7 +258,7 @@ def forced_many(
 
 
 def _predicted(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(negative log-likelihoods float32 (rows, n), whether the argmax is the token, bool (rows, n)) of the n target tokens
+    """(negative log-likelihood, whether the argmax is the token), both (rows, n), of the n target tokens
     under logits (rows, n, V). One row at a time, because float32 copies of logits are large."""
     target = target.to(logits.device)
     losses = [torch.nn.functional.cross_entropy(scores.float(), target, reduction="none") for scores in logits]
@@ -280,8 +276,8 @@ def _asked(
     seed: int,
     recorders: Sequence[Recorder | None] | None,
 ) -> Iterator[tuple[Lockstep, Tensor]]:
-    """A batch that has seen the question, and its logits (rows, 1, V). Afterwards cache and masker states are rewound to the
-    context. Under "decode" the question is dense and part of the shared prefix."""
+    """A batch that has seen the question, and its logits (rows, 1, V). Cache and masker states are rewound
+    afterwards. Under "decode" the question is dense and part of the shared prefix."""
     if sparse_from not in ("question", "decode"):
         raise UserError(f"sparse_from must be 'question' or 'decode', got {sparse_from!r}")
     if not question_ids:
@@ -302,8 +298,8 @@ def _asked(
         if attention is not None:
             key = attention, attentions[:i].count(attention)  # an attention that is given twice has two memories
             memory = memories[key] = prefilled.states.setdefault(key, Memory(attention, attention.new_state()))
-        rows.append(Row(memory, seed, () if recorder is None else (recorder,)))
-    batch = Lockstep(lm, prefilled, rows)
+        rows.append(Row(memory, () if recorder is None else (recorder,)))
+    batch = Lockstep(lm, prefilled, rows, seed)
     question = torch.tensor([question_ids], device=lm.device)
     try:
         if sparse_from == "question":
@@ -316,7 +312,7 @@ def _asked(
             prefilled.cache.fork(len(rows), fed + 1)
         yield batch, logits
     except BaseException:
-        # A layer may have been left half-way: what was learned is learned again.
+        # A layer may be half done: its masker states are not valid.
         for key in memories:
             prefilled.states.pop(key, None)
         raise
@@ -328,11 +324,11 @@ def _asked(
 
 
 def estimate_bytes(lm: LanguageModel, context_tokens: int, room: int, forks: int) -> int:
-    """Memory without the weights that a prefill and answers under `forks` attentions need, roughly: KV cache, private tails,
-    activations of the larger of the two passes, and one row's attention scores at a time."""
+    """Rough peak memory, without the weights, of a prefill and answers under `forks` attentions: KV cache,
+    private tails, activations of the larger of the two passes, and one row's attention scores."""
     config = lm.model.config.get_text_config(decoder=True)
     heads, kv_heads, dim = head_shape(config)
-    number = lm.dtype.itemsize
+    number = lm.dtype.itemsize  # bytes
     token = 2 * lm.num_layers * kv_heads * dim * number
     tails = forks * room * token if forks > 1 else 0
     row = (6 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)) * number

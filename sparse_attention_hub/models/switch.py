@@ -1,7 +1,7 @@
 """Switching a loaded model between attention implementations, without reloading it.
 
-A model looks its attention function up by its config's name at every layer of every forward pass. Switching is one
-attribute write for each config object involved: process-wide for that model, so not for two threads at once.
+At every layer of a forward pass, a model looks up its attention function by the name in its config.
+Switching sets that name in each config object involved; two threads must not switch one model at once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ..errors import UserError
 class SessionAttention:
     """An attention function of transformers that passes each call on to the session in use.
 
-    A session has `attend(module, queries (B, H, Q, D), keys, values (B, Hkv, N, D), mask, scaling, kwargs) -> (B, Q, H, D)`.
-    name: how transformers knows it; names with "flash", "sdpa" or "/" have meanings there. scope: where it works, for the
-    error message. make_mask: transformers' function that makes the mask of a forward pass.
+    A session has `attend(module, queries (B, H, Q, D), keys, values (B, Hkv, N, D), mask, scaling, kwargs)
+    -> (B, Q, H, D)`. name: for transformers, where "flash", "sdpa" or "/" in a name have meanings.
+    scope: where it works, for the error message. make_mask: makes the mask of a forward pass.
     """
 
     def __init__(self, name: str, scope: str, make_mask: Callable[..., Tensor | None]) -> None:
@@ -59,7 +59,7 @@ class SparseMeans:
     _kv_fraction = 0.0
 
     def add(self, result: AttentionResult, rows: int) -> None:
-        """Count the result of one layer, a mean over so many query rows."""
+        """Add the result of one layer, itself a mean over `rows` query rows."""
         self._rows += rows
         self._density += result.density * rows
         self._kv_fraction += result.kv_fraction * rows
@@ -93,6 +93,7 @@ def attention_modules(model: Any) -> list[Any]:
 
 _SOFT_CAP = "soft-caps attention scores, which sparse attention here does not do: take another model"
 _SINKS = "has learned attention sinks, which are not supported: take another model"
+_CHANGED = "changes its attention scores in a way that is not supported: take another model"
 
 
 def check_supported(model: Any, name: str) -> None:
@@ -107,31 +108,23 @@ def check_supported(model: Any, name: str) -> None:
         _SINKS: any(getattr(layer, "sinks", None) is not None for layer in layers),
         "has no attention layers that can be switched: take a model of the transformers library": not layers,
     }
-    _refuse(f"model {name!r}", problems)
+    for problem, present in problems.items():
+        if present:
+            raise UserError(f"model {name!r} {problem}")
 
 
 def checked_window(module: Any, kwargs: dict[str, Any]) -> int | None:
-    """The sliding window of a layer's call, in keys. None without one, or if the model's positions end before it does.
+    """The sliding window of a layer's call, in keys. None without one, or if no position reaches beyond it.
 
     UserError if the layer asks its attention for more than softmax(QK)V.
     """
-    changes = kwargs.get("position_bias") is not None or kwargs.get("indices") is not None
-    problems = {
-        _SOFT_CAP: kwargs.get("softcap") is not None,
-        _SINKS: kwargs.get("s_aux") is not None,
-        "changes its attention scores in a way that is not supported: take another model": changes,
-    }
-    _refuse("this model", problems)
+    refused = {"softcap": _SOFT_CAP, "s_aux": _SINKS, "position_bias": _CHANGED, "indices": _CHANGED}
+    for name, problem in refused.items():
+        if kwargs.get(name) is not None:
+            raise UserError(f"this model {problem}")
     window: int | None = kwargs.get("sliding_window")
     longest = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     return None if window is not None and longest is not None and window >= longest else window
-
-
-def _refuse(model: str, problems: dict[str, Any]) -> None:
-    """UserError for the first of the problems that the model has."""
-    for problem, present in problems.items():
-        if present:
-            raise UserError(f"{model} {problem}")
 
 
 @contextmanager

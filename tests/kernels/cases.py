@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_attention_hub import Mask
+from sparse_attention_hub.kernels import attend
+from sparse_attention_hub.kernels.reference import Call
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,6 @@ class Case:
     share: float = 0.4
     softcap: float | None = None
     sinks: bool = False
-
-
-@dataclass(frozen=True)
-class Call:
-    """Arguments of `attend`: queries (B, H, Q, D), keys and values (B, Hkv, N, D)."""
-
-    queries: Tensor
-    keys: Tensor
-    values: Tensor
-    mask: Mask
-    scaling: float
-    options: dict[str, Any]
 
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -106,8 +95,22 @@ def make_call(case: Case, device: str = "cpu") -> Call:
         mask = Mask.from_indices(lists.to(device), shape, weights, kv_heads=case.kv_heads)
     tensors = [_lay_out(normal(batch, case.kv_heads, keys, dim), case.layout) for _ in range(2)]
     sinks = 2 * uniform(case.heads).to(device) if case.sinks else None
-    options = {"softcap": case.softcap, "sinks": sinks}
-    return Call(normal(batch, case.heads, rows, dim) * 2, tensors[0], tensors[1], mask, dim**-0.5, options)
+    queries = normal(batch, case.heads, rows, dim) * 2
+    return Call(queries, tensors[0], tensors[1], mask, dim**-0.5, case.softcap, sinks)
+
+
+def answer(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    """What `attend` makes of the call."""
+    assert call.values is not None
+    options = {"softcap": call.softcap, "sinks": call.sinks}
+    return attend(call.queries, call.keys, call.values, call.mask, call.scaling, backend, **options)
+
+
+def exactly(call: Call) -> tuple[Tensor, Tensor]:
+    """What the reference makes of the call in float64; NaN in values, where nothing attends to them, count as 0."""
+    assert call.values is not None
+    doubles = {"queries": call.queries.double(), "keys": call.keys.double(), "values": call.values.nan_to_num().double()}
+    return answer(call._replace(**doubles), "reference")
 
 
 def _lay_out(tensor: Tensor, layout: str) -> Tensor:

@@ -12,6 +12,7 @@ from cases import CASES, Case, make_call
 from torch import Tensor
 
 from sparse_attention_hub import Mask
+from sparse_attention_hub.kernels.reference import Call
 from sparse_attention_hub.kernels.triton import KERNELS, attend_triton
 
 Answer = tuple[Tensor, Tensor]
@@ -27,12 +28,9 @@ def answer_cases(device: str) -> dict[tuple[str, str], Answer]:
     answers = {}
     for case in CASES:
         call = make_call(case, device)
-        arguments = (call.queries, call.keys, call.values, call.mask, call.scaling)
-        answers[case.name, "own choice"] = attend_triton(*arguments, **call.options)
+        answers[case.name, "own choice"] = attend_triton(call)
         for kernel in kernels_for(case):
-            answers[case.name, kernel] = attend_triton(
-                *arguments, **call.options, kernel=kernel, splits=2, output_dtype=torch.float32
-            )
+            answers[case.name, kernel] = attend_triton(call, kernel=kernel, splits=2, output_dtype=torch.float32)
     return {key: (output.cpu(), lse.cpu()) for key, (output, lse) in answers.items()}
 
 
@@ -54,7 +52,7 @@ def answer_far_rows(device: str) -> dict[tuple[str, str], Answer]:
 
 def _attend_lists(queries: Tensor, keys: Tensor, values: Tensor, lists: Tensor, kernel: str) -> Answer:
     mask = Mask.from_indices(lists, (1, 2, 1, keys.shape[2]), kv_heads=1)
-    return attend_triton(queries, keys, values, mask, 0.1, kernel=kernel)
+    return attend_triton(Call(queries, keys, values, mask, 0.1), kernel=kernel)
 
 
 if __name__ == "__main__":

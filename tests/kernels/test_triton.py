@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, HALF, Case, make_call
+from cases import CASES, HALF, answer, exactly, make_call
 
 from sparse_attention_hub import Mask
-from sparse_attention_hub.kernels import attend
-from sparse_attention_hub.kernels.reference import attend_reference
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -37,12 +35,6 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return torch.load(path)
 
 
-def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    call = make_call(case)
-    exact = (call.queries.double(), call.keys.double(), call.values.nan_to_num().double())
-    return attend_reference(*exact, call.mask, call.scaling, **call.options)
-
-
 def assert_close(answer, expected, tolerance: float) -> None:
     output, lse = answer
     torch.testing.assert_close(output.double(), expected[0], rtol=tolerance, atol=tolerance)
@@ -51,7 +43,7 @@ def assert_close(answer, expected, tolerance: float) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_reference(answers, case):
-    expected = reference(case)
+    expected = exactly(make_call(case))
     kernels = [kernel for kernel in ("rows", "groups") if (case.name, kernel) in answers]
     assert kernels == (["rows", "groups"] if case.rows <= 3 else ["groups"])
     for kernel in kernels:
@@ -63,11 +55,10 @@ def test_equals_reference(answers, case):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_own_choice_equals_loops(answers, case):
-    call = make_call(case)
-    output, lse = attend(call.queries, call.keys, call.values, call.mask, call.scaling, "cpu", **call.options)
-    answer = answers[case.name, "own choice"]
-    assert answer[0].dtype == case.dtype and answer[0].shape == (case.batch, case.rows, case.heads, case.dim)
-    assert_close(answer, (output.double(), lse.double()), {torch.float32: 3e-6, HALF: 2e-3}.get(case.dtype, 1.6e-2))
+    output, lse = answer(make_call(case), "cpu")
+    found = answers[case.name, "own choice"]
+    assert found[0].dtype == case.dtype and found[0].shape == (case.batch, case.rows, case.heads, case.dim)
+    assert_close(found, (output.double(), lse.double()), {torch.float32: 3e-6, HALF: 2e-3}.get(case.dtype, 1.6e-2))
 
 
 def test_row_without_keys_is_zero(answers):
@@ -122,17 +113,17 @@ def test_faulty_calls_are_refused():
     from sparse_attention_hub.kernels.triton import attend_triton
 
     call = make_call(CASES[0])
-    arguments = (call.queries, call.keys, call.values, call.mask, call.scaling)
     with pytest.raises(ValueError, match="kernel must be one of rows, groups, got 'fast'"):
-        attend_triton(*arguments, kernel="fast")
+        attend_triton(call, kernel="fast")
     with pytest.raises(ValueError, match=r"got torch\.float16, torch\.float32"):
-        attend_triton(call.queries.half(), *arguments[1:])
+        attend_triton(call._replace(queries=call.queries.half()))
+    doubles = {name: getattr(call, name).double() for name in ("queries", "keys", "values")}
     with pytest.raises(ValueError, match=r"got torch\.float64"):
-        attend_triton(*(tensor.double() for tensor in arguments[:3]), call.mask, call.scaling)
+        attend_triton(call._replace(**doubles))
 
 
 def test_backend_triton_needs_a_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     call = make_call(CASES[0])
     with pytest.raises(ValueError, match="needs tensors on a GPU"):
-        attend(call.queries, call.keys, call.values, call.mask, call.scaling, backend="triton")
+        answer(call, "triton")

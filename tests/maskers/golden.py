@@ -76,6 +76,7 @@ class Case:
 
 def _config(name: str, params: dict[str, Any], folder: Path) -> MaskerConfig:
     if name in SIMPLE:
+        params = {field: value for field, value in params.items() if field != "packing"}  # MagicPig has one packing
         return getattr(hub, SIMPLE[name])(**params)
     if name == "DoubleSparsity":
         path = folder / "channels.json"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_hub import DoubleSparsityTopKMaskerConfig, ResearchAttention, ResearchAttentionConfig
-from sparse_attention_hub.maskers.quantise import pseudo_quantise
+from sparse_attention_hub.maskers.codes import pseudo_quantise
 from sparse_attention_hub.testing import MaskerContract
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_attention_hub import QuestTopKMaskerConfig, ResearchAttention, ResearchAttentionConfig, SinkMaskerConfig
 from sparse_attention_hub.maskers import quest as quest_module
-from sparse_attention_hub.maskers.quantise import pseudo_quantise
+from sparse_attention_hub.maskers.codes import pseudo_quantise
 from sparse_attention_hub.testing import MaskerContract
 
 

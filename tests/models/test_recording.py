@@ -93,7 +93,7 @@ def test_calibrated_channels_serve_the_model(model: LanguageModel, tmp_path: Pat
 
 def test_trained_weights_serve_the_model(model: LanguageModel, tmp_path: Path) -> None:
     recordings = list(record(model, sample_texts(3, characters=600), 128))
-    weights = train(recordings, Recipe(bits=16, steps=5), say=False)
+    weights = train(recordings, Recipe(bits=16, steps=5))
     path = str(tmp_path / "hat.safetensors")
     write_hat_weights(weights, path, "silu")
     config = HashAttentionTopKMaskerConfig(heavy_size=0.3, hat_weight_file=path, **hat_config_fields(path))  # type: ignore[arg-type]

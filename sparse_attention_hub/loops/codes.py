@@ -1,8 +1,4 @@
-"""Signs packed into words, and words compared."""
-
-from __future__ import annotations
-
-from typing import Any
+"""Codes of keys: signs packed into words, words compared, table entries summed."""
 
 import numpy as np
 
@@ -10,7 +6,7 @@ from .compiled import compiled
 
 
 @compiled
-def pack_bits(bits: np.ndarray, out: np.ndarray) -> None:
+def pack_bits(bits, out):
     """bits bool (M, n) as words of integers: out (M, words)."""
     width = 8 * out.itemsize
     for i in range(out.shape[0]):
@@ -22,7 +18,7 @@ def pack_bits(bits: np.ndarray, out: np.ndarray) -> None:
 
 
 @compiled
-def find_matches(queries: np.ndarray, keys: np.ndarray, least: int, out: np.ndarray) -> None:
+def find_matches(queries, keys, least, out):
     """Which keys share at least `least` words with a query: queries (B, h, R, L), keys (B, h, N, L), out bool (B, h, R, N)."""
     batch, heads, rows, total = out.shape
     for b in range(batch):
@@ -38,7 +34,7 @@ def find_matches(queries: np.ndarray, keys: np.ndarray, least: int, out: np.ndar
 
 
 @compiled
-def score_bits(queries: np.ndarray, keys: np.ndarray, out: np.ndarray) -> None:
+def score_bits(queries, keys, out):
     """Minus the number of bits that differ: see maskers/codes.py. queries, keys int32; out float32 (B, h, G, Q, N)."""
     batch, heads, group, rows, total = out.shape
     for b in range(batch):
@@ -55,10 +51,27 @@ def score_bits(queries: np.ndarray, keys: np.ndarray, out: np.ndarray) -> None:
 
 
 @compiled
-def _count_bits(x: Any) -> Any:
+def _count_bits(x):
     """How many bits of a uint32 word are 1: sums of neighbouring bits, pairs, nibbles, then all four bytes. Numba widens every
     result to 64 bits, so each step cuts it back."""
     x = np.uint32(x - ((x >> np.uint32(1)) & np.uint32(0x55555555)))
     x = np.uint32((x & np.uint32(0x33333333)) + ((x >> np.uint32(2)) & np.uint32(0x33333333)))
     x = np.uint32((x + (x >> np.uint32(4))) & np.uint32(0x0F0F0F0F))
     return np.int32(np.uint32(x * np.uint32(0x01010101)) >> np.uint32(24))
+
+
+@compiled
+def sum_codes(table, codes, out):
+    """Sums of the table's entries that a key's codes name: table (B, h, R, G, C), codes (B, h, N, G), out (B, h, R, N)."""
+    batch, heads, rows, groups, _ = table.shape
+    for b in range(batch):
+        for h in range(heads):
+            keys = codes[b, h]
+            for r in range(rows):
+                scores = out[b, h, r]
+                for n in range(scores.size):
+                    scores[n] = 0
+                for g in range(groups):
+                    own = table[b, h, r, g]
+                    for n in range(scores.size):
+                        scores[n] += own[keys[n, g]]
