@@ -1,6 +1,63 @@
-"""Before torch is imported: threads that wait do not spin, which costs a test run on a shared machine ten times its work."""
+"""A tiny random model in a folder and a toy task, so that whole Phase 2 runs take seconds."""
+
+from __future__ import annotations
 
 import os
 
+# Before torch is imported: threads that wait do not spin, which would cost a test run on a shared machine ten times its work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmark.execution.jobs import BenchmarkUnit
+from benchmark.settings import Settings, SparseConfig
+from benchmark.speed.toy import ToyTask, save_tiny_model, toy_configs
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a saved Llama of two layers with a tokenizer of single characters."""
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny-llama"))
+
+
+@pytest.fixture
+def toy_task(monkeypatch: pytest.MonkeyPatch) -> ToyTask:
+    """The task "toy/count": get_task finds it in this process; workers are handed its samples."""
+    import benchmark.execution.jobs
+
+    task = ToyTask()
+    monkeypatch.setattr(benchmark.execution.jobs, "get_task", lambda name: task)
+    return task
+
+
+@pytest.fixture
+def toy_unit(tiny_model: str, toy_task: ToyTask) -> BenchmarkUnit:
+    return BenchmarkUnit(tiny_model, toy_task.name, tuple(toy_configs()), {"sink_local_25pct": {"config_run": "run_x"}})
+
+
+@pytest.fixture
+def make_settings(tiny_model: str, tmp_path: Path) -> Callable[..., Settings]:
+    def make(**changes: Any) -> Settings:
+        given: dict[str, Any] = {
+            "models": (tiny_model,),
+            "tasks": ("toy/count",),
+            "device": "cpu",
+            "max_new_tokens": 8,
+            "max_requests": 4,
+            "max_context_length": 512,
+            "max_concurrent_benchmarks": 1,
+            "benchmark_results_dir": tmp_path / "benchmark_results",
+        }
+        return Settings(**{**given, **changes})
+
+    return make
+
+
+@pytest.fixture
+def configs() -> list[SparseConfig]:
+    return toy_configs()

@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def analyze(configs_dir: Path, name: str | None, output: Path) -> None:
     """Print and save everything about one run. UserError if it cannot be read."""
-    from benchmark.raytune.trial_run import choose_run, read_run
-    from benchmark.raytune.trial_tables import describe, hyperparameter_effects
-    from benchmark.results import write_text
+    from benchmark.report.search_run import choose_run, read_run
+    from benchmark.report.search_tables import describe, hyperparameter_effects
+    from benchmark.storage.results import write_text
 
     run = read_run(choose_run(configs_dir, name))
     _quiet_optuna()
@@ -58,7 +58,7 @@ def analyze(configs_dir: Path, name: str | None, output: Path) -> None:
     print(text)
     write_text(output / "analysis.txt", text + "\n")
     write_text(output / "all_trials_data.csv", trials_csv(run))
-    from benchmark.raytune.trial_plots import draw_all
+    from benchmark.report.search_plots import draw_all
 
     plots = draw_all(run, effects, output)
     print(f"\nWritten to {output}: analysis.txt, all_trials_data.csv and {len(plots)} plots (.svg and .png):")
@@ -67,9 +67,9 @@ def analyze(configs_dir: Path, name: str | None, output: Path) -> None:
 
 def compare(configs_dir: Path, names: list[str], output: Path) -> None:
     """Print and save two runs' best side by side."""
-    from benchmark.raytune.trial_run import choose_run, read_run
-    from benchmark.raytune.trial_tables import compare_rows, compare_table
-    from benchmark.results import write_text
+    from benchmark.report.search_run import choose_run, read_run
+    from benchmark.report.search_tables import compare_rows, compare_table
+    from benchmark.storage.results import write_text
 
     first, second = (read_run(choose_run(configs_dir, name)) for name in names)
     text = compare_table(first, second)

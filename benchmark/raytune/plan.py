@@ -14,15 +14,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.results import safe_name
 from benchmark.settings import Settings, SparseConfig, as_sparse_configs
+from benchmark.storage.results import safe_name
 from benchmark.tasks import expand_task, get_task
 from benchmark.tasks.base import ContextTooShortError, SampleRequest, build_prompt
 from benchmark.tasks.limits import fitted
 from sparse_attention_hub.errors import UserError
 
 if TYPE_CHECKING:
-    from .evaluation import TuningSample
+    from benchmark.search.evaluator import TuningSample
 
 #: Flags that must be above zero, and finite.
 COUNTS = (
@@ -179,9 +179,8 @@ def check_samples(settings: Settings, tasks: list[str]) -> tuple[list[str], dict
     UserError if a context length holds no prompt of a task, or --trace-budget-gb no trace (the flag is at fault), or no
     task is left.
     """
+    from benchmark.search.evaluator import tuning_samples
     from sparse_attention_hub.models import load_tokenizer
-
-    from .evaluation import tuning_samples
 
     usable: list[str] = []
     missing: dict[str, str] = {}
@@ -254,7 +253,7 @@ def _check_one_prompt(name: str, model: str, tokenizer: Any, settings: Settings)
 
 def describe(settings: Settings, configs: list[SparseConfig], tasks: list[str], notes: list[str]) -> str:
     """The plan of a run as text: combinations, samples, trials, memory, files."""
-    from .study_spec import plan_studies
+    from benchmark.search.spec import plan_studies
 
     lines = [f"models:   {', '.join(settings.models)}", f"tasks:    {', '.join(tasks)}"]
     lines += [f"note:     {note}" for note in notes]

@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """The whole story: settings, the plan, the search, the benchmark."""
-    from benchmark.raytune import plan, story
+    from benchmark.raytune import phases, plan
 
     settings = plan.make_settings(options, get_run_configuration(options.debug))
     configs = plan.choose_configs(
@@ -152,20 +152,20 @@ def run(options: argparse.Namespace) -> int:
     plan.check_models(settings)
     named = frozenset(options.configs or ())
     if settings.phases == (2,):
-        story.check_found(settings, configs, tasks, named)
+        phases.check_found(settings, configs, tasks, named)
     tasks, missing = plan.check_samples(settings, tasks)
     for name, why in missing.items():
         print(f"left out {name}: {why}", file=sys.stderr)
         notes.append(f"FAILED {name}: {why}")
-    search: story.SearchResult | None = None
+    search: phases.SearchResult | None = None
     failed = bool(missing)
     if 1 in settings.phases:
-        search = story.search(settings, configs, tasks, notes)
+        search = phases.search(settings, configs, tasks, notes)
         if search.interrupted:
             return 130
         failed = failed or bool(search.failures)
     if 2 in settings.phases:
-        outcome = story.benchmark(settings, configs, tasks, notes, named, search)
+        outcome = phases.benchmark(settings, configs, tasks, notes, named, search)
         if outcome.interrupted:
             return 130
         failed = failed or bool(outcome.failures)

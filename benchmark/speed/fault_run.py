@@ -37,8 +37,8 @@ _TOLERANCE = 1e-5
 
 def run_once(model: str, results: Path, samples: int, workers: int) -> int:
     """One Phase 2 run over the toy task; the exit code. workers 0 = in this process."""
-    import benchmark.jobs
-    from benchmark.execution import BenchmarkUnit, run_benchmarks
+    import benchmark.execution.jobs
+    from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
     from benchmark.settings import Settings
     from benchmark.speed.toy import ToyTask, toy_configs
 
@@ -52,12 +52,12 @@ def run_once(model: str, results: Path, samples: int, workers: int) -> int:
         max_concurrent_benchmarks=max(1, workers),
         benchmark_results_dir=results,
     )
-    find, benchmark.jobs.get_task = benchmark.jobs.get_task, lambda name: task
+    find, benchmark.execution.jobs.get_task = benchmark.execution.jobs.get_task, lambda name: task
     try:
         unit = BenchmarkUnit(model, task.name, tuple(toy_configs()))
         outcome = run_benchmarks([unit], settings, in_process=workers == 0)
     finally:
-        benchmark.jobs.get_task = find
+        benchmark.execution.jobs.get_task = find
     return 130 if outcome.interrupted else int(bool(outcome.failures))
 
 
@@ -202,7 +202,7 @@ def _journalled(results: Path) -> int:
 
 
 def _records(results: Path) -> list[dict[str, Any]]:
-    from benchmark.results import Journal
+    from benchmark.storage.results import Journal
 
     return [record for path in _journals(results) for record in Journal(path).read()]
 

@@ -147,7 +147,7 @@ def measure_processes(length: int, tokens: int, count: int | None) -> dict[str, 
 
 def measure_workers(samples: int, tokens: int) -> dict[str, float]:
     """Samples a second of one and of two workers, from the first sample's start to the last one's end."""
-    from benchmark.execution import BenchmarkUnit, run_benchmarks
+    from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
     from benchmark.settings import Settings, SparseConfig
 
     chosen = [entry for entry in configurations()[:3]]
@@ -184,7 +184,7 @@ def measure_workers(samples: int, tokens: int) -> dict[str, float]:
 
 def _rate(folder: Path, workers: int) -> float:
     """Samples a second while every worker was at work: from the last worker's first sample to the first one's last."""
-    from benchmark.results import Journal
+    from benchmark.storage.results import Journal
 
     spans = []
     for path in folder.glob("*/.journals/*/worker-*.jsonl"):

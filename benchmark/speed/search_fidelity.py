@@ -56,7 +56,7 @@ class Outcome:
 
 
 def run_family(evaluator: Any, family: str, count: int, seed: int) -> list[Outcome]:
-    from benchmark.raytune.evaluation import ErrorMeter
+    from benchmark.search.evaluator import ErrorMeter
     from sparse_attention_hub import ResearchAttention
     from sparse_attention_hub.models import answer_many, forced_many
     from sparse_attention_hub.models.model_files import complete
@@ -125,7 +125,7 @@ def regret(outcomes: list[Outcome], finalists: int) -> float:
 def measure(options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, Any]]]:
     import torch
 
-    from benchmark.raytune.evaluation import TraceEvaluator
+    from benchmark.search.evaluator import TraceEvaluator
     from benchmark.settings import Settings
     from sparse_attention_hub.models import load_model
 

@@ -60,16 +60,16 @@ def nsga2() -> Iterator[None]:
     def make(*, seed: int, startup: int) -> Any:
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=startup)
 
-    with mock.patch("benchmark.raytune.proposals.front_sampler", make):
+    with mock.patch("benchmark.search.proposals.front_sampler", make):
         yield
 
 
 def two_objectives(evaluator: Remembering, family: str, num_samples: int, seed: int) -> tuple[list[float], int]:
     """(the smallest error within each level, trials)."""
-    from benchmark.raytune.optimizer_factory import CombinationSpace
-    from benchmark.raytune.study import Study
-    from benchmark.raytune.trial import Level
-    from benchmark.results import Journal
+    from benchmark.search.space import CombinationSpace
+    from benchmark.search.study import Study
+    from benchmark.search.trial import Level
+    from benchmark.storage.results import Journal
 
     levels = [Level(f"{family}_{level}pct", level / 100, template(family, level / 100)) for level in LEVELS]
     space = CombinationSpace(levels[0].template, "task")
@@ -87,7 +87,7 @@ def one_objective(evaluator: Remembering, family: str, level: int, num_samples: 
     import optuna
     from ray.tune.search.optuna import OptunaSearch
 
-    from benchmark.raytune.optimizer_factory import CombinationSpace
+    from benchmark.search.space import CombinationSpace
 
     start = template(family, level / 100)
     space = CombinationSpace(start, "task")
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], list[dict[st
     import optuna
     import torch
 
-    from benchmark.raytune.evaluation import TraceEvaluator
+    from benchmark.search.evaluator import TraceEvaluator
     from benchmark.settings import Settings
     from sparse_attention_hub.models import load_model
 

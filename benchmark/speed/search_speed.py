@@ -72,7 +72,7 @@ def random_configs(family: str, count: int, seed: int) -> list[Any]:
     """Configurations drawn from the family's search space, the same for the same seed."""
     import numpy as np
 
-    from benchmark.raytune.optimizer_factory import CombinationSpace
+    from benchmark.search.space import CombinationSpace
 
     space = CombinationSpace(template(family, 0.25), "task")
     domains = space.ray_space()
@@ -122,7 +122,7 @@ def baseline_trial(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import DynamicCache
 
-    from benchmark.raytune.evaluation import ErrorMeter, tuning_samples
+    from benchmark.search.evaluator import ErrorMeter, tuning_samples
     from sparse_attention_hub import ResearchAttention
     from sparse_attention_hub.models import load_model, prefill, sparse_attention
     from sparse_attention_hub.models.model_files import complete
@@ -169,7 +169,7 @@ def marginal_costs(options: argparse.Namespace) -> dict[str, Any]:
     """CPU seconds a configuration by replay, and what all trials share: recording a request."""
     import torch
 
-    from benchmark.raytune.evaluation import TraceEvaluator
+    from benchmark.search.evaluator import TraceEvaluator
     from sparse_attention_hub.models import load_model
 
     torch.set_num_threads(1)
@@ -208,11 +208,11 @@ def whole_search(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from ray.tune.search import optuna  # noqa: F401  (its code is no memory of a search: loaded before the watch begins)
 
-    from benchmark.raytune.evaluation import TraceEvaluator
-    from benchmark.raytune.optimizer_factory import CombinationSpace
-    from benchmark.raytune.study import Study
-    from benchmark.raytune.trial import Level
-    from benchmark.results import Journal
+    from benchmark.search.evaluator import TraceEvaluator
+    from benchmark.search.space import CombinationSpace
+    from benchmark.search.study import Study
+    from benchmark.search.trial import Level
+    from benchmark.storage.results import Journal
     from sparse_attention_hub.models import answer, load_model, prefill
 
     torch.set_num_threads(1)

@@ -32,6 +32,7 @@ __all__ = [
     "TaskSelection",
     "Tokenizer",
     "UserError",
+    "answer_seed",
     "build_prompt",
     "in_tuning_split",
     "prompt_length",
@@ -152,6 +153,11 @@ class Task(ABC):
         return {}
 
 
+def answer_seed(seed: int, sample_id: str) -> int:
+    """The seed of the sampling maskers for one sample, the same for all configurations."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{sample_id}".encode()).digest()[:8], "big") >> 1
+
+
 def in_tuning_split(row_id: str) -> bool:
     """Whether a data set's row is for tuning: a fixed fifth of all rows, by the hash of the row's id alone."""
     return int.from_bytes(hashlib.sha256(row_id.encode("utf-8")).digest()[:8], "big") < TUNING_SHARE * 2**64
@@ -188,7 +194,7 @@ def _render(sample: Sample, tokenizer: Any, use_chat_template: bool) -> _Text:
     prefix = sample.answer_prefix.lstrip()
     joint = sample.answer_prefix[: len(sample.answer_prefix) - len(prefix)]
     digest = hashlib.sha256((sample.context + "\0" + sample.question).encode("utf-8", "replace")).hexdigest()[:24]
-    separator = f"@@{digest}@@"
+    separator = f"{digest}"
     content = sample.context + separator + sample.question + joint
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
     before, found, after = rendered.partition(separator)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmark.tasks.base import UserError
+from sparse_attention_hub.errors import UserError
 
 SUFFIXES = (".jsonl", ".parquet", ".csv")
 PROBE_SECONDS = 4.0

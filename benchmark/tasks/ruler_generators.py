@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from benchmark.tasks.base import UserError
+from sparse_attention_hub.errors import UserError
 
 Item = TypeVar("Item")
 ItemType = Literal["numbers", "words", "uuids"]

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmark.tasks.base import UserError
 from benchmark.tasks.data import DataMissingError, Source, load_rows
 from benchmark.tasks.ruler_generators import Corpus, Essays, Question
+from sparse_attention_hub.errors import UserError
 
 
 def available(load: Callable[[Path | None], Any], data_dir: Path | None) -> bool:

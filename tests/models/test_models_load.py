@@ -18,7 +18,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tiny_models import build
 
-from benchmark.raytune.study_spec import resolved_place
+from benchmark.search.spec import resolved_place
 from benchmark.settings import Settings
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models import answer, load_model, load_tokenizer, prefill

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from benchmark.raytune.analyze_trials import main
-from benchmark.raytune.trial_plots import pareto_front
-from benchmark.raytune.trial_run import choose_run, read_run
-from benchmark.raytune.trial_tables import hyperparameter_effects, shorten
-from benchmark.results import result_key, write_json
+from benchmark.report.search_plots import pareto_front
+from benchmark.report.search_run import choose_run, read_run
+from benchmark.report.search_tables import hyperparameter_effects, shorten
+from benchmark.storage.results import result_key, write_json
 from sparse_attention_hub.errors import UserError
 
 MODEL = "org/model-1B"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmark import report
+import benchmark.report.__main__ as report
 from benchmark.raytune import analyze_trials, run_full_benchmark
 from benchmark.raytune.plan import choose_configs, make_settings
 from benchmark.raytune.run_full_benchmark import get_all_sparse_configs, main, parse_arguments

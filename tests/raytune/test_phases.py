@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from benchmark.raytune import story
-from benchmark.raytune.config_search import SearchOutcome
+from benchmark.raytune import phases
 from benchmark.raytune.run_full_benchmark import main
-from benchmark.raytune.study_spec import StudySpec, study_id
-from benchmark.results import result_key, write_json
+from benchmark.search.config_search import SearchOutcome
+from benchmark.search.spec import StudySpec, study_id
 from benchmark.speed.toy import save_tiny_model
+from benchmark.storage.results import result_key, write_json
 
 TASK, SPARSE = "infinite_bench/passkey", "sink_local_10pct"
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The program on a tiny model, in this process and folder; its exit code."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("benchmark.execution.has_pebble", lambda: False)
+    monkeypatch.setattr("benchmark.execution.runner.has_pebble", lambda: False)
     few = ["--search-max-requests", "1", "--search-max-context-length", "400", "--search-max-new-tokens", "2"]
     few += ["--max-requests", "2", "--max-context-length", "400", "--max-new-tokens", "2", "--device", "cpu"]
     return lambda *more: main(["--models", model, "--tasks", TASK, *few, *more])
@@ -49,7 +49,7 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                     outcome.levels += [_write(outcome.run_dir, study, level, settings.sparse_from) for level in study.levels]
             return outcome
 
-        monkeypatch.setattr(story, "run_search", run_search)
+        monkeypatch.setattr(phases, "run_search", run_search)
 
     return pretend
 

@@ -8,7 +8,7 @@ import pytest
 from benchmark_data import both_splits, read_rows, samples, write_rows
 
 from benchmark.tasks import get_task
-from benchmark.tasks.base import UserError
+from sparse_attention_hub.errors import UserError
 
 OPENING = "Solve the following AIME (American Invitational Mathematics Examination) problem.\n\nProblem: "
 

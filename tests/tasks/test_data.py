@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from benchmark.tasks import data
-from benchmark.tasks.base import UserError
 from benchmark.tasks.data import Source, load_rows
+from sparse_attention_hub.errors import UserError
 
 SOURCE = Source(
     "bench",

@@ -9,7 +9,7 @@ import pytest
 from benchmark_data import both_splits, read_rows, samples, write_rows
 
 from benchmark.tasks import get_task, score_prediction
-from benchmark.tasks.base import UserError
+from sparse_attention_hub.errors import UserError
 
 
 def test_the_questions_of_a_document_share_its_context() -> None:

@@ -9,7 +9,7 @@ from fakes import FakeTokenizer, tokenizer_of
 
 from benchmark.tasks import __main__ as command
 from benchmark.tasks import available_tasks, data, expand_task, get_task, score_prediction
-from benchmark.tasks.base import UserError
+from sparse_attention_hub.errors import UserError
 
 # What the README and the two-phase script name.
 NAMES = [

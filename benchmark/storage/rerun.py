@@ -1,0 +1,37 @@
+"""A forced run does its work anew, whatever is there. If it is interrupted, the same command goes on with it: what was done since
+it began is its own work, not that of an earlier run."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from benchmark.storage.results import write_text
+
+
+class ForcedRun:
+    """A mark in a folder, from the beginning of a forced run to its end. Times are those of the folder's file system.
+
+    identity: a hash of what the run does; runs of something else have marks of their own.
+    """
+
+    def __init__(self, folder: Path, flag: str, identity: str) -> None:
+        self.path, self.flag = folder / f".forced-{identity}", flag
+        self.since = self.path.stat().st_mtime if self.path.exists() else None
+
+    def begin(self) -> list[str]:
+        """Set the mark, or go on under the one that is there. Returns what is worth telling."""
+        if self.since is not None:
+            began = datetime.fromtimestamp(self.since).strftime("%Y-%m-%d %H:%M:%S")
+            return [f"{self.flag}: goes on with the run of {began}, which had not ended; to start anew remove {self.path}"]
+        write_text(self.path, "")
+        self.since = self.path.stat().st_mtime
+        return []
+
+    def is_own(self, path: Path) -> bool:
+        """Whether a file was written since this run began."""
+        return self.since is not None and path.exists() and path.stat().st_mtime >= self.since
+
+    def end(self) -> None:
+        """The run has ended: the next one with the flag is another one."""
+        self.path.unlink(missing_ok=True)

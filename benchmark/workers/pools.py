@@ -1,0 +1,273 @@
+"""Where jobs run: in this process, or in one spawned process per device; ray_pool.py has the actors of a Ray cluster.
+
+A pool has numbered slots, each with one worker, and a slot runs one job at a time. If a worker dies, the job's future raises
+WorkerDied; if a job takes too long, its worker is killed and the future raises TimeoutError. The next job of the slot gets a
+fresh worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmark.workers.errors import BROKEN_DEVICE, BrokenDeviceError
+from sparse_attention_hub.errors import UserError
+
+logger = logging.getLogger("benchmark.phase2")
+
+#: Workers on GPUs where nobody says how many.
+GPU_WORKERS = 4
+
+
+class WorkerDied(Exception):
+    """The worker's process ended in the middle of a job."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One worker's share of the machine. device goes to load_model; env is set before torch is imported."""
+
+    name: str
+    device: str
+    threads: int
+    env: dict[str, str] = field(default_factory=dict)
+
+
+class Job(Protocol):
+    """What a pool runs, pickled to a worker: some parts, each of which leaves a record in a journal."""
+
+    @property
+    def parts(self) -> int: ...
+
+    def run(self, deadline: float | None = None, on_record: Callable[[], None] | None = None) -> int:
+        """Do all parts in this process and journal them; how many were done. No part is begun after the deadline
+        (time.monotonic) or once the job is told to stop."""
+
+    def records(self) -> Iterator[Any]:
+        """Do it where no file of the parent's can be written: the process id once all is loaded, then one record per part."""
+
+    def portable(self) -> Job:
+        """The same without paths of this machine, for `records` elsewhere."""
+
+    def stopped(self) -> bool:
+        """Whether it was told to stop after the part in work."""
+
+    def begin(self, part: int | None, pid: int | None = None) -> None:
+        """Note that a part (None: loading) is in work elsewhere, in process `pid`."""
+
+    def keep(self, record: dict[str, Any]) -> None:
+        """Journal a record that was made elsewhere."""
+
+
+class Pool(Protocol):
+    slots: list[Slot]
+
+    def submit(self, slot: int, job: Job, timeout: float | None) -> Future[int]:
+        """How many parts were done within `timeout` seconds."""
+
+    def renew(self, slot: int) -> None:
+        """Let go of a slot's worker, whatever it does; the next job gets a fresh one."""
+
+    def kill(self) -> None:
+        """Stop every worker now and leave no process behind."""
+
+
+# -- which devices there are -----------------------------------------------------------------------------------------
+
+
+def plan_slots(device: str, limit: int | None) -> list[Slot]:
+    """One slot a GPU, GPU_WORKERS at most; on CPU one for every two cores. `limit`, if given, counts instead.
+
+    device: "auto", "cpu", "cuda" (all GPUs), "cuda:N", or "sharded": one worker over all GPUs, for a model
+    that does not fit one. No CUDA context is made in this process.
+    """
+    cores = usable_cores()
+    gpus = visible_gpus() if device == "auto" or device.startswith(("cuda", "sharded")) else []
+    if device == "sharded" or device.startswith("cuda:"):
+        return [Slot("worker-0", device, cores)]
+    if gpus:
+        chosen = gpus[: limit or GPU_WORKERS]
+        threads = max(1, cores // len(chosen))
+        return [Slot(f"worker-{i}", "cuda", threads, {"CUDA_VISIBLE_DEVICES": gpu}) for i, gpu in enumerate(chosen)]
+    if device in ("auto", "cpu"):
+        count = limit if limit is not None else max(1, cores // 2)
+        return [Slot(f"worker-{i}", device, max(1, cores // count)) for i in range(count)]
+    return [Slot("worker-0", device, cores)]
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to for one worker each."""
+    import torch
+
+    count = torch.cuda.device_count()
+    listed = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    return listed[:count] if listed else [str(i) for i in range(count)]
+
+
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def has_pebble() -> bool:
+    return importlib.util.find_spec("pebble") is not None
+
+
+# -- in this process -------------------------------------------------------------------------------------------------
+
+
+class InProcessPool:
+    """One worker: this process. A time limit is looked at between parts; nothing can be killed. release: called at the end."""
+
+    def __init__(self, slot: Slot, on_record: Callable[[], None], release: Callable[[], None]) -> None:
+        self.slots = [slot]
+        self._on_record, self._release = on_record, release
+
+    def submit(self, slot: int, job: Job, timeout: float | None) -> Future[int]:
+        future: Future[int] = Future()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            done = job.run(deadline, self._on_record)
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            late = deadline is not None and time.monotonic() > deadline and done < job.parts
+            future.set_exception(TimeoutError()) if late else future.set_result(done)
+        return future
+
+    def renew(self, slot: int) -> None:
+        pass  # there is no other process to continue in
+
+    def kill(self) -> None:
+        self._release()
+
+
+# -- one spawned process a device ------------------------------------------------------------------------------------
+
+
+def start_worker(slot: Slot, parent: int, log: Path | None) -> None:
+    """The first thing a worker process does, before torch is imported."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    os.environ.update(slot.env)
+    wanted = slot.threads
+    with contextlib.suppress(KeyError, ValueError):
+        wanted = max(1, min(wanted, int(os.environ["OMP_NUM_THREADS"])))
+    os.environ["OMP_NUM_THREADS"] = str(wanted)
+    # Threads that wait do not spin: on a machine shared with others, spinning costs a worker ten times its work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    die_with_parent(parent)
+    add_log_file(log)
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process as soon as its parent has, however that ended."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    if os.getppid() != parent:
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def add_log_file(log: Path | None) -> logging.Handler | None:
+    if log is None:
+        return None
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
+    logging.getLogger("benchmark").addHandler(handler)
+    logging.getLogger("benchmark").setLevel(logging.INFO)
+    logging.getLogger("benchmark").propagate = False
+    return handler
+
+
+def work(job: Job, threads: int) -> int:
+    """A job in a worker process."""
+    import torch
+
+    torch.set_num_threads(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))
+    try:
+        return job.run()
+    except BrokenDeviceError as error:
+        logger.error("%s; this worker ends and a fresh one goes on", error)
+        os._exit(BROKEN_DEVICE)
+
+
+class ProcessPools:
+    """One single-worker pebble pool a slot, so that a death or a time limit touches nobody else."""
+
+    def __init__(self, slots: list[Slot], log: Path | None) -> None:
+        self.slots = slots
+        self._log = log
+        self._pools: dict[int, Any] = {}
+
+    def submit(self, slot: int, job: Job, timeout: float | None) -> Future[int]:
+        from pebble import ProcessExpired, ProcessPool
+
+        if slot not in self._pools:
+            context = multiprocessing.get_context("spawn")
+            initargs = (self.slots[slot], os.getpid(), self._log)
+            self._pools[slot] = ProcessPool(max_workers=1, initializer=start_worker, initargs=initargs, context=context)
+        outer: Future[int] = Future()
+        inner = self._pools[slot].schedule(work, args=(job, self.slots[slot].threads), timeout=timeout)
+
+        def settle(done: Any) -> None:
+            try:
+                outer.set_result(done.result())
+            except (TimeoutError, UserError) as error:
+                outer.set_exception(error)
+            except ProcessExpired as error:
+                outer.set_exception(WorkerDied(_how(error.exitcode)))
+            except (CancelledError, Exception) as error:
+                # A pool that broke lost its process too; whatever the job itself raised comes with its own type.
+                broken = type(error).__name__ in ("BrokenProcessPool", "CancelledError")
+                outer.set_exception(WorkerDied("while starting") if broken else error)
+
+        inner.add_done_callback(settle)
+        return outer
+
+    def renew(self, slot: int) -> None:
+        pool = self._pools.pop(slot, None)
+        if pool is not None:
+            pool.stop()
+            pool.join()
+
+    def kill(self) -> None:
+        for slot in list(self._pools):
+            self._pools[slot].stop()
+        for slot in list(self._pools):
+            self.renew(slot)
+
+    def pids(self) -> list[int]:
+        """Process ids of the live workers."""
+        return [pid for pool in self._pools.values() for pid in list(pool._pool_manager.worker_manager.workers)]
+
+
+def _how(code: int | None) -> str:
+    if code == BROKEN_DEVICE:
+        return "with a fault of its device"
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"by signal {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    return f"with exit code {code}"

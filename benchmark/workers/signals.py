@@ -1,0 +1,73 @@
+"""What keeps a run safe from outside: one run a results folder, and signals that stop it in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from sparse_attention_hub.errors import UserError
+
+logger = logging.getLogger("benchmark.phase2")
+
+#: Exit code of a run that was interrupted.
+INTERRUPTED = 130
+
+
+@contextmanager
+def results_lock(folder: Path) -> Iterator[None]:
+    """One run at a time in a results folder. The lock goes with its holder, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not on this platform: nothing to hold
+        yield
+        return
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run writes to {folder}: wait for it, or choose another --benchmark-results-dir") from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
+        yield
+
+
+class Interrupts:
+    """The first Ctrl-C or SIGTERM calls `stop_soon` and sets `seen`; the second kills the workers and ends it all now.
+
+    Use it in a `with`. Outside the main thread signals cannot be caught and nothing is done.
+    """
+
+    def __init__(self, stop_soon: Callable[[], None], worker_pids: Callable[[], list[int]]) -> None:
+        self.seen = False
+        self._stop_soon, self._worker_pids = stop_soon, worker_pids
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.seen:
+            for pid in self._worker_pids():
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            os._exit(INTERRUPTED)
+        self.seen = True
+        with contextlib.suppress(OSError):
+            self._stop_soon()
+        with contextlib.suppress(OSError):  # no buffered stream in a signal handler
+            os.write(2, b"\nStopping after the samples in work; once more to stop now.\n")

@@ -1,0 +1,175 @@
+"""What a study is told of the world: which layers are looked at, how figures are averaged, what traces cost, what has a key."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+
+from tiny_models import build, tokens, wrap
+
+from benchmark.search import evaluator as evaluation
+from benchmark.search.evaluator import ErrorMeter, TraceEvaluator, TuningSample, samples_key
+from benchmark.settings import Settings
+from benchmark.tasks.base import Prompt, Sample
+from sparse_attention_hub import LocalMaskerConfig, OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
+from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.models import LanguageModel, answer_many, prefill
+from sparse_attention_hub.models.session import sparse_layers
+
+CONFIGS = [
+    ResearchAttentionConfig([SinkMaskerConfig(2), LocalMaskerConfig(4)]),
+    ResearchAttentionConfig([SinkMaskerConfig(2), OracleTopKConfig(0.2)]),
+]
+
+
+def sample(number: int, question: int, new_tokens: int = 4) -> TuningSample:
+    """Context of 60 tokens; samples differ in how long question and answer are."""
+    own = Sample(f"s{number}", "infinite_bench/passkey", "", "", "", ["7"], new_tokens)
+    prompt = Prompt(tokens(60, seed=number), tokens(question, seed=10 + number), 0)
+    return TuningSample(own, prompt, new_tokens, seed=number)
+
+
+@pytest.fixture
+def samples(monkeypatch: pytest.MonkeyPatch) -> list[TuningSample]:
+    found = [sample(1, question=3), sample(2, question=20, new_tokens=6)]
+    monkeypatch.setattr(evaluation, "tuning_samples", lambda *_: found)
+    return found
+
+
+def evaluator(lm: LanguageModel, folder: Path, **changes: Any) -> TraceEvaluator:
+    settings = Settings(models=("tiny",), tasks=("t",), **changes)
+    made = TraceEvaluator(lm, "infinite_bench/passkey", settings, folder)
+    for _ in made.record():
+        pass
+    return made
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("llama", [0, 1, 2, 3]), ("gemma3", [1, 3])])
+@pytest.mark.usefixtures("samples")
+def test_every_rung_looks_at_the_layers_that_can_be_sparse(architecture: str, layers: list[int], tmp_path: Path) -> None:
+    lm = wrap(build(architecture))
+    made = evaluator(lm, tmp_path)
+    assert made.layers == sparse_layers(lm) == layers and all(trace.layers == layers for trace in made.traces)
+    for rung in range(4):
+        for found in made.evaluate(CONFIGS, rung, 60.0):
+            assert 0 < found.density < 1 and (found.error is None if rung == 3 else found.error > 0)
+    full = made.evaluate(CONFIGS[:1], 1, 60.0)[0]
+    assert full.layer_errors is not None and len(full.layer_errors) == len(layers)
+
+
+@pytest.mark.usefixtures("samples")
+def test_what_rung_two_reproduced_is_not_generated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = wrap(build("llama"))
+    configs = [ResearchAttentionConfig([LocalMaskerConfig(1.0)]), *CONFIGS]  # the first is dense attention
+    alone, made = (evaluator(lm, tmp_path) for _ in range(2))
+    monkeypatch.setattr(made.task, "score", lambda text, _: {made.task.metric: float(len(text))})
+    monkeypatch.setattr(alone.task, "score", lambda text, _: {made.task.metric: float(len(text))})
+    expected = alone.evaluate(configs, 3, 60.0)
+    confirmed = made.evaluate(configs, 2, 60.0)
+    assert confirmed[0].reproduced == 1.0
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "sparse_attention_hub.models.answer_many", lambda *a, **k: asked.append(len(a[3])) or answer_many(*a, **k)
+    )
+    for found, one, forced in zip(made.evaluate(configs, 3, 60.0), expected, confirmed, strict=True):
+        assert found.sample_scores == one.sample_scores
+        assert found.density == pytest.approx(one.density, abs=1e-9)
+        if forced.reproduced == 1.0:
+            assert found.density == pytest.approx(forced.density, abs=1e-9)
+    reproduced = round(sum(forced.reproduced * 2 for forced in confirmed))
+    assert sum(asked) == 2 * len(configs) - reproduced
+
+
+@pytest.mark.usefixtures("samples")
+def test_a_model_of_windows_only_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sliding-window layers only") as told:
+        evaluator(wrap(build("mistral_sliding")), tmp_path)
+    assert "\n" not in str(told.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("samples")
+@pytest.mark.parametrize("protocol", ["question", "decode"])
+def test_traces_take_no_more_than_was_said(protocol: str, tmp_path: Path) -> None:
+    lm = wrap(build("llama"))
+    whole = evaluator(lm, tmp_path / "whole", sparse_from=protocol)
+    assert 0.7 * whole.trace_bytes < sum(trace.nbytes for trace in whole.traces) <= whole.trace_bytes
+    budget = 0.6 * whole.trace_bytes / 1e9
+    thin = evaluator(lm, tmp_path / "thin", sparse_from=protocol, trace_budget_gb=budget)
+    assert thin.layers == [0, 3] and sum(trace.nbytes for trace in thin.traces) <= 1e9 * budget
+
+
+def test_samples_count_alike_however_many_rows_they_have(samples: list[TuningSample], tmp_path: Path) -> None:
+    lm = wrap(build("llama"))
+    made = evaluator(lm, tmp_path)
+    (found,) = made.evaluate(CONFIGS[:1], 3, 60.0)
+    alone = []
+    for entry in samples:
+        meter = ErrorMeter()
+        prefilled = prefill(lm, entry.prompt.context_ids, 30)
+        attention = made._attention(CONFIGS[0])
+        ids, limit = entry.prompt.question_ids, entry.max_new_tokens
+        answer_many(lm, prefilled, ids, [attention], limit, seed=entry.seed, recorders=[meter])
+        alone.append(meter)
+    assert found.error is None
+    assert found.density == pytest.approx(sum(meter.density for meter in alone) / 2, rel=1e-4)
+
+
+@pytest.mark.usefixtures("samples")
+def test_the_attention_backend_is_the_one_asked_for(tmp_path: Path) -> None:
+    lm = wrap(build("llama"))
+    made = evaluator(lm, tmp_path, attention_backend="reference")
+    assert made._attention(CONFIGS[0]).config.backend == "reference"
+    assert made.key != evaluator(lm, tmp_path).key
+    with pytest.raises(UserError, match="--attention-backend triton: .* GPU"):
+        evaluator(lm, tmp_path, attention_backend="triton")
+
+
+def test_the_key_of_samples_holds_all_that_they_are_scored_by() -> None:
+    one = sample(1, question=3)
+    others = [
+        sample(1, question=4),
+        replace(one, seed=2),
+        replace(one, max_new_tokens=3),
+        replace(one, sample=replace(one.sample, references=["8"])),
+        replace(one, sample=replace(one.sample, label=3)),
+    ]
+    assert samples_key([one]) == samples_key([sample(1, question=3)])
+    assert len({samples_key([entry]) for entry in [one, *others]}) == 6
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_answer_of_one_token_has_no_sparse_row_when_decoding(
+    both: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = sample(1, question=3, new_tokens=1)
+    found = [first, replace(first, seed=9) if both else sample(2, question=20, new_tokens=6)]
+    monkeypatch.setattr(evaluation, "tuning_samples", lambda *_: found)
+    lm = wrap(build("llama"))
+    if both:
+        with pytest.raises(UserError, match="--sparse-from question"):
+            evaluator(lm, tmp_path, sparse_from="decode")
+        return
+    made = evaluator(lm, tmp_path, sparse_from="decode")
+    assert [trace.rows for trace in made.traces][0] == 0 and made.traces[1].rows > 0
+    monkeypatch.setattr(evaluation, "tuning_samples", lambda *_: found[1:])
+    alone = evaluator(lm, tmp_path, sparse_from="decode")
+    for rung in range(3):
+        for one, other in zip(made.evaluate(CONFIGS, rung, 60.0), alone.evaluate(CONFIGS, rung, 60.0), strict=True):
+            assert one.error == pytest.approx(other.error, rel=1e-5) and one.density == pytest.approx(other.density)
+
+
+@pytest.mark.usefixtures("samples")
+def test_what_a_kill_left_of_a_trace_is_removed(tmp_path: Path) -> None:
+    lm = wrap(build("llama"))
+    first = evaluator(lm, tmp_path).traces[0].folder
+    (first / "trace.json").unlink()
+    (tmp_path / f".{first.name}.abcdef").mkdir()
+    (tmp_path / f".{first.name}.abcdef" / "layer_000.safetensors").write_bytes(b"half")
+    evaluator(lm, tmp_path)
+    assert not any(path.is_dir() for path in tmp_path.glob(".*")) and (first / "trace.json").is_file()

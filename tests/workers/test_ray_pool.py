@@ -1,0 +1,186 @@
+"""Actors of a Ray cluster without the cluster: where they fit, and what each way of failing counts as."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import benchmark.workers.ray_pool as ray_pool
+from benchmark.execution.messages import Block, Options, Request
+from benchmark.execution.worker import BlockJob
+from benchmark.storage.results import Journal
+from benchmark.tasks.base import Sample, UserError
+from benchmark.workers.errors import BrokenDeviceError
+from benchmark.workers.pools import Slot, WorkerDied
+from benchmark.workers.ray_pool import RayPool, plan_actors
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "limit", "count", "share"),
+    [
+        ([{"CPU": 8.0}], "auto", None, 4, {"num_cpus": 2}),
+        ([{"CPU": 4.0}] * 3, "cpu", 2, 2, {"num_cpus": 4}),  # never more than a node has
+        ([{"CPU": 4.0}, {"CPU": 1.0}], "cpu", 3, 3, {"num_cpus": 1}),
+        ([{"CPU": 1.0}], "cpu", None, 1, {"num_cpus": 1}),
+        ([{"CPU": 16.0, "GPU": 8.0}] * 2, "auto", None, 4, {"num_gpus": 1}),
+        ([{"CPU": 16.0, "GPU": 8.0}] * 2, "cuda", 16, 16, {"num_gpus": 1}),
+        ([{"CPU": 16.0, "GPU": 8.0}] * 2, "sharded", None, 1, {"num_gpus": 8}),
+        ([{"CPU": 16.0, "GPU": 8.0}], "cpu", 2, 2, {"num_cpus": 8}),
+    ],
+)
+def test_every_actor_fits_a_node(
+    nodes: list[dict[str, float]], device: str, limit: int | None, count: int, share: dict[str, int]
+) -> None:
+    slots, found = plan_actors(nodes, device, limit)
+    assert (len(slots), found) == (count, share)
+    assert all(slot.threads >= 1 for slot in slots)
+
+
+class FakeRay:
+    """Ray as far as a pool sees it; an actor's stream is a list, an exception in it is raised when it is got."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self) -> None:
+        self.killed: list[Any] = []
+
+    def wait(self, refs: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return refs, []
+
+    def get(self, found: Any) -> Any:
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+
+
+class FakeActor:
+    def __init__(self, stream: list[Any]) -> None:
+        self.stream, self.records = stream, self
+
+    def options(self, **_: Any) -> FakeActor:
+        return self
+
+    def remote(self, job: BlockJob) -> Any:
+        return iter(self.stream)
+
+
+class Starting(FakeActor):
+    """An actor that never starts."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self.pid = self
+
+    def remote(self, *_: Any) -> Any:
+        return self
+
+
+@pytest.fixture
+def block(tmp_path: Path) -> Block:
+    samples = [Sample(f"s{i}", "t", "c", "q", "", ["r"], 2) for i in range(3)]
+    requests = tuple(Request(sample, "h", 0, 2, ("dense",)) for sample in samples)
+    return Block("m", "t", False, {"dense": None}, requests, Options(), tmp_path / "j", tmp_path / "status", tmp_path / "stop")
+
+
+def drive(stream: list[Any], block: Block, deadline: float | None = None) -> tuple[RayPool, FakeRay, Future[int]]:
+    pool = RayPool.__new__(RayPool)
+    pool._ray, pool.slots, pool._stopping = FakeRay(), [Slot("actor-0", "cpu", 1)], ray_pool.threading.Event()
+    pool._actors = {0: FakeActor(stream)}
+    future: Future[int] = Future()
+    pool._drive(0, BlockJob(block), deadline, future)
+    return pool, pool._ray, future
+
+
+def state(block: Block) -> tuple[str, str | None]:
+    assert block.status is not None
+    told = json.loads(block.status.read_text())
+    return told["state"], told["sample"]
+
+
+def records(block: Block) -> list[Any]:
+    assert block.journal is not None
+    return Journal(block.journal).read()
+
+
+def test_records_are_journalled_here(block: Block) -> None:
+    pool, _, future = drive([4711, {"n": 0}, {"n": 1}, {"n": 2}], block)
+    assert future.result() == 3 and [record["n"] for record in records(block)] == [0, 1, 2]
+    assert 0 in pool._actors, "it takes the next block"
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_death_is_laid_to_the_sample_in_work(block: Block, done: int) -> None:
+    pool, fake, future = drive([4711, *({"n": i} for i in range(done)), ray.exceptions.ActorDiedError()], block)
+    assert isinstance(future.exception(), WorkerDied) and len(records(block)) == done
+    assert state(block) == ("answering", f"s{done}")
+    assert pool._actors == {} and len(fake.killed) == 1
+
+
+def test_a_death_while_loading_is_laid_to_no_sample(block: Block) -> None:
+    _, _, future = drive([ray.exceptions.ActorDiedError()], block)
+    assert isinstance(future.exception(), WorkerDied) and state(block) == ("loading", None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ray.exceptions.OutOfMemoryError("a node was low on memory"),
+        ray.exceptions.RaySystemError(OSError("gone")),
+        ray.exceptions.NodeDiedError("its node died"),
+        ray.exceptions.ObjectLostError("ref", None, ""),
+        ray.exceptions.RayTaskError("answer", "trace", BrokenDeviceError("CUDA error: illegal memory access")),
+    ],
+)
+def test_faults_of_the_cluster_and_its_devices_are_deaths(block: Block, error: Exception) -> None:
+    pool, fake, future = drive([4711, {"n": 0}, error], block)
+    assert isinstance(future.exception(), WorkerDied) and pool._actors == {} and len(fake.killed) == 1
+
+
+def test_a_blocks_own_error_leaves_the_actor(block: Block) -> None:
+    pool, _, future = drive([ray.exceptions.RayTaskError("answer", "trace", UserError("no such model"))], block)
+    assert isinstance(future.exception(), UserError) and 0 in pool._actors
+
+
+def test_time_runs_from_the_submission(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster without room for the actor: its start counts too."""
+    pool, fake, _ = drive([4711], block)
+    monkeypatch.setattr(fake, "wait", lambda refs, timeout: (time.sleep(0.01), ([], refs))[1])
+    monkeypatch.setattr(fake, "remote", lambda kind: Starting(), raising=False)
+    pool._actors, pool._share = {}, {}
+    future = pool.submit(0, BlockJob(block), 0.1)
+    assert isinstance(future.exception(timeout=20), TimeoutError) and pool._actors == {} and len(fake.killed) == 1
+
+
+def test_told_to_stop_it_takes_the_sample_in_work_and_no_more(block: Block) -> None:
+    assert block.stop is not None
+
+    class Stopping(FakeActor):
+        def remote(self, _: BlockJob) -> Any:
+            assert block.stop is not None
+            yield 4711
+            block.stop.touch()  # while the first sample is in work
+            yield {"n": 0}
+            yield {"n": 1}
+
+    pool = RayPool.__new__(RayPool)
+    pool._ray, pool._stopping = FakeRay(), ray_pool.threading.Event()
+    assert pool._collect(Stopping([]), BlockJob(block), None) == 1
+    assert pool._collect(Stopping([]), BlockJob(replace(block, requests=())), None) == 0
+
+
+def test_a_late_drop_does_not_end_the_slots_next_actor(block: Block) -> None:
+    pool, fake, _ = drive([4711, {"n": 0}, {"n": 1}, {"n": 2}], block)
+    old, new = pool._actors[0], FakeActor([])
+    pool._actors[0] = new
+    pool._drop(0, old)
+    assert pool._actors == {0: new} and fake.killed == [old]
