@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import NoReturn
+
+from sparse_attention_hub.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -11,3 +14,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
+def fail(error: UserError) -> int:
+    """Print an error in one line, with the flag of the parameter at fault; the exit code."""
+    flag = "" if error.parameter is None else f" (--{error.parameter.replace('_', '-')})"
+    print(f"error: {error}{flag}", file=sys.stderr)
+    return 2

@@ -19,6 +19,9 @@ from .maskers.call_cache import once
 from .maskers.inputs import AttentionInputs
 from .maskers.state import AttentionState
 
+#: Raise it when something that all maskers share (attention, selection, random numbers, sizes, dense outputs) gives other
+#: figures: results of other versions are not reused. tests/test_versions.py notices.
+ENGINE_VERSION = 1
 #: Scores that a dense output holds at once.
 _BLOCK_SCORES = {"cpu": 2**20, "gpu": 2**25}
 

@@ -58,7 +58,7 @@ class MetricRecorder:
 
     def __init__(self, mode: Mode = "sample") -> None:
         if mode not in get_args(Mode):
-            raise UserError(f"--micro-metrics must be off, sample or full, got {mode!r}")
+            raise UserError(f"micro_metrics must be off, sample or full, got {mode!r}", "micro_metrics")
         self.mode: Mode = mode
         self.every = 1 if mode == "full" else SAMPLE_EVERY
         self._density, self._error = _Mean(), _Mean()

@@ -1,8 +1,9 @@
-"""What a result depends on beside parameters that are written down: a model's files, the files that a configuration names, the
-code of its maskers."""
+"""What a result depends on beside the parameters that are written down: versions of the engine and of maskers, a model's files,
+the files that a configuration names."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def config_key(config: ResearchAttentionConfig | None) -> str:
     """What tells one configuration's answers from another's: a hash of its maskers with all their parameters, and one of what
     lies behind them."""
-    return "dense" if config is None else f"{fingerprint(config.to_dict())}-{fingerprint(behind_config(config))}"
+    parameters = "dense" if config is None else fingerprint(config.to_dict())
+    return f"{parameters}-{fingerprint(behind_config(config))}"
 
 
 def same_parameters(one: str, other: str) -> bool:
@@ -35,20 +37,28 @@ def lacks_a_file(config: ResearchAttentionConfig | None) -> bool:
     return any(isinstance(value, str | Path) and _file(value) is None for value in named)
 
 
-def behind_config(config: ResearchAttentionConfig) -> list[list[str]]:
-    """[name, digest] of every file that a parameter names, and of the files that its maskers and their configs are written in.
-    Comments and empty lines do not count; modules that a masker imports are not seen."""
+def behind_config(config: ResearchAttentionConfig | None) -> list[list[str]]:
+    """[name, version or digest]: the engine's version, that of each masker of this package, the code of each other masker, and
+    every file that a parameter names."""
+    from sparse_attention_hub.attention import ENGINE_VERSION
     from sparse_attention_hub.maskers.base import masker_class
 
-    found: list[list[str]] = []
-    for place, masker in enumerate(config.masker_configs):
+    found = [["engine", str(ENGINE_VERSION)]]
+    for place, masker in enumerate([] if config is None else config.masker_configs):
+        method = masker_class(masker)
+        found.append([f"{place} {method.__name__}", str(method.version)])
         for field in dataclasses.fields(masker):
             value = getattr(masker, field.name)
             if isinstance(value, str | Path) and (path := _file(value)) is not None:
                 found.append([f"{place} {field.name}", _digest(path, path.stat().st_mtime_ns)])
-        for source in sorted({file for kind in (type(masker), masker_class(masker)) if (file := _source(kind))}):
+        own = {file for kind in (type(masker), method) if not _is_ours(kind) and (file := _source(kind))}
+        for source in sorted(own):
             found.append([f"{place} {source.name}", _code_digest(source.read_text(encoding="utf-8"))])
     return found
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "sparse_attention_hub"
 
 
 def weights_stamp(model: str) -> list[list[Any]] | None:
@@ -83,8 +93,12 @@ def _source(kind: type) -> Path | None:
 
 
 def _code_digest(text: str) -> str:
-    lines = [line.rstrip() for line in text.splitlines()]
-    return fingerprint([line for line in lines if line and not line.lstrip().startswith("#")])
+    """Of a module's code: comments, docstrings and layout do not count."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return fingerprint(ast.dump(tree))
 
 
 @functools.lru_cache(maxsize=64)

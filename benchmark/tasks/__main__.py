@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmark.command_line import Parser
+from benchmark.command_line import Parser, fail
 from benchmark.tasks import available_tasks, expand_task, get_task
 from benchmark.tasks.base import SampleRequest, UserError, build_prompt
 from benchmark.tasks.limits import fitted
@@ -91,8 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             show(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except BrokenPipeError:  # `| head`
         return 0
     return 0

@@ -63,6 +63,8 @@ class Masker(ABC, Generic[ConfigT]):
     #: True if `select` reads shapes, positions and inputs.allowed only. The choice of the leading maskers
     #: of this kind is computed once for all calls of equal positions.
     by_position = False
+    #: Raise it when the method chooses differently for the same config: results of other versions are not reused.
+    version = 1
     #: Config fields that `fit` and `encode` depend on, None = all. Equal fields share codes.
     code_fields: tuple[str, ...] | None = None
 

@@ -124,7 +124,7 @@ def main(name: str, arguments: Sequence[str] | None = None) -> None:
     try:
         check_writable(out)
         if out.suffix.lower() != ".png":
-            raise UserError(f"--out {out}: a picture is a PNG file, name it so")
+            raise UserError(f"{out}: a picture is a PNG file, name it so")
         with tempfile.TemporaryDirectory() as folder:
             configs = example_configs(name, Path(folder))
             summary = import_module(f".{name}", __package__).__doc__ or name

@@ -24,7 +24,7 @@ _log_once = functools.cache(logger.info)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DENSE_BACKENDS = ("auto", "sdpa", "flash")
-_DEBUG = f"or run with --debug, which uses {EMBEDDED_MODEL} and needs no network"
+_OFFLINE = f"or take {EMBEDDED_MODEL}, which needs no network"
 #: Seconds to wait for the hub before it counts as unreachable.
 _HUB_TIMEOUT = 8.0
 #: Names of the hub client's error classes, or of their base classes, that mean a network problem.
@@ -154,10 +154,10 @@ def _model_files(model_id: str, trust_remote_code: bool) -> Iterator[tuple[str, 
         raise
     except torch.OutOfMemoryError:
         raise UserError(
-            f"model {model_id!r} does not fit into the GPU's memory: take --device cpu or a smaller model"
+            f"model {model_id!r} does not fit into the GPU's memory: take the cpu or a smaller model", "device"
         ) from None
     except Exception as error:
-        raise UserError(_explain(error, model_id, from_hub=folder is None)) from error
+        raise _explain(error, model_id, from_hub=folder is None) from error
 
 
 def _local_folder(model_id: str) -> str | None:
@@ -170,7 +170,7 @@ def _local_folder(model_id: str) -> str | None:
             raise UserError(f"folder {model_id!r} holds no model: config.json is missing")
         return str(folder)
     if model_id.startswith((".", "/", "~", os.sep)) or model_id.count("/") > 1 or "\\" in model_id:
-        raise UserError(f"no folder {model_id!r}: give a model's folder, a hub id (organisation/name), {_DEBUG}")
+        raise UserError(f"no folder {model_id!r}: give a model's folder, a hub id (organisation/name), {_OFFLINE}")
     return None
 
 
@@ -185,26 +185,29 @@ def _hub_has(model_id: str) -> bool:
     try:
         cached = isinstance(try_to_load_from_cache(model_id, "config.json"), str)
     except HFValidationError:
-        raise UserError(f"{model_id!r} is neither a folder nor a hub id (organisation/name): correct it, {_DEBUG}") from None
+        raise UserError(f"{model_id!r} is neither a folder nor a hub id (organisation/name): correct it, {_OFFLINE}") from None
     if constants.HF_HUB_OFFLINE:
         if not cached:
-            raise UserError(f"model {model_id!r} is not in the local cache and HF_HUB_OFFLINE is set: unset it, {_DEBUG}")
+            raise UserError(f"model {model_id!r} is not in the local cache and HF_HUB_OFFLINE is set: unset it, {_OFFLINE}")
         return False
     try:
         get_hf_file_metadata(hf_hub_url(model_id, "config.json"), timeout=_HUB_TIMEOUT)
     except Exception as error:
         if not cached:
-            raise UserError(_explain(error, model_id, from_hub=True)) from None
+            raise _explain(error, model_id, from_hub=True) from None
         return False
     return True
 
 
-def _explain(error: Exception, model_id: str, from_hub: bool) -> str:
-    """One line: why a model could not be loaded, and what to do."""
-    name = f"model {model_id!r}"
+def _explain(error: Exception, model_id: str, from_hub: bool) -> UserError:
+    """Why a model could not be loaded, and what to do."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "trust_remote_code" in text:
-        return f"{name} brings its own code: read it, then pass --trust-remote-code to run it"
+        return UserError(f"model {model_id!r} brings its own code: read it, then let it run", "trust_remote_code")
+    return UserError(_reason(error, text, f"model {model_id!r}", from_hub))
+
+
+def _reason(error: Exception, text: str, name: str, from_hub: bool) -> str:
     if from_hub:
         kinds: set[str] = set()  # names, because the hub's client moves its classes between versions
         cause: BaseException | None = error
@@ -213,17 +216,17 @@ def _explain(error: Exception, model_id: str, from_hub: bool) -> str:
             cause = cause.__cause__ or cause.__context__
         status = getattr(getattr(error, "response", None), "status_code", None)
         if "GatedRepoError" in kinds or status == 403:
-            return f"{name} is gated: accept its terms on its page and log in with `hf auth login`, {_DEBUG}"
+            return f"{name} is gated: accept its terms on its page and log in with `hf auth login`, {_OFFLINE}"
         if "RepositoryNotFoundError" in kinds or status in (401, 404):
-            return f"{name} is unknown to the hub (or private: `hf auth login`): check the name, {_DEBUG}"
+            return f"{name} is unknown to the hub (or private: `hf auth login`): check the name, {_OFFLINE}"
         if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
-            return f"{name} is no transformers model: its repository has no config.json; take another model, {_DEBUG}"
+            return f"{name} is no transformers model: its repository has no config.json; take another model, {_OFFLINE}"
         if kinds & _NETWORK or "LocalEntryNotFoundError" in kinds or "connect" in text.lower():
-            return f"{name} cannot be fetched, the hub is unreachable ({type(error).__name__}): check the network, {_DEBUG}"
+            return f"{name} cannot be fetched, the hub is unreachable ({type(error).__name__}): check the network, {_OFFLINE}"
     if "model type" in text and "does not recognize" in text.lower():
         return f"{name} has a model type that this transformers does not know: take another model or update it"
     text = text if len(text) <= 200 else text[:197] + "..."
-    return f"{name} cannot be loaded ({text}): check its files, {_DEBUG}"
+    return f"{name} cannot be loaded ({text}): check its files, {_OFFLINE}"
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -236,7 +239,7 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def pick_device(device: str) -> torch.device:
-    """The device of a --device argument; CUDA is not started. UserError if this machine does not have it."""
+    """The device that a name means; CUDA is not started. UserError if this machine does not have it."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -244,22 +247,22 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, TypeError):
         place = None
     if place is None or place.type not in ("cpu", "cuda"):
-        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or sharded, got {device!r}")
+        raise UserError(f"device must be auto, cpu, cuda, cuda:N or sharded, got {device!r}", "device")
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {device} asks for a GPU and torch sees none: use --device cpu or auto")
+        raise UserError(f"device {device} asks for a GPU and torch sees none: take cpu or auto", "device")
     if place.type == "cuda" and place.index is not None and place.index >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
+        raise UserError(f"device {device}: there are {torch.cuda.device_count()} GPUs, numbered from 0", "device")
     return place
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of a --dtype argument. UserError if there is no such dtype."""
+    """The dtype that a name means on a device. UserError if there is no such dtype."""
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         return torch.float32
     if dtype not in DTYPES:
-        raise UserError(f"--dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+        raise UserError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}", "dtype")
     return DTYPES[dtype]
 
 
@@ -271,7 +274,7 @@ def likely_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _pick_dense(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     """transformers' name of the attention that prefills. UserError if flash is asked for by name and not available."""
     if wanted not in DENSE_BACKENDS:
-        raise UserError(f"--dense-backend must be {', '.join(DENSE_BACKENDS)}, got {wanted!r}")
+        raise UserError(f"dense_backend must be {', '.join(DENSE_BACKENDS)}, got {wanted!r}", "dense_backend")
     if wanted == "sdpa":
         return "sdpa"
     if device.type != "cuda":
@@ -285,7 +288,7 @@ def _pick_dense(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
             return "flash_attention_2"
         reason = "flash-attn is not installed (extra `flash`)"
     if wanted == "flash":
-        raise UserError(f"--dense-backend flash: {reason}; use --dense-backend sdpa or auto")
+        raise UserError(f"dense_backend flash: {reason}; take sdpa or auto", "dense_backend")
     if device.type == "cuda":
         _log_once(f"dense attention runs on SDPA: {reason}")
     return "sdpa"

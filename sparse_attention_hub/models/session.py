@@ -100,7 +100,7 @@ def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
         raise ValueError(f"room must be >= 1, got {room}")
     length = len(context_ids)
     if lm.max_positions is not None and length > lm.max_positions:
-        raise UserError(f"the context has {length} tokens, {lm.id} takes {lm.max_positions}: lower --max-context-length")
+        raise UserError(f"the context has {length} tokens, {lm.id} takes {lm.max_positions}: shorten it", "max_context_length")
     started = time.perf_counter()
     cache = SharedPrefixCache(lm.num_layers, length + room)
     prefilled = Prefilled(cache, length, 0.0)
