@@ -1,48 +1,94 @@
 """Sparse Attention Hub: composable sparse attention. See README.md for a first example.
 
-Names load when first used, so that importing the package for its small parts stays cheap.
+Public names load on first use: `import sparse_attention_hub` alone imports neither torch nor numba nor transformers.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-_HOME = {
-    "ResearchAttention": "attention",
-    "ResearchAttentionConfig": "attention",
-    "AttentionResult": "attention",
-    "dense_attention": "attention",
-    "Mask": "mask",
-    "Masker": "maskers",
-    "MaskerConfig": "maskers",
-    "register_masker": "maskers",
-    "Choice": "search_space",
-    "Uniform": "search_space",
-    "LogUniform": "search_space",
-    "IntUniform": "search_space",
-    "SinkMaskerConfig": "maskers",
-    "LocalMaskerConfig": "maskers",
-    "CausalMaskerConfig": "maskers",
-    "OracleTopKConfig": "maskers",
-    "OracleTopPMaskerConfig": "maskers",
-    "QuestTopKMaskerConfig": "maskers",
-    "DoubleSparsityTopKMaskerConfig": "maskers",
-    "HashAttentionTopKMaskerConfig": "maskers",
-    "PQCacheConfig": "maskers",
-    "MagicPigConfig": "maskers",
-    "RandomSamplingMaskerConfig": "maskers",
-    "AdaptiveSamplingMaskerConfig": "maskers",
-}
-__all__ = sorted(_HOME)
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .attention import AttentionResult, ResearchAttention, ResearchAttentionConfig, dense_attention
+    from .errors import UserError
+    from .mask import Mask
+    from .maskers import (
+        AdaptiveSamplingMaskerConfig,
+        CausalMaskerConfig,
+        DoubleSparsityTopKMaskerConfig,
+        HashAttentionTopKMaskerConfig,
+        LocalMaskerConfig,
+        MagicPigConfig,
+        OracleTopKConfig,
+        OracleTopPMaskerConfig,
+        PQCacheConfig,
+        QuestTopKMaskerConfig,
+        RandomSamplingMaskerConfig,
+        SinkMaskerConfig,
+    )
+    from .maskers.base import (
+        Masker,
+        MaskerConfig,
+        TopKConfig,
+        check_flag,
+        check_int,
+        check_number,
+        check_size,
+        register_masker,
+    )
+    from .maskers.inputs import AttentionInputs
+    from .maskers.state import AttentionState, MaskerState
+    from .search_space import Choice, IntUniform, LogUniform, Uniform
+else:  # hidden from type checkers, for which every unknown name would be Any
+    # Cheapest first: the first two import no torch.
+    _MODULES = ("errors", "search_space", "mask", "maskers", "maskers.base", "attention")
 
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+        for module in _MODULES if name in __all__ else ():
+            home = import_module(f".{module}", __name__)
+            if hasattr(home, name):
+                globals()[name] = getattr(home, name)
+                return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+__version__ = "0.1.0"
+__all__ = [
+    "AdaptiveSamplingMaskerConfig",
+    "AttentionInputs",
+    "AttentionResult",
+    "AttentionState",
+    "CausalMaskerConfig",
+    "Choice",
+    "DoubleSparsityTopKMaskerConfig",
+    "HashAttentionTopKMaskerConfig",
+    "IntUniform",
+    "LocalMaskerConfig",
+    "LogUniform",
+    "MagicPigConfig",
+    "Mask",
+    "Masker",
+    "MaskerConfig",
+    "MaskerState",
+    "OracleTopKConfig",
+    "OracleTopPMaskerConfig",
+    "PQCacheConfig",
+    "QuestTopKMaskerConfig",
+    "RandomSamplingMaskerConfig",
+    "ResearchAttention",
+    "ResearchAttentionConfig",
+    "SinkMaskerConfig",
+    "TopKConfig",
+    "Uniform",
+    "UserError",
+    "check_flag",
+    "check_int",
+    "check_number",
+    "check_size",
+    "dense_attention",
+    "register_masker",
+]

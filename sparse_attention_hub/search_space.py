@@ -23,36 +23,31 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Uniform:
+class _Interval:
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.high:
+            raise ValueError(f"{type(self).__name__} needs low <= high, got {self.low} and {self.high}")
+
+
+class Uniform(_Interval):
     """A float in [low, high], uniform."""
 
-    low: float
-    high: float
+
+class LogUniform(_Interval):
+    """A float in [low, high], uniform in its logarithm; low > 0."""
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise ValueError(f"Uniform needs low < high, got {self.low} and {self.high}")
+        super().__post_init__()
+        if not self.low > 0:
+            raise ValueError(f"LogUniform needs 0 < low <= high, got {self.low} and {self.high}")
 
 
 @dataclass(frozen=True)
-class LogUniform:
-    """A float in [low, high], uniform in its logarithm."""
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.low < self.high:
-            raise ValueError(f"LogUniform needs 0 < low < high, got {self.low} and {self.high}")
-
-
-@dataclass(frozen=True)
-class IntUniform:
+class IntUniform(_Interval):
     """An integer in [low, high], both included, uniform."""
 
     low: int
     high: int
-
-    def __post_init__(self) -> None:
-        if not self.low <= self.high:
-            raise ValueError(f"IntUniform needs low <= high, got {self.low} and {self.high}")

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 
-from tiny_models import Letters, build
+from tiny_models import Letters, build, forced
 
 from sparse_attention_hub import (
     AdaptiveSamplingMaskerConfig,
@@ -32,7 +32,7 @@ from sparse_attention_hub import (
 )
 from sparse_attention_hub.maskers.shared_states import SharedStates
 from sparse_attention_hub.maskers.state import MaskerState
-from sparse_attention_hub.models import LanguageModel, answer, forced, prefill
+from sparse_attention_hub.models import LanguageModel, answer, prefill
 from sparse_attention_hub.models.trace import Trace, record_trace
 from sparse_attention_hub.replay import replay, spread
 

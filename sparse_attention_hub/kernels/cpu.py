@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -110,12 +109,7 @@ def _table(tensor: Tensor, units: int) -> tuple[np.ndarray, np.ndarray]:
         strides = tensor.stride()
     item, head = strides[0] // dim, strides[1] // dim
     rows = tensor.as_strided(((batch - 1) * item + (held - 1) * head + total, dim), (dim, 1))
-    return as_bits(rows), _starts(batch, item, units, held, head)
-
-
-@lru_cache(maxsize=64)
-def _starts(batch: int, item: int, units: int, held: int, head: int) -> np.ndarray:
-    return np.arange(batch)[:, None] * item + np.arange(units) * held // units * head
+    return as_bits(rows), np.arange(batch)[:, None] * item + np.arange(units) * held // units * head
 
 
 def _threads(call: Call) -> int:

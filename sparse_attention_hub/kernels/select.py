@@ -67,12 +67,8 @@ def choose(
 
 
 def _scores_of_last(scores: np.ndarray, sizes: np.ndarray, lowest: np.generic) -> np.ndarray:
-    """The score of the last of the sizes (B, h, Q) highest of each row (B, h, Q, N), whose order may change."""
-    keys, size = scores.shape[-1], sizes.max(initial=0)
-    if size > 0 and size == sizes.min(initial=size):
-        scores.partition(keys - size, axis=-1)
-        return scores[..., keys - size].copy()
-    thresholds = np.full(sizes.shape, lowest)
+    """The score of the last of the sizes (B, h, Q) highest of each row (B, h, Q, N)."""
+    keys, thresholds = scores.shape[-1], np.full(sizes.shape, lowest)
     for size in np.unique(sizes[sizes > 0]):
         own = sizes == size
         thresholds[own] = np.partition(scores[own], keys - size, axis=-1)[:, keys - size]

@@ -132,12 +132,7 @@ class AttentionInputs:
 
     def highest(self) -> Tensor:
         """The highest score of each row, float32 (B, H, Q), 0 where nothing is allowed."""
-
-        def make() -> Tensor:
-            top = self.scores().amax(-1)
-            return top.masked_fill_(top == NEVER, 0.0)
-
-        return once(self.cache.call, "highest", make)
+        return once(self.cache.call, "highest", lambda: self.scores().amax(-1).nan_to_num_(neginf=0.0))
 
     def exponentials(self) -> Tensor:
         """exp(score - highest score of the row), float32 (B, H, Q, N), 0 where not allowed."""

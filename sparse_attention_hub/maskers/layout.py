@@ -103,21 +103,12 @@ class Layout:
         limit = torch.tensor(sizes, device=self.device).view(-1, 1, 1, 1)
         return Mask.from_dense((age < limit) & self.allowed, self.shape[1], self.kv_heads)
 
-    @cached_property
-    def _forbidden(self) -> tuple[int, Tensor]:
-        """(first key that some row may not attend to, ~allowed from that key on: bool (B, 1, Q, n))."""
-        seen_by_all = self.allowed.all(2).all(0).flatten()
-        start = int(seen_by_all.to(torch.uint8).argmin()) if seen_by_all.numel() else 0
-        return start, ~self.allowed[..., start:]
-
     def biased(self, scores: Tensor) -> Tensor:
         """scores (B, H, Q, N) plus the attention mask's bias, -inf where not allowed; changed in place."""
         if self.bias is not None:
             scores += self.bias
         if not self.all_allowed:
-            # Filled, not added: what stands on padding may be anything, NaN too.
-            start, forbidden = self._forbidden
-            scores[..., start:].masked_fill_(forbidden, NEVER)
+            scores.masked_fill_(~self.allowed, NEVER)  # not added: what stands on padding may be anything, NaN too
         return scores
 
     def share_of_allowed(self, counts: Tensor) -> float:

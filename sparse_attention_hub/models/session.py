@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict, Unpack
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,13 +29,6 @@ SparseFrom = Literal["question", "decode"]
 
 #: Tokens of a context that go through the layers at once: activations stay small beside the cache.
 _CHUNKS = {"cpu": 512, "gpu": 8192}
-
-
-class AskOptions(TypedDict, total=False):
-    """Options of `answer_many` that `answer`, `forced_many` and `forced` share."""
-
-    sparse_from: SparseFrom
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -145,11 +138,15 @@ def answer(
     attention: ResearchAttention | None,
     max_new_tokens: int,
     *,
+    sparse_from: SparseFrom = "question",
+    seed: int = 0,
     recorder: Recorder | None = None,
-    **options: Unpack[AskOptions],
 ) -> Answer:
-    """Greedy answer under one attention; None is dense. options: sparse_from and seed, as in `answer_many`."""
-    return answer_many(lm, prefilled, question_ids, [attention], max_new_tokens, recorders=[recorder], **options)[0]
+    """Greedy answer under one attention; None is dense. Parameters as of `answer_many`."""
+    ways, recorders = [attention], [recorder]
+    return answer_many(
+        lm, prefilled, question_ids, ways, max_new_tokens, sparse_from=sparse_from, seed=seed, recorders=recorders
+    )[0]
 
 
 def answer_many(
@@ -201,24 +198,6 @@ def answer_many(
         )
         for row in rows
     ]
-
-
-def forced(
-    lm: LanguageModel,
-    prefilled: Prefilled,
-    question_ids: list[int],
-    answer_ids: list[int],
-    attention: ResearchAttention | None,
-    *,
-    recorder: Recorder | None = None,
-    stepwise: bool = False,
-    **options: Unpack[AskOptions],
-) -> Forced:
-    """How likely an answer is under one attention. Parameters: as of `forced_many`."""
-    (found,) = forced_many(
-        lm, prefilled, question_ids, answer_ids, [attention], recorders=[recorder], stepwise=stepwise, **options
-    )
-    return found
 
 
 def forced_many(

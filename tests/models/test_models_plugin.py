@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, all_keys, attention, build, few_keys, tokens, wrap
+from tiny_models import ARCHITECTURES, all_keys, attention, build, few_keys, forced, tokens, wrap
 from transformers import AttentionInterface, DynamicCache, GptOssConfig, GptOssForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparse_attention_hub import Mask, Masker, MaskerConfig, register_masker
 from sparse_attention_hub.errors import UserError
-from sparse_attention_hub.models import answer, forced, prefill, sparse_attention
+from sparse_attention_hub.models import answer, prefill, sparse_attention
 from sparse_attention_hub.models.cache import SharedPrefixCache
 from sparse_attention_hub.models.lockstep import LOCKSTEP
 from sparse_attention_hub.models.plugin import PLUGIN

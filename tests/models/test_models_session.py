@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tiny_models import all_keys, attention, build, few_keys, tokens, wrap
+from tiny_models import all_keys, attention, build, few_keys, forced, tokens, wrap
 
 from sparse_attention_hub import (
     LocalMaskerConfig,
@@ -29,7 +29,6 @@ from sparse_attention_hub.models import (
     answer_many,
     dense,
     estimate_bytes,
-    forced,
     forced_many,
     prefill,
     session,

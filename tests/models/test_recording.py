@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import forced
 
 from sparse_attention_hub import (
     DoubleSparsityTopKMaskerConfig,
@@ -16,7 +17,7 @@ from sparse_attention_hub import (
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.maskers.channel_file import write_channels
 from sparse_attention_hub.maskers.hat_weights import hat_config_fields, write_hat_weights
-from sparse_attention_hub.models import LanguageModel, forced, prefill
+from sparse_attention_hub.models import LanguageModel, prefill
 from sparse_attention_hub.models.channel_calibration import calibrate
 from sparse_attention_hub.models.channel_calibration import main as calibration_main
 from sparse_attention_hub.models.hat_training import Recipe, train

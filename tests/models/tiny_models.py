@@ -24,7 +24,7 @@ from sparse_attention_hub import (
     ResearchAttentionConfig,
     SinkMaskerConfig,
 )
-from sparse_attention_hub.models import LanguageModel
+from sparse_attention_hub.models import Forced, LanguageModel, Prefilled, forced_many
 
 VOCABULARY = 101
 SIZES: dict[str, Any] = {
@@ -104,3 +104,17 @@ def few_keys() -> list[ResearchAttention]:
         attention(OracleTopKConfig(heavy_size=5)),
         attention(sink, local, RandomSamplingMaskerConfig(sampling_rate=0.2)),
     ]
+
+
+def forced(
+    lm: LanguageModel,
+    prefilled: Prefilled,
+    question: list[int],
+    answer: list[int],
+    attention: ResearchAttention | None,
+    *,
+    recorder: Any = None,
+    **options: Any,
+) -> Forced:
+    """How likely an answer is under one attention."""
+    return forced_many(lm, prefilled, question, answer, [attention], recorders=[recorder], **options)[0]
