@@ -1,4 +1,4 @@
-"""Every command and example of docs/ runs, or says why it cannot run everywhere."""
+"""Every command and example of docs/ runs, or says why it cannot run everywhere, and the recipes work as they are written."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmark.raytune.analyze_trials import choose_search
+from benchmark.report.__main__ import main as report
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 #: A comment that says what a command needs beside this checkout, or that it takes minutes.
@@ -19,7 +22,8 @@ SLOW = re.compile(r"#.*\btakes minutes\b")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    fenced = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in fenced if name == language]
 
 
 def commands() -> list[pytest.param]:  # type: ignore[valid-type]
@@ -33,13 +37,19 @@ def commands() -> list[pytest.param]:  # type: ignore[valid-type]
     return list(found.values())
 
 
+def run(words: list[str], folder: Path, seconds: int = 280) -> str:
+    """What a Python command prints; it must succeed."""
+    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder with the code and copies of the sample runs, so that what a command writes lands beside it."""
-    for name in ("benchmark", "sparse_attention_hub"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("optimal_configs", "benchmark_results"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns(".*"))
+    """A fresh clone: the code and the sample runs. Commands write beside it, and recipes may edit it."""
+    ignore = shutil.ignore_patterns("__pycache__", ".lock", ".logs", ".journals", "report.html")
+    for name in ("benchmark", "sparse_attention_hub", "optimal_configs/sample", "benchmark_results/sample"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     return tmp_path
 
 
@@ -47,9 +57,25 @@ def checkout(tmp_path: Path) -> Path:
 def test_command_runs(command: str, checkout: Path) -> None:
     words = shlex.split(command.removeprefix("uv run "))
     assert words[0] == "python", f"{command}: write what it needs in a comment (# needs a ...)"
-    done = subprocess.run([sys.executable, *words[1:]], cwd=checkout, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert run(words[1:], checkout, seconds=1500).strip()
+
+
+def test_the_sample_runs_are_shown_until_there_are_others(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(checkout)
+    configs = Path("optimal_configs")
+    assert choose_search(configs, None).parent == configs / "sample" and "sample run" in capsys.readouterr().out
+    shutil.copytree(next(configs.glob("sample/run_*")), configs / "run_20200101_000000")
+    assert choose_search(configs, None).name == "run_20200101_000000" and not capsys.readouterr().out
+    assert report([]) == 0 and "sample run" in capsys.readouterr().out
+    assert Path("benchmark_results/sample/report.html").exists()
+    shutil.copytree(next(Path("benchmark_results/sample").glob("embedded*")), "benchmark_results/model")
+    assert report([]) == 0 and capsys.readouterr().out == "report: benchmark_results/report.html\n"
+    page = Path("benchmark_results/report.html").read_text()
+    assert page.count("<h3") == Path("benchmark_results/sample/report.html").read_text().count("<h3"), (
+        "the sample is not mixed in"
+    )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
@@ -59,11 +85,61 @@ def test_examples_run(page: Path, tmp_path: Path) -> None:
         script = tmp_path / f"test_example_{number}.py"
         script.write_text(example)
         runner = ["-m", "pytest", "-q", "-p", "no:cacheprovider"] if "MaskerContract" in example else []
-        command = [sys.executable, *runner, str(script)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stdout + done.stderr
+        run([*runner, str(script)], ROOT)
+
+
+def test_the_recipe_of_a_task(checkout: Path) -> None:
+    generated, from_rows = blocks(ROOT / "docs/adding_a_task.md", "python")
+    (checkout / "benchmark/tasks/price_list.py").write_text(generated)
+    (checkout / "benchmark/tasks/my_qa.py").write_text(from_rows)
+    insert(checkout / "benchmark/tasks/__init__.py", "MODULES: dict[str, str] = {\n", '    "price_list": "price_list",\n')
+    insert(checkout / "benchmark/tasks/__init__.py", "MODULES: dict[str, str] = {\n", '    "my_qa": "my_qa",\n')
+    (checkout / "data/my_qa").mkdir(parents=True)
+    rows = [f'{{"id": "{i}", "context": "Text {i}.", "question": "Which?", "answers": ["{i}"]}}\n' for i in range(20)]
+    (checkout / "data/my_qa/short.jsonl").write_text("".join(rows))
+    shown = run(["-c", SHOW_TASKS], checkout)
+    assert "This is a price list." in shown and shown.count("Question: Which?") == 2
+    assert "{'accuracy': 1.0} {'f1': 1.0}" in shown
+
+
+def test_the_recipe_of_a_masker(checkout: Path) -> None:
+    page = ROOT / "docs/adding_a_masker.md"
+    (example,) = blocks(page, "python")
+    register, test, imported, line = (re.sub("^   ", "", text, flags=re.MULTILINE) for text in blocks(page, ""))
+    maskers, script = checkout / "sparse_attention_hub/maskers", checkout / "benchmark/raytune/run_full_benchmark.py"
+    (maskers / "key_norm.py").write_text(example.partition("\n\nclass TestKeyNorm")[0].replace(CONTRACT, ""))
+    insert(maskers / "__init__.py", "from .hash_attention import HashAttentionTopKMaskerConfig\n", register)
+    insert(script, "    from sparse_attention_hub import (\n        Adaptive", f"    {imported}", before=True)
+    insert(script, "combinations: dict[str, list[Any]] = {\n", " " * 12 + line)
+    (checkout / "tests/maskers").mkdir(parents=True)
+    (checkout / "tests/maskers/test_key_norm.py").write_text(test)
+    assert "TestKeyNorm" in run(["-m", "pytest", "-q", "--collect-only", "tests/maskers/test_key_norm.py"], checkout)
+    plan = run([str(script), "--debug", "--dry-run", "--configs", "dense", "sink_local_key_norm_*"], checkout)
+    assert "sink_local_key_norm (5%, 10%, 25%, 50%)" in plan
+
+
+SHOW_TASKS = """
+from benchmark.tasks import score_prediction
+from benchmark.tasks.__main__ import main
+
+show = ["show", "--model", "embedded/SmolLM2-135M-Instruct"]
+assert main([*show, "price_list/40"]) == 0
+for split in ("test", "tuning"):
+    assert main([*show, "my_qa/short", "--data-dir", "data", "--split", split]) == 0
+print(score_prediction("price_list/40", " 512.", ["512"]), score_prediction("my_qa/short", "a b", ["b"]))
+"""
+CONTRACT = "from sparse_attention_hub.testing import MaskerContract\n"
+
+
+def insert(path: Path, mark: str, text: str, before: bool = False) -> None:
+    content = path.read_text()
+    assert content.count(mark) == 1, f"{path.name}: {mark}"
+    path.write_text(content.replace(mark, text + mark if before else mark + text))
 
 
 def test_every_subject_has_its_page() -> None:
-    expected = "adding_a_masker adding_a_model adding_a_task all_methods budgets_and_protocols cluster engine file_formats numbers quick_start"
-    assert {page.stem for page in PAGES} == {*expected.split(), "reading_the_report"}
+    expected = (
+        "adding_a_masker adding_a_model adding_a_task all_methods budgets_and_protocols cluster command_line engine file_formats "
+        "library numbers quick_start reading_the_report speed"
+    )
+    assert {page.stem for page in PAGES} == set(expected.split())

@@ -1,4 +1,4 @@
-"""The README's examples run, its table of maskers is whole, and what is pinned is what is installed."""
+"""The README is short, its example runs, it names every masker; every flag is documented; what is pinned is what is installed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,25 @@ def test_examples_run(number: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 180
+    assert (
+        len(re.findall(r"<!-- speed-table -->(.*?)<!-- /speed-table -->", README, flags=re.DOTALL)[0].strip().splitlines())
+        == 2 + 6
+    )
+
+
+def test_its_speed_figures_are_those_of_the_page_of_speed() -> None:
+    page = (ROOT / "docs/speed.md").read_text()
+    rows = re.findall(r"<!-- speed-table -->(.*?)<!-- /speed-table -->", README, flags=re.DOTALL)[0].strip().splitlines()[2:]
+    for row in rows:
+        for figure in re.findall(r"\d[\d.]*[x%]?", row.split("|")[2]):
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", page), f"{figure} of {row}"
+
+
 def test_the_model_example_finds_the_key(tmp_path: Path) -> None:
-    example = next(text for text in EXAMPLES if "answer_many" in text)
+    library = (ROOT / "docs/library.md").read_text()
+    example = next(text for text in re.findall(r"```python\n(.*?)```", library, flags=re.DOTALL) if "answer_many" in text)
     (tmp_path / "example.py").write_text(example)
     done = subprocess.run([sys.executable, str(tmp_path / "example.py")], cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.stdout.count("71432") == 2, done.stdout + done.stderr
@@ -36,8 +53,25 @@ def test_every_masker_is_named() -> None:
     import sparse_attention_hub as hub
 
     for name in hub.__all__:
-        if name.endswith("Config") and name not in ("MaskerConfig", "ResearchAttentionConfig"):
+        if name.endswith("Config") and name not in ("MaskerConfig", "ResearchAttentionConfig", "TopKConfig"):
             assert f"`{name}(" in README, name
+
+
+def test_every_flag_is_documented_in_its_group() -> None:
+    script = ROOT / "benchmark/raytune/run_full_benchmark.py"
+    shown = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    page = (ROOT / "docs/command_line.md").read_text()
+    groups = re.findall(r"^(what to run|Phase 1.*|Phase 2.*|where):\n((?:  .*\n|\n)+)", shown, flags=re.MULTILINE)
+    assert len(groups) == 4
+    for title, flags in groups:
+        table = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL)
+        assert table, title
+        documented = re.findall(r"^\| `(--[a-z0-9-]+)", table[1], flags=re.MULTILINE)
+        assert documented == re.findall(r"^  (--[a-z0-9-]+)", flags, flags=re.MULTILINE), title
+        for flag in re.findall(r"`(--[a-z0-9-]+)`", next(row for row in README.splitlines() if row.startswith(f"| {title}"))):
+            assert flag in documented, f"README: {flag}"
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,8 +1,9 @@
-"""The report of a results tree: one HTML file that opens anywhere, without network.
+"""The report of a results folder: one HTML file that opens anywhere, without network.
 
-    python -m benchmark.report benchmark_results                    # writes benchmark_results/report.html
-    python -m benchmark.report results_a results_b                  # writes comparison.html into the current folder
-    python -m benchmark.report benchmark_results --output page.html
+    python -m benchmark.report                            # writes benchmark_results/report.html, else the sample run's
+    python -m benchmark.report results_a                  # writes results_a/report.html
+    python -m benchmark.report results_a results_b        # compares two: writes comparison.html into the current folder
+    python -m benchmark.report results_a --output page.html
 
 Exit code: 0, or 2 for bad input.
 """
@@ -17,44 +18,25 @@ from benchmark.command_line import Parser
 from sparse_attention_hub.errors import UserError
 
 
-def write_report(results_dir: Path, output: Path | None = None) -> Path:
-    """Write the report of all results under a folder, by default into it; its path. UserError if there are none."""
-    from benchmark.report.data import read_tree
-    from benchmark.report.page import report_page
-    from benchmark.storage.results import write_text
-
-    path = output or results_dir / "report.html"
-    write_text(path, report_page(read_tree(results_dir)))
-    return path
-
-
-def write_comparison(first: Path, second: Path, output: Path | None = None) -> Path:
-    """Write the comparison of two results trees, by default ./comparison.html; its path."""
-    from benchmark.report.data import read_tree
-    from benchmark.report.page import comparison_page
-    from benchmark.storage.results import write_text
-
-    path = output or Path("comparison.html")
-    write_text(path, comparison_page(read_tree(first), read_tree(second)))
-    return path
-
-
 def main(argv: list[str] | None = None) -> int:
+    """Write the page that the arguments ask for; the exit code."""
     parser = Parser(
         prog="python -m benchmark.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a benchmark results folder, or two to compare")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the page goes")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="a benchmark results folder, or two to compare")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the file to write")
     options = parser.parse_args(argv)
+    from benchmark.report.page import write_comparison, write_report  # here, so that --help is quick
+
     try:
         if len(options.folders) > 2:
             raise UserError(f"give one results folder, or two to compare, got {len(options.folders)}")
         if options.output is not None and options.output.is_dir():
-            raise UserError(f"--output {options.output}: is a folder; name a file")
+            raise UserError(f"--output {options.output}: is a folder; give a file name")
         if len(options.folders) == 2:
-            path = write_comparison(*options.folders, options.output)
+            path = write_comparison(options.folders[0], options.folders[1], options.output)
         else:
-            path = write_report(options.folders[0], options.output)
+            path = write_report(options.folders[0] if options.folders else _default_folder(), options.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,6 +45,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     print(f"report: {path}")
     return 0
+
+
+def _default_folder() -> Path:
+    """./benchmark_results, or the sample run in it until there are results."""
+    own = Path("benchmark_results")
+    sample = own / "sample"
+    if any(own.glob("*/*/*/metrics.json")) or not sample.is_dir():
+        return own
+    print(f"No results in {own} yet; this is the sample run {sample}.")
+    return sample
 
 
 if __name__ == "__main__":

@@ -1,17 +1,63 @@
-"""Score against density as inline SVG: a curve a masker combination through its budgets, with 95% intervals."""
+"""Score against density as inline SVG: one curve per masker combination through its budgets, with 95% intervals."""
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Sequence
 from html import escape
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from benchmark.report.data import Group, ResultRow
 
-WIDTH, HEIGHT = 460, 310
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 14, 12, 46
-COLOURS = 7
-_TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a "$" in a name is a "$"
+    "svg.hashsalt": "report",  # the same results give the same file
+    "svg.fonttype": "none",
+}
+# Stand-in colours: `_svg` replaces each by the page's CSS variable of that name, so that charts follow light and dark mode.
+_NAMES = ("c0", "c1", "c2", "c3", "c4", "c5", "c6", "dense", "line", "soft")
+_COLOURS = {name: f"#fe000{digit}" for digit, name in enumerate(_NAMES)}
+_REWRITES = (
+    (r"^.*?(?=<svg)|<style.*?</style>|<clipPath.*?</clipPath>|<g id=[^>]*/>", ""),
+    (r' clip-path="[^"]*"| xmlns(:xlink)?="[^"]*"| transform="rotate\(-0 [^"]*"', ""),
+    (r"""<g id=(["'])tooltip ([^>]*)\1>""", r"<g><title>\2</title>"),
+    (r"<g id=[^>]*>", "<g>"),
+    *((colour, f"var(--{name})") for name, colour in _COLOURS.items()),
+)
+_PAGE_STYLE: dict[Any, Any] = {
+    **STYLE,
+    "font.size": 12.5,
+    "axes.labelsize": 12.5,
+    "axes.edgecolor": _COLOURS["soft"],
+    "grid.color": _COLOURS["line"],
+    "grid.linewidth": 1.0,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 8.5,
+    **{f"{axis}tick.major.{name}": value for axis in "xy" for name, value in (("size", 0), ("pad", 7))},
+}
+_DENSE_LINE: dict[str, Any] = {"color": _COLOURS["dense"], "linewidth": 1.8, "dashes": (3.3, 2.2)}
+_DENSE_BAND: dict[str, Any] = {"facecolor": _COLOURS["dense"], "edgecolor": "none", "alpha": 0.16}
 
 
 def families(groups: Sequence[Group]) -> list[str]:
@@ -19,114 +65,98 @@ def families(groups: Sequence[Group]) -> list[str]:
     return list(dict.fromkeys(row.family for group in groups for row in group.rows if not row.is_dense))
 
 
+@rc_context(_PAGE_STYLE)
 def chart(group: Group, names: Sequence[str]) -> str:
-    """The SVG of one group; "" if no sparse row has both a score and a density."""
-    points = [row for row in group.rows if not row.is_dense and row.figure("density") and row.figure("score") is not None]
+    """The SVG of one group; "" if no sparse row has both a score and a density. names: all combinations, see `families`."""
+    scored = [row for row in group.rows if row.figure("score") is not None]
+    points = sorted((row for row in scored if row.figure("density") and not row.is_dense), key=_density)
     if not points:
         return ""
-    low, high = _span([row.figure("density") or 1.0 for row in points])
-    step, steps = _scale([row for row in group.rows if row.figure("score") is not None])
-    top = step * steps
-
-    def x(density: float) -> float:
-        share = (math.log(density) - math.log(low)) / (math.log(high) - math.log(low))
-        return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
-
-    def y(score: float) -> float:
-        return HEIGHT - _BOTTOM - score / top * (HEIGHT - _TOP - _BOTTOM)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"score against density, {group.task}")}">']
-    right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
-    for number in range(steps + 1):
-        value = step * number
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2g}</text>')
-    for tick in _TICKS:
-        if low <= tick <= high:
-            parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{_TOP}" y2="{bottom}"/>')
-            parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{100 * tick:g}%</text>')
-    parts.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>')
-    middle = (_LEFT + right) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">density (share of keys attended, log scale)</text>')
-    metric = escape(str(group.rows[0].metrics["metric"]))
-    place = (_TOP + bottom) / 2
-    parts.append(f'<text transform="translate(12 {place}) rotate(-90)" text-anchor="middle">score ({metric})</text>')
-    dense = group.dense
-    if dense is not None and (score := dense.figure("score")) is not None:
-        if dense.metrics["interval"]:
-            ends = [y(value) for value in dense.metrics["interval"]]
-            parts.append(
-                f'<rect class="band" x="{_LEFT}" width="{right - _LEFT}" y="{ends[1]:.1f}" height="{max(1.0, ends[0] - ends[1]):.1f}"/>'
-            )
-        parts.append(f'<line class="dense" x1="{_LEFT}" x2="{right}" y1="{y(score):.1f}" y2="{y(score):.1f}"/>')
-    for place, name in enumerate(names):
-        own = sorted((row for row in points if row.family == name), key=lambda row: row.figure("density") or 0.0)
-        if not own:
-            continue
-        colour = place % COLOURS
-        at = [(x(row.figure("density") or 1.0), y(row.figure("score") or 0.0)) for row in own]
-        if len(at) > 1:
-            line = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
-            parts.append(f'<polyline class="curve s{colour}" points="{line}"/>')
-        for row, (a, b) in zip(own, at, strict=True):
-            parts.append(f"<g><title>{escape(_told(row))}</title>")
-            if row.metrics["interval"]:
-                lower, upper = (y(value) for value in row.metrics["interval"])
-                whisker = f"M{a:.1f} {lower:.1f}V{upper:.1f}M{a - 4:.1f} {lower:.1f}h8M{a - 4:.1f} {upper:.1f}h8"
-                parts.append(f'<path class="whisker s{colour}" d="{whisker}"/>')
-            parts.append(f"{marker(place, a, b)}</g>")
-    return "".join([*parts, "</svg>"])
+    figure = Figure(figsize=(6.4, 4.3), layout="constrained")
+    panel = figure.subplots()
+    if group.dense in scored:
+        panel.axhspan(*_interval(group.dense), **_DENSE_BAND)
+        panel.axhline(_score(group.dense), **_DENSE_LINE)
+    for index, name in enumerate(names):
+        own = [row for row in points if row.family == name]
+        colour, marker = _look(index)
+        panel.plot([_density(row) for row in own], [_score(row) for row in own], color=colour, alpha=0.75)
+        for row in own:
+            x, tooltip = _density(row), _tooltip(row)
+            panel.plot([x, x], _interval(row), color=colour, marker="_", gid=tooltip)
+            panel.plot([x], [_score(row)], color=colour, marker=marker, gid=tooltip)
+    density_axis(panel, [_density(row) for row in points])
+    panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    panel.set_ylim(0, 1.03 * max(_interval(row)[1] for row in scored) or 1)
+    panel.set_ylabel(f"score ({group.rows[0].metrics.metric})")
+    return _svg(figure, f'role="img" aria-label="{escape(f"score against density, {group.task}")}"')
 
 
-def legend(names: Sequence[str], has_dense: bool) -> str:
-    """An HTML list: every combination's marker, and dense attention's line."""
-    items = [
-        f'<li><svg viewBox="0 0 26 14" aria-hidden="true"><line class="curve s{place % COLOURS}" x1="1" x2="25" y1="7" y2="7"/>'
-        f"{marker(place, 13, 7)}</svg>{escape(name)}</li>"
-        for place, name in enumerate(names)
-    ]
+@rc_context(_PAGE_STYLE)
+def legend(names: Sequence[str], has_dense: bool) -> list[tuple[str, str]]:
+    """(SVG, label) of each combination's marker, then of the line of dense attention."""
+
+    def entry(*artists: Artist) -> str:
+        figure = Figure(figsize=(26 / 72, 14 / 72))
+        for artist in artists:
+            figure.add_artist(artist)
+        return _svg(figure, 'aria-hidden="true"')
+
+    entries = []
+    for index, name in enumerate(names):
+        colour, marker = _look(index)
+        entries.append((entry(Line2D([0, 0.5, 1], [0.5] * 3, color=colour, marker=marker, markevery=[1])), name))
     if has_dense:
-        items.append(
-            '<li><svg viewBox="0 0 26 14" aria-hidden="true"><rect class="band" x="0" y="2" width="26" height="10"/>'
-            '<line class="dense" x1="0" x2="26" y1="7" y2="7"/></svg>dense, with its interval</li>'
-        )
-    return f'<ul class="legend">{"".join(items)}</ul>'
+        band, line = Rectangle((0, 0.15), 1, 0.7, **_DENSE_BAND), Line2D([0, 1], [0.5, 0.5], **_DENSE_LINE)
+        entries.append((entry(band, line), "dense, with its interval"))
+    return entries
 
 
-def marker(place: int, x: float, y: float) -> str:
-    """The marker of the combination at this place, around (x, y)."""
-    shapes = (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5"',
-        f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8"',
-        f'<path d="M{x:.1f} {y - 5.2:.1f}l5 8.8h-10z"',
-        f'<path d="M{x:.1f} {y - 5.6:.1f}l5.6 5.6l-5.6 5.6l-5.6 -5.6z"',
-        f'<path d="M{x:.1f} {y + 5.2:.1f}l5 -8.8h-10z"',
-        f'<path d="M{x - 1.8:.1f} {y - 5:.1f}h3.6v3.2h3.2v3.6h-3.2v3.2h-3.6v-3.2h-3.2v-3.6h3.2z"',
-    )
-    return f'{shapes[place % len(shapes)]} class="f{place % COLOURS}"/>'
+def _look(index: int) -> tuple[str, str]:
+    """Colour and marker of a combination: 7 colours and 6 markers make 42 pairs."""
+    return _COLOURS[f"c{index % 7}"], MARKERS[index % 6]
 
 
-def _told(row: ResultRow) -> str:
-    interval = row.metrics["interval"]
-    sure = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-    return f"{row.name}: score {row.figure('score'):.3f}{sure} at density {100 * (row.figure('density') or 0.0):.1f}%"
+def _density(row: ResultRow) -> float:
+    return row.figure("density") or 1.0
 
 
-def _span(densities: Sequence[float]) -> tuple[float, float]:
-    """Ends of the density axis: at least a factor of four apart, so that ticks have room."""
-    low, high = min(densities) / 1.3, max(densities) * 1.3
-    while high / low < 4:
-        low, high = low / 1.2, high * 1.2
-    return low, min(high, 1.15)
+def _score(row: ResultRow) -> float:
+    return row.figure("score") or 0.0
 
 
-def _scale(rows: Sequence[ResultRow]) -> tuple[float, int]:
-    """(step, steps) of the score axis, up to the highest interval: at most five steps, never above 1."""
-    highest = max(
-        [row.figure("score") or 0.0 for row in rows] + [row.metrics["interval"][1] for row in rows if row.metrics["interval"]]
-    )
-    for step in (0.02, 0.05, 0.1, 0.2):
-        count = max(1, math.ceil(highest / step - 1e-9))
-        if count <= 5:
-            return step, count
-    return 0.2, 5
+def _interval(row: ResultRow) -> tuple[float, float]:
+    low, high = row.metrics.interval or (_score(row), _score(row))
+    return low, high
+
+
+def _tooltip(row: ResultRow) -> str:
+    low, high = _interval(row)
+    sure = f" [{low:.3f}, {high:.3f}]" if row.metrics.interval else ""
+    return f"tooltip {row.name}: score {_score(row):.3f}{sure} at density {100 * _density(row):.1f}%"
+
+
+def _svg(figure: Figure, attributes: str) -> str:
+    """The figure as an <svg> element of a page. Ids and clip paths are removed because a page's charts would share them; an id
+    that starts with "tooltip" becomes a tooltip."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = stream.getvalue()
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    return text.replace("<svg", f"<svg {attributes}", 1)
+
+
+def density_axis(panel: Axes, densities: Sequence[float]) -> None:
+    """A log scale with ticks in percent around these densities, at least a factor of 4.8 wide so that it holds several."""
+    positive = [density for density in densities if density > 0] or [1.0]
+    low, high = min(positive), max(positive)
+    reach = max(2.2, 1.3 * math.sqrt(high / low))
+    middle = math.sqrt(low * high)
+    panel.set_xscale("log")
+    panel.set_xlim(middle / reach, min(middle * reach, 1.15))
+    panel.xaxis.set_major_locator(FixedLocator([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    panel.set_xlabel("density (share of keys attended, log scale)")

@@ -1,27 +1,30 @@
-"""What a Phase 1 run says, as tables of at most 100 columns: trials, best, budgets, hyperparameters, replay, time."""
+"""A search as text tables of at most 100 columns: trials, best, budgets, hyperparameters, replay, time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from statistics import fmean, median
 from typing import Any
 
 from benchmark.report.search_run import FORCED, Level, Run, Study, Trial
+from benchmark.report.table import WIDTH, number, percent, shorten
 
-WIDTH = 100
-MIN_TRIALS = 6  # below it no importance is told
+MIN_TRIALS = 6  # with fewer no importance is computed
 _FIRST_COLUMN = 24
-#: Trees of the random forest behind fANOVA; more change the shares by less than a hundredth here.
-_TREES = 32
+_TREES = 32  # of the random forest of fANOVA; more trees change the shares by less than 0.01
 
 
 @dataclass(frozen=True)
 class Effect:
-    """A hyperparameter of a study. Importance: its share of the variance over the trials (fANOVA), of log error and log
-    density; None where there is no variance. low, high: means over the trials in the lowest and the highest third of its
-    values (for a choice of names: over those of the value with the smallest and the largest error)."""
+    """A hyperparameter of a study.
+
+    Importance: the share of the variance over trials that it explains (fANOVA), of log error and log density; None without
+    variance. low, high: the lowest and the highest third of its values, and the means over their trials; for a categorical
+    hyperparameter the values with the smallest and the largest error.
+    """
 
     name: str
     error_importance: float | None
@@ -35,17 +38,11 @@ class Effect:
 
 
 def describe(run: Run, effects: dict[int, list[Effect]]) -> str:
-    """All tables of a run. effects: id(study) -> its hyperparameters, as `hyperparameter_effects` gives them."""
-    parts = [
-        f"{run.name}: {len(run.studies)} studies of {len(run.pairs)} tasks, {sum(len(s.trials) for s in run.studies)} trials",
-        trials_table(run),
-        best_table(run),
-        budget_table(run),
-        effects_table(run, effects),
-        replay_table(run),
-        time_table(run),
-    ]
-    return "\n\n".join(parts)
+    """All tables of a run. effects: id(study) -> its hyperparameters, from `hyperparameter_effects`."""
+    trials = sum(len(study.trials) for study in run.studies)
+    tables = [trials_table(run), best_table(run), budget_table(run), effects_table(run, effects), replay_table(run)]
+    head = f"{run.name}: {len(run.studies)} studies of {len(run.pairs)} tasks, {trials} trials"
+    return "\n\n".join([head, *tables, time_table(run)])
 
 
 def trials_table(run: Run) -> str:
@@ -67,7 +64,7 @@ def trials_table(run: Run) -> str:
     if len(problems) > 5:
         problems[5:] = [f"  ... and {len(problems) - 5} more, in all_trials_data.csv"]
     body = _by_task(run, head, lambda study: [row(study)])
-    return _section("Trials by combination and rung", body, [*legend, *[shorten(line, WIDTH) for line in problems]])
+    return _section("Trials by combination and rung", body, [*legend, *(shorten(line, WIDTH) for line in problems)])
 
 
 def best_table(run: Run) -> str:
@@ -91,23 +88,18 @@ def best_table(run: Run) -> str:
         "error: of the attention output, of the forced forward where confirmed; score: real answers to the",
         "tuning samples; reproduced: share of them whose dense answer every step would give again",
     ]
-    lines = _by_task(run, head, rows)
-    return _section("Best of each level", lines, [*legend, *_leaders(run)])
+    return _section("Best of each level", _by_task(run, head, rows), [*legend, *_leaders(run)])
 
 
 def _leaders(run: Run) -> Iterable[str]:
-    """One line a (task, budget): the combination with the smallest error."""
+    """One line per (task, budget): the combination with the smallest error."""
     for model, task in run.pairs:
-        for budget in run.budgets:
-            if budget is None:
-                continue
+        for budget in (budget for budget in run.budgets if budget is not None):
             levels = [level for study in run.of(model, task) for level in study.levels if level.budget == budget]
             met = [level for level in levels if level.record["meets_budget"]]
-            if met:
-                best = min(met, key=lambda level: float(level.record["error"]))
-                yield shorten(f"{task} at {100 * budget:g}%: {best.name}, error {number(best.record['error'])}", WIDTH)
-            else:
-                yield shorten(f"{task} at {100 * budget:g}%: no configuration met this budget", WIDTH)
+            best = min(met, key=lambda level: float(level.record["error"]), default=None)
+            found = f"{best.name}, error {number(best.record['error'])}" if best else "no configuration met this budget"
+            yield shorten(f"{task} at {100 * budget:g}%: {found}", WIDTH)
 
 
 def budget_table(run: Run) -> str:
@@ -120,22 +112,14 @@ def budget_table(run: Run) -> str:
             within = sum(density <= (level.budget or 1.0) for density in densities)
             used = None if level.budget is None else float(level.record["density"]) / level.budget
             met = "-" if level.budget is None else ("yes" if level.record["meets_budget"] else "NO")
-            found.append(
-                [
-                    level.name,
-                    level.label,
-                    percent(level.record["density"]),
-                    percent(used, 0),
-                    f"{within} of {len(densities)}",
-                    met,
-                ]
-            )
+            shown = [percent(level.record["density"]), percent(used, 0), f"{within} of {len(densities)}", met]
+            found.append([level.name, level.label, *shown])
         return found
 
     levels = [level for study in run.studies for level in study.levels if level.budget is not None]
     met = sum(bool(level.record["meets_budget"]) for level in levels)
-    told = [f"{met} of {len(levels)} budgets are met; used = density of the best / budget"]
-    return _section("How well budgets are met", _by_task(run, head, rows), told)
+    legend = [f"{met} of {len(levels)} budgets are met; used = density of the best / budget"]
+    return _section("How well budgets are met", _by_task(run, head, rows), legend)
 
 
 def effects_table(run: Run, effects: dict[int, list[Effect]]) -> str:
@@ -167,16 +151,15 @@ def effects_table(run: Run, effects: dict[int, list[Effect]]) -> str:
 
 
 def replay_table(run: Run) -> str:
-    """Rungs 0 and 1 against the forced forward, on the finalists."""
+    """How far rungs 0 and 1 are from the forced forward, on the finalists."""
     head = ["combination", "finalists", "rung 0 off by", "rung 1 off by", "pairs in the same order"]
 
     def row(study: Study) -> list[list[str]]:
         finalists = [trial for trial in study.trials if trial.confirmed]
         pairs, same = _ordered_pairs(finalists)
-        order = f"{same} of {pairs}" if pairs else "-"
-        offs = [[d for trial in finalists if (d := _off(trial, rung)) is not None] for rung in (0, 1)]
-        shown = [percent(median(abs(d) for d in found), 0) if found else "-" for found in offs]
-        return [[study.combination, str(len(finalists)), *shown, order]]
+        offs = [[abs(off) for trial in finalists if (off := _off(trial, rung)) is not None] for rung in (0, 1)]
+        medians = [percent(median(found), 0) if found else "-" for found in offs]
+        return [[study.combination, str(len(finalists)), *medians, f"{same} of {pairs}" if pairs else "-"]]
 
     gaps = [
         (abs(off), off, study, trial)
@@ -193,21 +176,24 @@ def replay_table(run: Run) -> str:
         )
         for _, off, study, trial in gaps[:5]
     ]
-    told = ["off by: median of |error there / error of the forced forward - 1| over the finalists;"]
-    told.append("order: pairs of finalists that full replay and forced forward rank alike")
-    told += [f"{len(gaps)} finalists differ by 10% or more:" if gaps else "no finalist differs by 10% or more", *worst]
-    return _section("Where replay and real disagree", _by_task(run, head, row), told)
+    legend = [
+        "off by: median of |error there / error of the forced forward - 1| over the finalists;",
+        "order: pairs of finalists that full replay and forced forward rank alike",
+        f"{len(gaps)} finalists differ by 10% or more:" if gaps else "no finalist differs by 10% or more",
+    ]
+    return _section("Where replay and real disagree", _by_task(run, head, row), [*legend, *worst])
 
 
 def _off(trial: Trial, rung: int) -> float | None:
-    """How far a rung's error is from the forced forward's, relative to it."""
+    """Relative difference of a rung's error to the error of the forced forward."""
     replayed, real = trial.figure("error", rung), trial.figure("error", FORCED)
     return None if replayed is None or not real else replayed / real - 1
 
 
 def _ordered_pairs(trials: list[Trial]) -> tuple[int, int]:
+    """Number of pairs of trials that differ on both rungs, and of those that full replay and forced forward rank alike."""
     both = [(a, b) for trial in trials if (a := trial.figure("error", 1)) is not None and (b := trial.figure("error", FORCED))]
-    pairs = [(x, y) for place, x in enumerate(both) for y in both[:place] if x[0] != y[0] and x[1] != y[1]]
+    pairs = [(x, y) for x, y in combinations(both, 2) if x[0] != y[0] and x[1] != y[1]]
     return len(pairs), sum((x[0] < y[0]) == (x[1] < y[1]) for x, y in pairs)
 
 
@@ -217,28 +203,25 @@ def time_table(run: Run) -> str:
     for rung, name in enumerate(run.rung_names):
         seconds = [s for study in run.studies for t in study.trials if (s := t.figure("seconds", rung)) is not None]
         evaluating += sum(seconds)
-        each = fmean(seconds) if seconds else None
-        rows.append([f"{rung} {name}", str(len(seconds)), f"{sum(seconds):.1f}", "-" if each is None else f"{each:.3f}"])
+        rows.append([f"{rung} {name}", str(len(seconds)), f"{sum(seconds):.1f}", number(fmean(seconds) if seconds else None)])
     total = sum(study.search_seconds for study in run.studies)
     rows.append(["other: recording traces, loading, sampling", "", f"{max(0.0, total - evaluating):.1f}", ""])
     rows.append(["all studies", "", f"{total:.1f}", ""])
-    told = ["seconds of all studies added up; studies that ran side by side count each"]
-    return _section("Time spent", text_table(["rung", "evaluations", "seconds", "seconds each"], rows), told)
+    legend = ["seconds of all studies added up; studies that ran side by side count each"]
+    return _section("Time spent", text_table(["rung", "evaluations", "seconds", "seconds each"], rows), legend)
 
 
 # -- hyperparameters -------------------------------------------------------------------------------------------------
 
 
 def hyperparameter_effects(study: Study) -> list[Effect]:
-    """Importance and effect of every parameter that varies, most important for the error first. All trials are compared on
-    rung 0, which every one of them has."""
-    trials = [t for t in study.trials if (t.figure("error", 0) is not None and t.figure("density", 0) is not None)]
+    """Importance and effect of every hyperparameter that varies, the most important for the error first. Trials are compared
+    on rung 0, which all of them reached. [] with fewer than `MIN_TRIALS` trials."""
+    trials = [t for t in study.trials if t.figure("error", 0) is not None and t.figure("density", 0) is not None]
     if len(trials) < MIN_TRIALS:
         return []
     names = [name for name in trials[0].params if len({repr(trial.params.get(name)) for trial in trials}) > 1]
-    if not names:
-        return []
-    importances = {figure: _importance(trials, names, figure) for figure in ("error", "density")}
+    importances = {figure: _importance(trials, names, figure) for figure in ("error", "density")} if names else {}
     effects = [_effect(name, trials, importances) for name in names]
     return sorted(effects, key=lambda effect: -(effect.error_importance or 0.0))
 
@@ -256,8 +239,8 @@ def _importance(trials: list[Trial], names: list[str], figure: str) -> dict[str,
     rebuilt = optuna.create_study()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for place, value in enumerate(values):
-            params = {name: column[place] for name, column in columns.items()}
+        for index, value in enumerate(values):
+            params = {name: column[index] for name, column in columns.items()}
             rebuilt.add_trial(optuna.create_trial(params=params, distributions=distributions, value=value))
         evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=_TREES, seed=0)
         found = optuna.importance.get_param_importances(rebuilt, evaluator=evaluator)
@@ -265,7 +248,7 @@ def _importance(trials: list[Trial], names: list[str], figure: str) -> dict[str,
 
 
 def _column(values: list[Any]) -> list[Any]:
-    """Numbers as they are, anything else as its text: a choice may be of lists."""
+    """Numbers unchanged, other values as text: a categorical value can be a list."""
     return values if _numeric(values) else [repr(value) for value in values]
 
 
@@ -290,7 +273,7 @@ def _effect(name: str, trials: list[Trial], importances: dict[str, dict[str, flo
     if _numeric(values):
         ordered = sorted(trials, key=lambda trial: trial.params[name])
         third = max(1, len(ordered) // 3)
-        # Whole values: trials that share a value are in a third together.
+        # Trials with equal values go into the same third.
         edges = ordered[third - 1].params[name], ordered[-third].params[name]
         low = [trial for trial in ordered if trial.params[name] <= edges[0]]
         high = [trial for trial in ordered if trial.params[name] >= edges[1]]
@@ -301,15 +284,15 @@ def _effect(name: str, trials: list[Trial], importances: dict[str, dict[str, flo
         low, high = groups[by_error[0]], groups[by_error[-1]]
         shown = [by_error[0].strip("'"), by_error[-1].strip("'")]
     return Effect(
-        name=name,
-        error_importance=importances["error"].get(name),
-        density_importance=importances["density"].get(name),
-        low_value=shorten(shown[0], 8),
-        high_value=shorten(shown[1], 8),
-        low_error=_mean(low, "error"),
-        high_error=_mean(high, "error"),
-        low_density=_mean(low, "density"),
-        high_density=_mean(high, "density"),
+        name,
+        importances["error"].get(name),
+        importances["density"].get(name),
+        shorten(shown[0], 8),
+        shorten(shown[1], 8),
+        _mean(low, "error"),
+        _mean(high, "error"),
+        _mean(low, "density"),
+        _mean(high, "density"),
     )
 
 
@@ -321,12 +304,12 @@ def _mean(trials: list[Trial], figure: str) -> float:
 
 
 def compare_rows(first: Run, second: Run) -> list[dict[str, Any]]:
-    """One row for each level of either run; figures of a run that lacks it are None."""
+    """One row per level of either run, with the figures of both; None for a run that lacks the level."""
     levels: dict[tuple[str, str, str], list[Level | None]] = {}
-    for place, run in enumerate((first, second)):
+    for index, run in enumerate((first, second)):
         for study in run.studies:
-            for level in study.levels:
-                levels.setdefault((study.model, study.task, level.name), [None, None])[place] = level
+            for found in study.levels:
+                levels.setdefault((study.model, study.task, found.name), [None, None])[index] = found
     rows = []
     for (model, task, name), pair in levels.items():
         row: dict[str, Any] = {"model": model, "task": task, "configuration": name}
@@ -338,68 +321,50 @@ def compare_rows(first: Run, second: Run) -> list[dict[str, Any]]:
 
 
 def compare_table(first: Run, second: Run) -> str:
-    """The two runs' best side by side, and which settings differ."""
+    """The best of each level of two runs side by side, and which settings differ."""
     rows = compare_rows(first, second)
     lines = [f"A = {first.name}, B = {second.name}"]
-    lines += [f"settings differ: {name}: A {a}, B {b}" for name, (a, b) in _differences(first, second).items()] or [
-        "same settings"
-    ]
-    for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
-        shown = []
-        for row in rows:
-            if (row["model"], row["task"]) != (model, task):
-                continue
-            both = row["error_a"] is not None and row["error_b"] is not None
-            change = f"{row['error_b'] / row['error_a'] - 1:+.0%}" if both and row["error_a"] else "-"
-            shown.append(
-                [row["configuration"], number(row["error_a"]), number(row["error_b"]), change]
-                + [percent(row["density_a"]), percent(row["density_b"]), number(row["score_a"]), number(row["score_b"])]
-            )
-        head = ["configuration", "error A", "error B", "change", "density A", "density B", "score A", "score B"]
-        lines += ["", shorten(f"{task}  ({model})", WIDTH), *text_table(head, shown)]
-    both_rows = [row for row in rows if row["error_a"] is not None and row["error_b"] is not None]
-    lower = sum(row["error_b"] < row["error_a"] for row in both_rows)
-    higher = sum(row["error_b"] > row["error_a"] for row in both_rows)
-    lines += ["", f"{len(both_rows)} levels in both: B has the smaller error in {lower}, the larger in {higher}"]
-    alone = [(len([r for r in rows if r[f"error_{other}"] is None]), letter) for letter, other in (("A", "b"), ("B", "a"))]
-    lines += [f"{count} levels only in {letter}" for count, letter in alone if count]
+    changed = [f"settings differ: {name}: A {a}, B {b}" for name, (a, b) in _differences(first, second).items()]
+    lines += changed or ["same settings"]
+    head = ["configuration", "error A", "error B", "change", "density A", "density B", "score A", "score B"]
+    tables: dict[tuple[str, str], list[list[str]]] = {}
+    for row in rows:
+        a, b = row["error_a"], row["error_b"]
+        cells = [row["configuration"], number(a), number(b), f"{b / a - 1:+.0%}" if a and b is not None else "-"]
+        cells += [percent(row["density_a"]), percent(row["density_b"]), number(row["score_a"]), number(row["score_b"])]
+        tables.setdefault((row["model"], row["task"]), []).append(cells)
+    for (model, task), shown in tables.items():
+        lines += ["", f"{task}  ({model})", *text_table(head, shown)]
+    errors = [(row["error_a"], row["error_b"]) for row in rows]
+    both = [(a, b) for a, b in errors if a is not None and b is not None]
+    lower, higher = sum(b < a for a, b in both), sum(b > a for a, b in both)
+    lines += ["", f"{len(both)} levels in both: B has the smaller error in {lower}, the larger in {higher}"]
+    alone = {"A": sum(b is None for _, b in errors), "B": sum(a is None for a, _ in errors)}
+    lines += [f"{count} levels only in {letter}" for letter, count in alone.items() if count]
     return "\n".join(shorten(line, WIDTH) for line in lines)
 
 
 def _differences(first: Run, second: Run) -> dict[str, tuple[Any, Any]]:
-    """What the two searches were told differently, or ran with."""
+    """Settings and package versions that differ between two searches: name -> (first, second)."""
     names = (
-        "seed",
-        "sparse_from",
-        "objective",
-        "dtype",
-        "device",
-        "max_context_length",
-        "max_new_tokens",
-        "num_samples",
-        "versions",
-    )
-    told = []
+        "seed", "sparse_from", "objective", "dtype", "device", "max_context_length", "max_new_tokens", "num_samples",
+    )  # fmt: skip
+    found = []
     for run in (first, second):
         records = [level.record.get("provenance", {}) for study in run.studies for level in study.levels]
-        flat: dict[str, Any] = {}
-        for name in names:
-            found = sorted({repr(record.get(name)) for record in records})
-            if name == "versions":
-                for package in sorted({package for record in records for package in record.get("versions", {})}):
-                    versions = {str(record.get("versions", {}).get(package)) for record in records}
-                    flat[package] = ", ".join(sorted(versions))
-            else:
-                flat[name] = ", ".join(found)
-        told.append(flat)
-    return {name: (told[0].get(name), told[1].get(name)) for name in told[0] if told[0].get(name) != told[1].get(name)}
+        values = {name: ", ".join(sorted({repr(record.get(name)) for record in records})) for name in names}
+        for package in sorted({package for record in records for package in record.get("versions", {})}):
+            values[package] = ", ".join(sorted({str(record.get("versions", {}).get(package)) for record in records}))
+        found.append(values)
+    a, b = found
+    return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of at most WIDTH columns: the first column to the left, cut in its middle where it must be; the rest right."""
+    """Lines of at most WIDTH characters. The first column is aligned left and shortened if needed, the others right."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     room = WIDTH - 1 - sum(width + 2 for width in widths[1:])
     widths[0] = max(_FIRST_COLUMN, min(widths[0], room))
@@ -422,19 +387,3 @@ def _by_task(run: Run, head: Sequence[str], rows_of: Any) -> list[str]:
 
 def _section(title: str, body: Iterable[str], legend: Iterable[str]) -> str:
     return "\n".join([title, "=" * len(title), *body, *legend])
-
-
-def shorten(text: str, width: int) -> str:
-    """Cut out the middle: names begin with what they are and end with their budget."""
-    if len(text) <= width:
-        return text
-    tail = width // 2 - 1
-    return f"{text[: width - tail - 2]}..{text[-tail:] if tail else ''}"
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def percent(value: float | None, places: int = 1) -> str:
-    return "-" if value is None else f"{100 * value:.{places}f}%"

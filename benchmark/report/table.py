@@ -1,76 +1,77 @@
-"""The table at the end of a run."""
+"""The table printed at the end of a benchmark, and the number formats that every table and page of a report shares."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+
+from benchmark.stats import Comparison
+from benchmark.storage.records import Difference, ResultRow, SampleCounts, Summary
 
 WIDTH = 100
 _NAME = 42
+_LEGEND = {
+    "!": "! density passes the budget by more than a tenth",
+    "?": "? samples failed or are missing: see metrics.json",
+    "~": "~ no configuration met this budget in the search: the closest was run",
+}
 
 
-def closing_table(summary: dict[str, Any]) -> str:
-    """The scores of a `benchmark_summary.json`, at most 100 columns: a block for each (model, task), a line for each
-    configuration: score and 95% interval, density, attention error, paired difference to dense and its interval.
+def closing_table(summary: Summary) -> str:
+    """The scores in a summary, at most 100 columns wide.
 
-    "!" marks a configuration that read more than a tenth above its budget, "?" one of which samples failed or are
-    missing, "~" one that met no budget in the search.
+    One block per (model, task), one line per configuration: score and its 95% interval, density, attention error, paired
+    difference to dense and its interval. A legend explains the marks that occur; see `marks`.
     """
-    blocks: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for result in summary.get("results", []):
-        blocks.setdefault((result["model"], result["task"]), []).append(result)
+    blocks: dict[tuple[str, str], list[ResultRow]] = {}
+    for row in summary.results:
+        blocks.setdefault((row.model, row.task), []).append(row)
     lines: list[str] = []
-    marks: set[str] = set()
-    for (model, task), results in blocks.items():
-        total = results[0]["samples"]["total"]
-        lines += [_cut(f"{task}  ({results[0]['metric']}, {total} sample{'s' * (total != 1)}, {model})", WIDTH)]
-        columns = f"{'score':>5} {'95% interval':>12} {'density':>7} {'error':>5} {'to dense':>20}"
-        head = f" {'configuration':<{_NAME}} {columns}"
+    used: set[str] = set()
+    columns = f"{'score':>5} {'95% interval':>12} {'density':>7} {'error':>5} {'to dense':>20}"
+    head = f" {'configuration':<{_NAME}} {columns}"
+    for (model, task), rows in blocks.items():
+        total = rows[0].samples.total
+        lines += [shorten(f"{task}  ({rows[0].metric}, {total} sample{'s' * (total != 1)}, {model})", WIDTH)]
         lines += [head, " " + "-" * (len(head) - 1)]
-        for result in results:
-            mark = _mark(result)
-            marks |= set(mark)
+        for row in rows:
+            mark = marks(row.over_budget, row.meets_budget, row.samples)
+            used |= set(mark)
             lines.append(
-                f" {_cut(result['configuration'], _NAME):<{_NAME}} {_number(result['score'], 3):>5}"
-                f" {_interval(result['interval']):>12} {_number(result['density'], 3):>7}"
-                f" {_number(result['error'], 3)[:5]:>5} {_difference(result):>20} {mark}".rstrip()
+                f" {shorten(row.configuration, _NAME):<{_NAME}} {number(row.score):>5}"
+                f" {interval(row.interval) or '-':>12} {number(row.density):>7}"
+                f" {number(row.error)[:5]:>5} {difference(row.difference_to_dense):>20} {mark}".rstrip()
             )
         lines.append("")
-    told = {
-        "!": "! density passes the budget by more than a tenth",
-        "?": "? samples failed or are missing: see metrics.json",
-        "~": "~ no configuration met this budget in the search: the closest was run",
-    }
-    lines += [text for sign, text in told.items() if sign in marks]
+    lines += [text for mark, text in _LEGEND.items() if mark in used]
     return "\n".join(lines).rstrip()
 
 
-def _mark(result: dict[str, Any]) -> str:
-    samples = result["samples"]
-    mark = "!" if result.get("over_budget") else ""
-    if result.get("meets_budget") is False:
-        mark += "~"
-    return mark + ("?" if samples["failed"] or samples["missing"] else "")
+def marks(over_budget: bool | None, meets_budget: bool | None, samples: SampleCounts) -> str:
+    """The warning marks of a result: "!" measured density far above the budget, "~" budget not met in the search, "?" samples
+    failed or missing."""
+    return "!" * bool(over_budget) + "~" * (meets_budget is False) + "?" * bool(samples.failed or samples.missing)
 
 
-def _difference(result: dict[str, Any]) -> str:
-    found = result.get("difference_to_dense")
-    if not found:
-        return "-"
-    text = f"{found['difference']:+.3f}"
-    return f"{text} {_interval(found['interval'])}" if found["interval"] else text
+def difference(paired: Difference | Comparison | None) -> str:
+    """A paired difference with its interval; "-" for None."""
+    return f"{paired.difference:+.3f} {interval(paired.interval)}".strip() if paired else "-"
 
 
-def _interval(interval: list[float] | tuple[float, float] | None) -> str:
-    return "-" if not interval else f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+def interval(ends: Sequence[float] | None) -> str:
+    return f"[{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
 
 
-def _number(value: float | None, places: int) -> str:
-    return "-" if value is None else f"{value:.{places}f}"
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
-def _cut(text: str, width: int) -> str:
-    """Shorten in the middle: the end of a name holds its budget."""
+def percent(value: float | None, places: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{places}f}%"
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut out the middle: names start with their maskers and end with their budget."""
     if len(text) <= width:
         return text
     tail = width // 2 - 1
-    return f"{text[: width - tail - 2]}..{text[-tail:]}"
+    return f"{text[: width - tail - 2]}..{text[-tail:] if tail else ''}"

@@ -1,4 +1,4 @@
-"""The report: which configuration it names, what it says of sureness, and the page in a real browser."""
+"""The report: which configuration it recommends, how certain it says that is, and the page in a real browser."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from benchmark.report.__main__ import main, write_comparison, write_report
+from benchmark.report.__main__ import main
 from benchmark.report.data import choose, compare_trees, read_tree, run_again
+from benchmark.report.page import write_comparison, write_report
 from benchmark.stats import bootstrap_interval, compare_paired, mean
 from benchmark.storage.results import safe_name, write_json
 
@@ -45,7 +46,19 @@ def write_row(base: Path, task: str, name: str, scores: list[float], dense: list
         "kv_fraction": changes.get("kv_fraction", density),
         "budget": changes.get("budget"),
         "over_budget": False,
-        "samples": {"total": len(scores) + len(failures), "ok": len(scores), "failed": len(failures), "missing": 0},
+        "scores": {},
+        "perplexity": None,
+        "samples": {
+            "total": len(scores) + len(failures),
+            "ok": len(scores),
+            "failed": len(failures),
+            "timed_out": 0,
+            "unscored": 0,
+            "missing": 0,
+            "capped": 0,
+            "truncated": 0,
+            "without_reference_nll": 0,
+        },
         "seconds": 1.5,
         "failures": failures,
         "difference_to_dense": paired.to_dict() if paired else None,
@@ -57,16 +70,24 @@ def write_row(base: Path, task: str, name: str, scores: list[float], dense: list
         "task": task,
         "configuration": name,
         "sparse_config": sparse,
+        "masker_classes": None,
+        "budget": changes.get("budget"),
+        "hash": "h",
+        "samples": [],
+        "settings": {},
         "samples_hash": changes.get("samples_hash", "s"),
         "sparse_from": changes.get("sparse_from", "question"),
         "seed": 3,
         "dtype": "float32",
         "device": "cpu",
+        "dense_backend": "sdpa",
+        "attention_backend": "auto",
+        "micro_metrics": "sample",
         "max_new_tokens": 32,
         "max_context_length": 1024,
         "max_requests": None,
         "config_run": "run_20240315_143022",
-        "provenance": {"meets_budget": True},
+        "provenance": None,
         "versions": {"torch": "2", "commit": "abc"},
     }
     write_json(folder / "config.json", config)
@@ -79,7 +100,7 @@ def write_row(base: Path, task: str, name: str, scores: list[float], dense: list
 
 
 def enumerate_ids(scores: list[float]) -> list[tuple[str, float]]:
-    return [(str(place), score) for place, score in enumerate(scores)]
+    return [(str(index), score) for index, score in enumerate(scores)]
 
 
 @pytest.fixture
@@ -96,13 +117,13 @@ def results(tmp_path: Path) -> Path:
     return base
 
 
-def test_the_best_score_within_the_budget_is_named(results: Path) -> None:
+def test_the_best_score_within_the_budget_is_chosen(results: Path) -> None:
     group = read_tree(results).groups[0]
     found = choose(group, 0.1)
     assert found is not None and found.best.name == "oracle_10pct"
     assert found.runner_up is not None and found.runner_up.name == "random_10pct"
     assert found.margin is not None and found.margin.difference == pytest.approx(1 / 3) and found.margin.n == 30
-    assert found.light is not None and found.light.name == "random_10pct"  # the oracle reads most keys to choose
+    assert found.light is not None and found.light.name == "random_10pct"  # the oracle reads most keys to select few
     assert choose(group, 0.01) is None
 
 
@@ -119,30 +140,43 @@ def test_other_samples_and_protocols_are_not_mixed(results: Path) -> None:
     write_row(results, "ruler/4096/vt", "decode_10pct", [1.0] * 30, [1.0] * 30, density=0.02, sparse_from="decode")
     groups = read_tree(results).groups
     assert [group.sparse_from for group in groups] == ["decode", "question"]
-    assert [row.name for row in groups[1].strangers] == ["other_10pct"]
+    assert [row.name for row in groups[1].other_samples] == ["other_10pct"]
     best = choose(groups[1], 0.1)
     assert best is not None and best.best.name == "oracle_10pct"
 
 
-def test_the_page_answers(results: Path) -> None:
+def test_the_page_names_the_choice_and_its_certainty(results: Path) -> None:
     path = write_report(results)
     assert path == results / "report.html"
-    page = unescape(re.sub(r"<[^>]+>", "", path.read_text()))
+    page = re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", "", path.read_text())))
     assert "at 10% density" in page
     assert "no sample scored otherwise than dense (0 better, 0 worse, 30 alike of 30 samples); up to 10%" in page
     assert "Best that reads at most 20% of the bytes: random_10pct, score 0.667" in page
-    assert "the cost is real, its interval excludes 0" not in page  # nothing that is chosen costs so much
+    assert "the cost is real, its interval excludes 0" not in page  # no chosen configuration has such a cost
     assert "<b>ValueError</b>" in page, "text is escaped"
     assert "--phase 2 --config-run run_20240315_143022 --models org/model-1B" in page
 
 
-def test_nothing_is_loaded_from_anywhere(results: Path) -> None:
+def test_the_page_loads_nothing(results: Path) -> None:
     page = write_report(results).read_text()
     assert "default-src 'none'" in page
     assert not re.search(r"https?://|@import|url\(", page)
 
 
-def test_the_command_is_one_that_runs(results: Path) -> None:
+def test_charts_are_reproducible_and_follow_the_colours_of_the_page(results: Path) -> None:
+    write_row(results, "ruler/4096/vt", "a_\"'<i>&$x$_10pct", [1.0] * 30, [1.0] * 30, density=0.08, budget=0.1)
+    page = write_report(results).read_text()
+    assert write_report(results).read_text() == page
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    assert {"var(--c0)", "var(--c1)", "var(--c2)", "var(--dense)", "var(--line)"} <= set(re.findall(r"var\(.*?\)", drawn))
+    assert not re.search(r"#[0-9a-f]{6}\b", drawn), "every colour is one of the page's"
+    assert not re.search(r" id=(?!.m[0-9a-f]{10})", drawn), "only markers have an id: equal ids are equal markers"
+    tooltips = [unescape(title) for title in re.findall(r"<title>(.*?)</title>", drawn)]
+    assert "random_10pct: score 0.667 [0.500, 0.833] at density 10.0%" in tooltips
+    assert any("\"'<i>&$x$" in tooltip for tooltip in tooltips) and "<i>" not in page
+
+
+def test_the_command_to_run_again_is_valid(results: Path) -> None:
     from benchmark.raytune.run_full_benchmark import parse_arguments
 
     words = shlex.split(run_again(read_tree(results).groups[0].rows))
@@ -156,65 +190,84 @@ def test_two_trees_are_compared_in_pairs(results: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     write_row(other, "ruler/4096/vt", "dense", [1.0] * 30, None)
     write_row(other, "ruler/4096/vt", "random_10pct", [1.0] * 25 + [0.0] * 5, [1.0] * 30, density=0.1, budget=0.1)
-    rows = {row["key"][3]: row for row in compare_trees(read_tree(results), read_tree(other))}
-    found = rows["random_10pct"]["comparison"]
-    assert found.difference == pytest.approx(5 / 30) and found.better == 5 and found.worse == 0
-    assert rows["oracle_10pct"]["b"] is None
+    pairs = {pair.key[3]: pair for pair in compare_trees(read_tree(results), read_tree(other))}
+    found = pairs["random_10pct"].comparison
+    assert found is not None and found.difference == pytest.approx(5 / 30) and found.better == 5 and found.worse == 0
+    assert pairs["oracle_10pct"].b is None
     page = write_comparison(results, other, tmp_path / "page.html").read_text()
     assert "only in A" in page and "+0.167" in page
 
 
-@pytest.mark.parametrize("damage", ["absent", "empty", "torn", "foreign", "csv"])
-def test_bad_trees_are_one_line_and_code_2(damage: str, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = results / "org_model-1B" / "oracle_10pct" / "ruler_4096_vt"
+@pytest.mark.parametrize("damage", ["absent", "empty", "score"])
+def test_bad_folders_give_one_line_and_code_2(damage: str, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if damage == "absent":
         results = results / "nowhere"
     elif damage == "empty":
         results = results.parent / "empty"
         results.mkdir()
-    elif damage == "torn":
-        (folder / "metrics.json").write_text('{"model": ')
-    elif damage == "foreign":
-        (folder / "config.json").write_text(json.dumps({"model": "x"}))
     else:
-        (folder / "raw_results.csv").unlink()
+        path = results / "org_model-1B" / "oracle_10pct" / "ruler_4096_vt" / "raw_results.csv"
+        path.write_text(path.read_text().replace('"1.0"', '"nan"'))
     assert main([str(results)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "text"), [("metrics.json", '{"model": '), ("config.json", "{}"), ("raw_results.csv", None)])
+def test_a_damaged_result_is_left_out_and_named(name: str, text: str | None, results: Path) -> None:
+    path = results / "org_model-1B" / "oracle_10pct" / "ruler_4096_vt" / name
+    path.unlink() if text is None else path.write_text(text)
+    page = unescape(write_report(results).read_text())
+    assert f"{path}: " in page and "4 results" in page
+
+
+def test_the_default_is_the_own_folder_else_the_sample(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(results.parent)
+    assert main([]) == 0 and "sample" not in capsys.readouterr().out and (results / "report.html").exists()
+    (results / "org_model-1B").rename(results.parent / "moved")
+    assert main([]) == 2 and "holds no results" in capsys.readouterr().err
+    (results / "sample").mkdir()
+    (results.parent / "moved").rename(results / "sample" / "org_model-1B")
+    assert main([]) == 0 and "this is the sample run" in capsys.readouterr().out
+    assert (results / "sample" / "report.html").exists()
 
 
 def test_help_is_quick() -> None:
     code = "import sys; from benchmark.report.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'numpy', 'matplotlib', 'ray'} & set(sys.modules)"
+    code += "assert not {'torch', 'numpy', 'matplotlib', 'jinja2', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
 
 
 PROBE = """
 <script>
-const told = {violations: [], errors: window.__errors || []};
-document.addEventListener("securitypolicyviolation", (event) => told.violations.push(event.blockedURI));
-window.addEventListener("error", (event) => told.errors.push(event.message));
+const found = {violations: [], errors: window.__errors || []};
+document.addEventListener("securitypolicyviolation", (event) => found.violations.push(event.blockedURI));
+window.addEventListener("error", (event) => found.errors.push(event.message));
 const column = (name) => {
   const table = document.querySelector("table.sortable");
-  const place = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent === name);
-  return {button: table.tHead.rows[0].cells[place].querySelector("button"), read: () => [...table.tBodies[0].rows].map((row) => row.cells[place].textContent)};
+  const index = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent === name);
+  const read = () => [...table.tBodies[0].rows].map((row) => row.cells[index].textContent);
+  return {button: table.tHead.rows[0].cells[index].querySelector("button"), read};
 };
 const score = column("Score"), difference = column("To dense");
-score.button.click(); told.up = score.read();
-score.button.click(); told.down = score.read();
-told.aria = document.querySelector("th[aria-sort]").getAttribute("aria-sort");
-difference.button.click(); told.missing = difference.read();
-told.charts = document.querySelectorAll("svg .whisker").length;
-told.wide = document.documentElement.scrollWidth > window.innerWidth;
+score.button.click(); found.up = score.read();
+score.button.click(); found.down = score.read();
+found.aria = document.querySelector("th[aria-sort]").getAttribute("aria-sort");
+difference.button.click(); found.missing = difference.read();
+found.tooltips = new Set([...document.querySelectorAll("svg title")].map((title) => title.textContent)).size;
+found.wide = document.documentElement.scrollWidth > window.innerWidth;
 window.addEventListener("load", () => setTimeout(() => {
-  told.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
-  const out = document.createElement("pre"); out.id = "probe"; out.textContent = JSON.stringify(told); document.body.append(out);
+  found.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
+  const out = Object.assign(document.createElement("pre"), {id: "probe", textContent: JSON.stringify(found)});
+  document.body.append(out);
 }, 50));
 </script></body>"""
 
 
 def in_browser(path: Path, tmp_path: Path, width: int = 1200) -> tuple[str, str]:
-    """(the page's document after its scripts ran, what the browser's console said)."""
+    """(the document after its scripts ran, the messages of the browser's console)."""
     assert CHROMIUM is not None
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
     flags += ["--disable-background-networking", "--disable-component-update"]
@@ -227,19 +280,19 @@ def in_browser(path: Path, tmp_path: Path, width: int = 1200) -> tuple[str, str]
 
 @needs_browser
 @pytest.mark.parametrize("width", [1200, 500])
-def test_it_sorts_and_asks_for_nothing_in_a_browser(results: Path, tmp_path: Path, width: int) -> None:
+def test_tables_sort_and_nothing_is_requested_in_a_browser(results: Path, tmp_path: Path, width: int) -> None:
     page = write_report(results).read_text()
     probed = tmp_path / "probed.html"
     probed.write_text(page.replace("</body>", PROBE))
     document, console = in_browser(probed, tmp_path, width)
-    found = re.search(r'<pre id="probe">(.*?)</pre>', document, flags=re.DOTALL)
-    assert found, document[-500:]
-    told = json.loads(unescape(found.group(1)))
-    assert told["up"] == ["0.000", "0.667", "1.000", "1.000", "1.000"]
-    assert told["down"] == ["1.000", "1.000", "1.000", "0.667", "0.000"]
-    assert told["aria"] == "descending"
-    assert told["missing"][-1] == "-", "what has no value stays last"
-    assert told["charts"] == 4
-    assert not told["wide"], "only tables scroll sideways"
-    assert told["requests"] == told["violations"] == told["errors"] == []
+    output = re.search(r'<pre id="probe">(.*?)</pre>', document, flags=re.DOTALL)
+    assert output, document[-500:]
+    found = json.loads(unescape(output.group(1)))
+    assert found["up"] == ["0.000", "0.667", "1.000", "1.000", "1.000"]
+    assert found["down"] == ["1.000", "1.000", "1.000", "0.667", "0.000"]
+    assert found["aria"] == "descending"
+    assert found["missing"][-1] == "-", "missing values stay last"
+    assert found["tooltips"] == 4, "one per sparse configuration"
+    assert not found["wide"], "only tables scroll sideways"
+    assert found["requests"] == found["violations"] == found["errors"] == []
     assert console == ""
