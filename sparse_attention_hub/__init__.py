@@ -3,6 +3,7 @@
 Public names load on first use: `import sparse_attention_hub` alone imports neither torch nor numba nor transformers.
 """
 
+# ruff: noqa: I001  (sorted by hand, several names a line)
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -12,29 +13,13 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .mask import Mask
     from .maskers import (
-        AdaptiveSamplingMaskerConfig,
-        CausalMaskerConfig,
-        DoubleSparsityTopKMaskerConfig,
-        HashAttentionTopKMaskerConfig,
-        LocalMaskerConfig,
-        MagicPigConfig,
-        OracleTopKConfig,
-        OracleTopPMaskerConfig,
-        PQCacheConfig,
-        QuestTopKMaskerConfig,
-        RandomSamplingMaskerConfig,
-        SinkMaskerConfig,
-    )
+        AdaptiveSamplingMaskerConfig, CausalMaskerConfig, DoubleSparsityTopKMaskerConfig, HashAttentionTopKMaskerConfig,
+        LocalMaskerConfig, MagicPigConfig, OracleTopKConfig, OracleTopPMaskerConfig, PQCacheConfig,
+        QuestTopKMaskerConfig, RandomSamplingMaskerConfig, SinkMaskerConfig,
+    )  # fmt: skip
     from .maskers.base import (
-        Masker,
-        MaskerConfig,
-        TopKConfig,
-        check_flag,
-        check_int,
-        check_number,
-        check_size,
-        register_masker,
-    )
+        Masker, MaskerConfig, TopKConfig, check_flag, check_int, check_number, check_size, register_masker,
+    )  # fmt: skip
     from .maskers.inputs import AttentionInputs
     from .maskers.state import AttentionState, MaskerState
     from .search_space import Choice, IntUniform, LogUniform, Uniform
@@ -58,37 +43,10 @@ else:  # hidden from type checkers, for which every unknown name would be Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdaptiveSamplingMaskerConfig",
-    "AttentionInputs",
-    "AttentionResult",
-    "AttentionState",
-    "CausalMaskerConfig",
-    "Choice",
-    "DoubleSparsityTopKMaskerConfig",
-    "HashAttentionTopKMaskerConfig",
-    "IntUniform",
-    "LocalMaskerConfig",
-    "LogUniform",
-    "MagicPigConfig",
-    "Mask",
-    "Masker",
-    "MaskerConfig",
-    "MaskerState",
-    "OracleTopKConfig",
-    "OracleTopPMaskerConfig",
-    "PQCacheConfig",
-    "QuestTopKMaskerConfig",
-    "RandomSamplingMaskerConfig",
-    "ResearchAttention",
-    "ResearchAttentionConfig",
-    "SinkMaskerConfig",
-    "TopKConfig",
-    "Uniform",
-    "UserError",
-    "check_flag",
-    "check_int",
-    "check_number",
-    "check_size",
-    "dense_attention",
-    "register_masker",
-]
+    "AdaptiveSamplingMaskerConfig", "AttentionInputs", "AttentionResult", "AttentionState", "CausalMaskerConfig", "Choice",
+    "DoubleSparsityTopKMaskerConfig", "HashAttentionTopKMaskerConfig", "IntUniform", "LocalMaskerConfig", "LogUniform",
+    "MagicPigConfig", "Mask", "Masker", "MaskerConfig", "MaskerState", "OracleTopKConfig", "OracleTopPMaskerConfig",
+    "PQCacheConfig", "QuestTopKMaskerConfig", "RandomSamplingMaskerConfig", "ResearchAttention", "ResearchAttentionConfig",
+    "SinkMaskerConfig", "TopKConfig", "Uniform", "UserError", "check_flag", "check_int", "check_number", "check_size",
+    "dense_attention", "register_masker",
+]  # fmt: skip

@@ -1,7 +1,5 @@
 """Causal: every key that the causal and padding masks allow."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..mask import Mask

@@ -1,7 +1,5 @@
 """Local: a window of the most recent keys (Longformer, https://arxiv.org/abs/2004.05150; StreamingLLM's recent keys)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

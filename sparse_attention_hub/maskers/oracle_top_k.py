@@ -1,7 +1,5 @@
 """Oracle top-k: the keys with the highest true scores. The quality that score-based selectors try to reach."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..mask import Mask

@@ -1,7 +1,5 @@
 """Oracle top-p: the fewest keys that hold a share of the attention mass (as in Twilight, https://arxiv.org/abs/2502.02770)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Random sampling: some of what is left, all alike. The unbiased baseline of every sampler."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

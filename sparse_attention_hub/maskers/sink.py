@@ -1,7 +1,5 @@
 """Sink: the first allowed keys (StreamingLLM, https://arxiv.org/abs/2309.17453)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -57,7 +57,6 @@ class Trace:
         self.layers: list[int] = meta["layers"]
         self.context_length: int = meta["context_length"]
         self.rows: int = meta["rows"]
-        self.question_ids: list[int] = meta["question_ids"]
         self.answer_ids: list[int] = meta["answer_ids"]
         self.nbytes: int = meta["bytes"]
 
