@@ -17,6 +17,7 @@ import pytest
 from benchmark.execution.jobs import BenchmarkUnit
 from benchmark.settings import Settings, SparseConfig
 from benchmark.speed.toy import ToyTask, save_tiny_model, toy_configs
+from benchmark.storage.records import FoundBy
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +38,11 @@ def toy_task(monkeypatch: pytest.MonkeyPatch) -> ToyTask:
 
 @pytest.fixture
 def toy_unit(tiny_model: str, toy_task: ToyTask) -> BenchmarkUnit:
-    return BenchmarkUnit(tiny_model, toy_task.name, tuple(toy_configs()), {"sink_local_25pct": {"config_run": "run_x"}})
+    found = FoundBy(
+        config_run="run_x", config_file="toy.json", budget=0.25, meets_budget=True, error=0.1, density=0.2, score=None,
+        hyperparams={}, identity="x", sparse_from="question",
+    )  # fmt: skip
+    return BenchmarkUnit(tiny_model, toy_task.name, tuple(toy_configs()), {"sink_local_25pct": found})
 
 
 @pytest.fixture

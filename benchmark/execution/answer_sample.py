@@ -1,7 +1,7 @@
-"""One sample under all its configurations: one prefill, then answers in lockstep, as many at once as memory allows.
+"""One sample under all its configurations: one prefill, then all answers in lockstep, as many at once as memory allows.
 
-Where a batch fails, as on an out-of-memory error, it is halved until it works; a configuration that fails alone has a
-failure record in the place of its answer.
+A group of configurations that fails, for example out of memory, is halved until it works; a configuration that fails
+alone gets a failure record in place of its answer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from benchmark.execution.messages import Block, Request, failure
+from benchmark.execution.messages import Batch, Request, error_message, failure
+from benchmark.storage.records import Answer, SampleLine
 from benchmark.tasks.base import Prompt
 from benchmark.workers.errors import check_device, is_out_of_memory
 from benchmark.workers.memory import free_memory, free_unused
@@ -24,19 +25,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger("benchmark.phase2")
 T = TypeVar("T")
 
-#: Share of the free memory that a lockstep batch may be estimated to take.
+#: Share of the free memory that a lockstep group may be estimated to take.
 MEMORY_SHARE = 0.8
 
 
 @dataclass
 class LoadedModel:
-    """The model in memory, and what was learned about it: the largest batch that did not run out of memory."""
+    """A model in memory. most: the largest group of configurations that did not run out of memory; broken: failures of
+    configurations that cannot be built."""
 
     key: tuple[str, ...]
     lm: LanguageModel
     most: int = 2**30
     attentions: dict[str, ResearchAttention | None] = field(default_factory=dict)
-    broken: dict[str, dict[str, Any]] = field(default_factory=dict)  # the failures of those that cannot be made
+    broken: dict[str, Answer] = field(default_factory=dict)
 
 
 class Prefix:
@@ -57,7 +59,7 @@ class Prefix:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                logger.warning("out of memory while prefilling %d tokens; memory is cleared for one more try", len(ids))
+                logger.warning("out of memory while prefilling %d tokens: cleared memory, trying once more", len(ids))
                 error.__traceback__ = None
                 free_unused()
                 self.prefilled = prefill(self.lm, ids, room)
@@ -69,71 +71,65 @@ class Prefix:
 
 
 def answer_sample(
-    request: Request, prompt: Prompt | Exception, block: Block, loaded: LoadedModel, prefix: Prefix, room: int
-) -> dict[str, Any]:
+    request: Request, prompt: Prompt | Exception, batch: Batch, loaded: LoadedModel, prefix: Prefix, room: int
+) -> SampleLine:
+    """The journal line of one sample. prompt: an exception where it could not be built; room: tokens after the context that
+    the samples on it need at most."""
     lm, sample = loaded.lm, request.sample
-    record: dict[str, Any] = {
-        "kind": "sample",
-        "sample_id": sample.sample_id,
-        "sample_hash": request.sample_hash,
-        "limit": request.limit,
-        "capped_limit": request.limit < sample.max_new_tokens,
-        "time": time.time(),
-        "device": str(lm.device),
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "dense_backend": lm.dense_backend,
-    }
+    line = SampleLine(
+        kind="sample",
+        sample_id=sample.sample_id,
+        sample_hash=request.sample_hash,
+        limit=request.limit,
+        answers={},
+        capped_limit=request.limit < sample.max_new_tokens,
+        time=time.time(),
+        device=str(lm.device),
+        dtype=str(lm.dtype).removeprefix("torch."),
+        dense_backend=lm.dense_backend,
+    )
     try:
         if isinstance(prompt, Exception):
             raise prompt
-        record |= {
-            "truncated_tokens": prompt.truncated_tokens,
-            "context_tokens": len(prompt.context_ids),
-            "question_tokens": len(prompt.question_ids),
-        }
+        line.truncated_tokens = prompt.truncated_tokens
+        line.context_tokens, line.question_tokens = len(prompt.context_ids), len(prompt.question_ids)
         prefilled = prefix.get(prompt.context_ids, max(room, len(prompt.question_ids) + request.limit))
     except Exception as error:
         check_device(error)
         prefix.drop()
         free_unused()
-        record["answers"] = {key: failure(error) for key in request.configs}
-        return record
-    record["prefill_seconds"] = prefilled.seconds
-    asked = _Asked(request, prompt, block, loaded, prefilled)
-    answers = asked.answers()
-    asked.add_reference_nll(answers)
-    record["answers"] = answers
-    return record
+        line.answers = {key: failure(error) for key in request.configs}
+        return line
+    line.prefill_seconds = prefilled.seconds
+    asked = _PrefilledSample(request, prompt, batch, loaded, prefilled)
+    line.answers = asked.answers()
+    asked.add_reference_nll(line.answers)
+    return line
 
 
-class _Asked:
-    """A prefilled sample, asked under its configurations."""
-
-    def __init__(self, request: Request, prompt: Prompt, block: Block, loaded: LoadedModel, prefilled: Prefilled) -> None:
-        self.request, self.prompt, self.block, self.loaded, self.prefilled = request, prompt, block, loaded, prefilled
+class _PrefilledSample:
+    def __init__(self, request: Request, prompt: Prompt, batch: Batch, loaded: LoadedModel, prefilled: Prefilled) -> None:
+        self.request, self.prompt, self.batch, self.loaded, self.prefilled = request, prompt, batch, loaded, prefilled
         self.room = len(prompt.question_ids) + request.limit
 
-    def answers(self) -> dict[str, dict[str, Any]]:
+    def answers(self) -> dict[str, Answer]:
         broken = self.loaded.broken
-        able = [key for key in self.request.configs if key not in broken]
-        found = dict(self._in_parts(able, self._answer))
-        return {key: dict(broken[key]) if key in broken else found[key] for key in self.request.configs}
+        answered = dict(self._in_groups([key for key in self.request.configs if key not in broken], self._answer))
+        return {key: broken[key] if key in broken else answered[key] for key in self.request.configs}
 
-    def add_reference_nll(self, answers: dict[str, dict[str, Any]]) -> None:
-        """Mean negative log-likelihood of the first reference, of as many of its tokens as an answer may have."""
-        for answer in answers.values():
-            answer.setdefault("reference_nll", None)
-        answered = [key for key in self.request.configs if answers[key]["status"] == "ok"]
+    def add_reference_nll(self, answers: dict[str, Answer]) -> None:
+        """Mean negative log-likelihood of the first reference answer, of at most as many tokens as an answer may have."""
+        answered = [key for key in self.request.configs if answers[key].ok]
         try:
             ids = self._reference_ids()
-        except Exception as error:  # text that cannot be encoded, as half of a surrogate pair
+        except Exception as error:  # text that cannot be encoded, such as half of a surrogate pair
             for key in answered:
-                answers[key]["reference_error"] = failure(error)["error_message"]
+                answers[key].reference_error = error_message(error)
             return
         if not ids or not answered:
             return
 
-        def ask(keys: list[str]) -> list[dict[str, Any]]:
+        def ask(keys: list[str]) -> list[float | None]:
             from sparse_attention_hub.models import forced_many
 
             forced = forced_many(
@@ -142,16 +138,16 @@ class _Asked:
                 self.prompt.question_ids,
                 ids,
                 [self.loaded.attentions[key] for key in keys],
-                sparse_from=self.block.options.sparse_from,  # type: ignore[arg-type]
+                sparse_from=self.batch.options.sparse_from,  # type: ignore[arg-type]
                 seed=self.request.seed,
             )
-            return [{"reference_nll": _finite(entry.nll)} for entry in forced]
+            return [_finite(entry.nll) for entry in forced]
 
-        for key, outcome in self._in_parts(answered, ask):
-            if "reference_nll" in outcome:
-                answers[key]["reference_nll"] = outcome["reference_nll"]
+        for key, outcome in self._in_groups(answered, ask):
+            if isinstance(outcome, Answer):
+                answers[key].reference_error = outcome.error_message
             else:
-                answers[key]["reference_error"] = outcome["error_message"]
+                answers[key].reference_nll = outcome
 
     def _reference_ids(self) -> list[int]:
         references = self.request.sample.references
@@ -159,11 +155,11 @@ class _Asked:
             return []
         return reference_ids(self.loaded.lm.tokenizer, self.prompt, references[0])[: self.request.limit]
 
-    def _answer(self, keys: list[str]) -> list[dict[str, Any]]:
+    def _answer(self, keys: list[str]) -> list[Answer]:
         from sparse_attention_hub.micro_metrics import MetricRecorder
         from sparse_attention_hub.models import answer_many
 
-        mode = self.block.options.micro_metrics
+        mode = self.batch.options.micro_metrics
         attentions = [self.loaded.attentions[key] for key in keys]
         recorders = [
             None if attention is None or mode == "off" else MetricRecorder(mode)  # type: ignore[arg-type]
@@ -175,74 +171,70 @@ class _Asked:
             self.prompt.question_ids,
             attentions,
             self.request.limit,
-            sparse_from=self.block.options.sparse_from,  # type: ignore[arg-type]
+            sparse_from=self.batch.options.sparse_from,  # type: ignore[arg-type]
             seed=self.request.seed,
             recorders=recorders,
         )
-        found = []
-        for attention, answer, recorder in zip(attentions, answers, recorders, strict=True):
-            dense = attention is None
-            found.append(
-                {
-                    "status": "ok",
-                    "predicted_answer": answer.text,
-                    "tokens": len(answer.token_ids),
-                    "stopped": answer.stopped,
-                    "seconds": answer.seconds,
-                    # Dense attention attends to every allowed key and differs from itself by nothing, by definition.
-                    "density": 1.0 if dense else _finite(answer.density),
-                    "error": 0.0 if dense else _finite(recorder.error if recorder else None),
-                    "kv_fraction": 1.0 if dense else _finite(answer.kv_fraction),
-                    "micro": recorder.calls() if recorder else [],
-                }
+        return [
+            Answer(
+                status="ok",
+                predicted_answer=answer.text,
+                tokens=len(answer.token_ids),
+                stopped=answer.stopped,
+                seconds=answer.seconds,
+                # Dense attention attends to every allowed key and has no error, by definition.
+                density=1.0 if attention is None else _finite(answer.density),
+                error=0.0 if attention is None else _finite(recorder.error if recorder else None),
+                kv_fraction=1.0 if attention is None else _finite(answer.kv_fraction),
+                micro=recorder.calls() if recorder else [],
+                reference_nll=None,
             )
-        return found
+            for attention, answer, recorder in zip(attentions, answers, recorders, strict=True)
+        ]
 
-    def _in_parts(
-        self, keys: list[str], ask: Callable[[list[str]], list[dict[str, Any]]]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Ask all keys in lockstep; what fails is halved until it works or fails alone. Keys keep their order in a
-        batch."""
-        most = max(1, min(self.loaded.most, self.block.most or len(keys), self._fitting(len(keys))))
+    def _in_groups(self, keys: list[str], ask: Callable[[list[str]], list[T]]) -> Iterator[tuple[str, T | Answer]]:
+        """Ask all keys in lockstep and yield what `ask` gives, or a failure. A group that fails is halved until it works or
+        one configuration fails alone. Keys keep their order within a group."""
+        most = max(1, min(self.loaded.most, self.batch.most or len(keys), self._fitting(len(keys))))
         if most < len(keys):
-            logger.debug("%s: lockstep of %d instead of %d, as memory allows", self.block.task, most, len(keys))
-        parts, tried = _even_parts(keys, most), set[str]()
-        while parts:
-            part = parts.pop(0)
+            logger.debug("%s: %d of %d configurations at once, as memory allows", self.batch.task, most, len(keys))
+        groups, retried = _even_groups(keys, most), set[str]()
+        while groups:
+            group = groups.pop(0)
             error: Exception
             try:
-                yield from zip(part, ask(part), strict=True)
+                yield from zip(group, ask(group), strict=True)
                 continue
             except Exception as caught:
                 error = caught
             check_device(error)
             short = is_out_of_memory(error)
             if short:
-                self.loaded.most = max(1, len(part) // 2)
-                logger.warning("out of memory with %d configurations at once", len(part))
+                self.loaded.most = max(1, len(group) // 2)
+                logger.warning("out of memory with %d configurations at once", len(group))
             outcome = failure(error)
-            again = short and len(part) == 1 and part[0] not in tried
-            if len(part) == 1 and not again:
+            retry = short and len(group) == 1 and group[0] not in retried
+            if len(group) == 1 and not retry:
                 name = self.request.sample.sample_id
-                logger.warning("%s: %s", name, outcome["error_message"], exc_info=None if short else error)
+                logger.warning("%s: %s", name, outcome.error_message, exc_info=None if short else error)
             error.__traceback__ = None  # its frames hold tensors
             if short:
                 self.prefilled.forget()
                 free_unused()
-            if again:  # with what maskers remember of the others' forgotten, it may fit
-                tried.add(part[0])
-                parts.insert(0, part)
-            elif len(part) == 1:
-                yield part[0], outcome
+            if retry:  # it may fit now that the maskers' states of the other configurations are freed
+                retried.add(group[0])
+                groups.insert(0, group)
+            elif len(group) == 1:
+                yield group[0], outcome
             else:
-                parts[:0] = _even_parts(part, (len(part) + 1) // 2)
+                groups[:0] = _even_groups(group, (len(group) + 1) // 2)
 
     def _fitting(self, wanted: int) -> int:
-        """The largest batch, at most `wanted`, that is estimated to fit into the memory that is free now."""
+        """The largest group, at most `wanted`, that is estimated to fit into the memory that is free now."""
         from sparse_attention_hub.models import estimate_bytes
 
         lm, held = self.loaded.lm, self.prefilled.cache.nbytes()
-        free = free_memory(lm.device, self.block.options.workers)
+        free = free_memory(lm.device, self.batch.options.workers)
         if free is None:
             return wanted
         count = wanted
@@ -262,8 +254,8 @@ def reference_ids(tokenizer: Any, prompt: Prompt, reference: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _even_parts(items: list[T], most: int) -> list[list[T]]:
-    """Consecutive parts of nearly equal size, none above `most`."""
+def _even_groups(items: list[T], most: int) -> list[list[T]]:
+    """Consecutive groups of nearly equal size, none above `most`."""
     count = -(-len(items) // most) if items else 0
     bounds = [len(items) * i // count for i in range(count + 1)] if count else []
     return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -1,25 +1,27 @@
-"""What Phase 2 has to do: the samples of a (model, task), what of them is journalled already, and blocks of the rest.
+"""What Phase 2 has to answer: the samples of a (model, task), the answers that are journalled already, and batches of the rest.
 
-A journal folder belongs to one (model, task) and one set of everything that determines an answer apart from the
-sample and the configuration; its records name both by their hashes. So a sample is answered again only if its text,
-its configuration or a setting changed, a configuration added later runs alone, and the same settings under another
-name are not run twice. A record holds all answers of one lockstep batch, so that a restart never splits a batch.
+A journal folder belongs to one (model, task) and one set of everything that determines an answer apart from the sample and
+the configuration; its lines name these two by their hashes. So a sample is answered again only if its text, its
+configuration or a setting changed, a configuration added later runs alone, and equal settings under two names run once.
+A line holds all answers of one sample, so that a restart never splits a lockstep group.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import JsonValue
+
 from benchmark.execution.messages import Request, failure
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.fingerprints import config_key, lacks_a_file, same_parameters, weights_stamp
+from benchmark.storage.records import Answer, FoundBy, JournalSettings, SampleLine, parse_record, to_json, write_record
 from benchmark.storage.rerun import ForcedRun
-from benchmark.storage.results import Journal, fingerprint, safe_name, write_json
+from benchmark.storage.results import Journal, fingerprint, safe_name
 from benchmark.tasks import get_task
 from benchmark.tasks.base import Sample, SampleRequest, Task, UserError, answer_seed
 from benchmark.tasks.limits import fitted
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 #: Raised when the meaning of a journalled answer changes, so that older ones are not reused.
 RECORD_VERSION = 2
-#: Samples a block: small enough that all workers finish together.
-MAX_BLOCK = 4
+#: Samples per batch: small enough that all workers finish together.
+MAX_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -38,106 +40,116 @@ class BenchmarkUnit:
     """One (model, leaf task) and what is run on it.
 
     configs: dense first, then the configurations tuned for this (model, task). provenance: configuration name -> where
-    Phase 1 found it ({"config_run", "error", "density", "meets_budget", ...}).
+    Phase 1 found it.
     """
 
     model: str
     task: str
     configs: tuple[SparseConfig, ...]
-    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
+    provenance: dict[str, FoundBy] = field(default_factory=dict)
 
 
 def sample_hash(sample: Sample, limit: int) -> str:
-    """Everything of a sample that determines an answer and its reference_nll."""
+    """Everything of a sample that determines an answer and its reference_nll, the sample's id included."""
     parts = [sample.context, sample.question, sample.answer_prefix, sample.references[:1], limit]
     return fingerprint([sample.sample_id, *parts])
 
 
-class AnswerStore:
-    """The journalled answers of a unit: records of every worker that ever wrote into the folder.
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A journalled answer. Its micro metrics stay in the journal, in the line at `position` under `key`."""
 
-    `poll` reads what was appended since the last call. Micro metrics stay on disk until they are asked for. loose: keys that
-    cannot be answered anew; what was answered with their parameters last counts for them.
+    answer: Answer
+    position: tuple[Path, int]
+    key: str
+    has_micro: bool
+
+
+class AnswerStore:
+    """The journalled answers of a unit, of every worker that ever wrote into the folder.
+
+    `poll` reads what was appended since the last call. Micro metrics stay on disk until they are asked for. fallback: keys of
+    configurations that cannot be rerun; their latest answer with equal parameters is reused.
     """
 
-    def __init__(self, folder: Path, loose: Iterable[str] = ()) -> None:
-        self.folder, self._loose = folder, frozenset(loose)
-        self.details: dict[tuple[str, str], dict[str, Any]] = {}  # (sample id, sample hash) -> the record without answers
-        self._answers: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    def __init__(self, folder: Path, fallback: Iterable[str] = ()) -> None:
+        self.folder, self._fallback = folder, frozenset(fallback)
+        self.lines: dict[str, SampleLine] = {}  # sample hash -> its line, without answers
+        self._answers: dict[str, dict[str, Recorded]] = {}  # sample hash -> key -> answer
         self._offsets: dict[Path, int] = {}
 
     def poll(self) -> None:
-        """Read all whole records that are new."""
+        """Read all whole lines that are new."""
         for path in sorted(self.folder.glob("*.jsonl")):
-            start = self._offsets.get(path, 0)
-            if path.stat().st_size <= start:
+            offset = self._offsets.get(path, 0)
+            if path.stat().st_size <= offset:
                 continue
             with path.open("rb") as stream:
-                stream.seek(start)
+                stream.seek(offset)
                 content = stream.read()
             whole = content[: content.rfind(b"\n") + 1]
             for line in whole.splitlines(keepends=True):
-                self._take(line, path, start)
-                start += len(line)
-            self._offsets[path] = start
+                self._add(line, path, offset)
+                offset += len(line)
+            self._offsets[path] = offset
 
-    def answer(self, sample_id: str, digest: str, key: str) -> dict[str, Any] | None:
-        known = self._answers.get((sample_id, digest), {})
-        if key not in known and key in self._loose:
-            alike = [answer for other, answer in known.items() if same_parameters(other, key) and answer["status"] == "ok"]
+    def find(self, digest: str, key: str) -> Recorded | None:
+        """The answer to the sample with this hash under a configuration."""
+        known = self._answers.get(digest, {})
+        if key not in known and key in self._fallback:
+            alike = [found for other, found in known.items() if same_parameters(other, key) and found.answer.ok]
             return alike[-1] if alike else None
         return known.get(key)
 
-    def behind_changed(self, key: str) -> bool:
-        """Whether there are answers with these parameters, but only of other code or files behind them."""
+    def is_answered(self, digest: str, key: str) -> bool:
+        found = self.find(digest, key)
+        return found is not None and found.answer.ok
+
+    def dependencies_changed(self, key: str) -> bool:
+        """Whether answers with these parameters exist, but only with other masker code or other files."""
         keys = {other for known in self._answers.values() for other in known}
         return key not in keys and any(same_parameters(other, key) for other in keys)
 
-    def micro(self, sample_id: str, digest: str, key: str) -> list[list[Any]]:
+    def micro(self, digest: str, key: str) -> list[list[JsonValue]]:
         """The micro metrics of an answer, read from its journal."""
-        answer = self.answer(sample_id, digest, key)
-        if answer is None or not answer.get("has_micro"):
+        found = self.find(digest, key)
+        if found is None or not found.has_micro:
             return []
-        path, start = answer["at"]
-        with open(path, "rb") as stream:
-            stream.seek(start)
-            record = json.loads(stream.readline())
-        return list(record["answers"][answer["key"]].get("micro", []))
+        path, offset = found.position
+        with path.open("rb") as stream:
+            stream.seek(offset)
+            return parse_record(stream.readline(), SampleLine).answers[found.key].micro
 
-    def failures(self) -> set[tuple[str, int]]:
-        """Where the records of all failures that nothing replaced stand."""
-        return {answer["at"] for known in self._answers.values() for answer in known.values() if answer["status"] != "ok"}
+    def failures(self) -> set[tuple[Path, int]]:
+        """Positions of all failures that no answer replaced."""
+        return {found.position for known in self._answers.values() for found in known.values() if not found.answer.ok}
 
-    def _take(self, line: bytes, path: Path, start: int) -> None:
+    def _add(self, text: bytes, path: Path, offset: int) -> None:
         try:
-            record = json.loads(line)
+            line = parse_record(text, SampleLine)
         except ValueError:
-            return  # torn by a kill, written past later
-        if not isinstance(record, dict) or record.get("kind") != "sample" or not isinstance(record.get("answers"), dict):
-            return
-        place = (record["sample_id"], record["sample_hash"])
-        known = self._answers.setdefault(place, {})
-        for key, answer in record.pop("answers").items():
-            answer["has_micro"] = bool(answer.pop("micro", None))
-            answer["at"], answer["key"] = (str(path), start), key
-            old = known.get(key)
-            # An answer is kept; a failure is replaced by whatever a later try gave.
-            if old is None or old["status"] != "ok":
-                known[key] = answer
-        if "prefill_seconds" in record or place not in self.details:
-            self.details[place] = record
+            return  # torn by a kill and later written past, or not a sample
+        known = self._answers.setdefault(line.sample_hash, {})
+        for key, answer in line.answers.items():
+            has_micro, answer.micro = bool(answer.micro), []
+            # An answer is kept; a failure is replaced by the result of a later try.
+            if key not in known or not known[key].answer.ok:
+                known[key] = Recorded(answer, (path, offset), key, has_micro)
+        line.answers = {}
+        if line.prefill_seconds is not None or line.sample_hash not in self.lines:
+            self.lines[line.sample_hash] = line
 
 
 @dataclass
 class UnitRun:
-    """A unit in work. `prepare` makes its samples; until then only their number is guessed."""
+    """A unit being run. `prepare` makes its samples; before that, only their number is estimated."""
 
     unit: BenchmarkUnit
     settings: Settings
-    place: str  # "cuda" or "cpu": what kind of device answers
+    device_kind: str  # "cuda" or "cpu"
     task: Task = field(init=False)
     keys: dict[str, str] = field(init=False)  # configuration name -> key
-    shared: dict[str, Any] = field(init=False)
+    shared: JournalSettings = field(init=False)
     samples: list[Sample] = field(default_factory=list)
     limits: list[int] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
@@ -145,18 +157,17 @@ class UnitRun:
     deadline: float | None = None
     prepared: bool = False
     finished: bool = False
-    forced: ForcedRun | None = None  # answer again what was answered before it began
-    old_failures: set[tuple[str, int]] = field(default_factory=set)  # where failures of earlier runs stand: to be tried again
+    forced: ForcedRun | None = None  # rerun what was answered before it began
+    old_failures: set[tuple[Path, int]] = field(default_factory=set)  # positions of earlier runs' failures, which are retried
 
     def __post_init__(self) -> None:
         self.task = get_task(self.unit.task)
         self.keys = {config.name: config_key(config.config) for config in self.unit.configs}
-        self.shared = shared_settings(self.unit, self.settings, self.place)
+        self.shared = journal_settings(self.unit, self.settings, self.device_kind)
         folder = self.settings.benchmark_results_dir / safe_name(self.unit.model) / ".journals"
-        self.folder = folder / f"{safe_name(self.unit.task)}-{fingerprint(self.shared)}"
-        rescore = self.settings.rescore
-        loose = [self.keys[c.name] for c in self.unit.configs if c.config is not None and (rescore or lacks_a_file(c.config))]
-        self.store = AnswerStore(self.folder, loose)
+        self.folder = folder / f"{safe_name(self.unit.task)}-{fingerprint(to_json(self.shared))}"
+        frozen = [c.name for c in self.unit.configs if self.settings.rescore or lacks_a_file(c.config)]
+        self.store = AnswerStore(self.folder, [self.keys[name] for name in frozen])
 
     @property
     def name(self) -> str:
@@ -175,8 +186,8 @@ class UnitRun:
         return min(counts) if counts else 1
 
     def prepare(self, tokenizer: Any) -> list[str]:
-        """Make the samples and read the journals. Returns what is worth telling. Raises UserError if data are missing,
-        samples of the task's length do not fit, or there is nothing that --rescore could score."""
+        """Make the samples and read the journals. Returns notes for the user. Raises UserError if data are missing, samples of
+        the task's length do not fit, or --rescore finds nothing to score."""
         request = SampleRequest(
             tokenizer=tokenizer,
             split="test",
@@ -189,8 +200,7 @@ class UnitRun:
         samples = self.task.samples(fitted(request, self.task, self.unit.model))
         if not samples:
             raise UserError(f"{self.unit.task}: there are no samples to benchmark")
-        ids = [sample.sample_id for sample in samples]
-        if len(set(ids)) != len(ids):
+        if len({sample.sample_id for sample in samples}) != len(samples):
             raise ValueError(f"{self.unit.task}: sample ids are not unique")
         self.samples = samples
         self.limits = [max(1, min(sample.max_new_tokens, self.settings.max_new_tokens)) for sample in samples]
@@ -198,126 +208,116 @@ class UnitRun:
         notes = self._open_journal()
         self.store.poll()
         if not self.settings.rescore:
-            changed = [config.name for config in self.unit.configs if self.store.behind_changed(self.keys[config.name])]
+            changed = [c.name for c in self.unit.configs if self.store.dependencies_changed(self.keys[c.name])]
             if changed:
-                notes.append(f"{self.name}: maskers' code or files changed, so these start anew: {', '.join(changed)}")
+                names = ", ".join(changed)
+                notes.append(
+                    f"{self.name}: versions, code or files of maskers changed, so these configurations run again: {names}"
+                )
         self.old_failures = self.store.failures()
-        if self.settings.rescore and not self._has_answers():
-            told = "; ".join(f"recorded with another {changed}" for _, changed in self._other_settings())
+        if self.settings.rescore and not any(self.store.find(digest, key) for digest in self.hashes for key in self.configs):
+            others = "; ".join(f"recorded with another {changed}" for _, changed in self._other_settings())
             raise UserError(
                 f"--rescore: there are no recorded answers of {self.name} to these samples under these settings"
-                f"{f' ({told})' if told else ''}: give the flags they were recorded with, or leave --rescore out"
+                f"{f' ({others})' if others else ''}: give the flags they were recorded with, or leave --rescore out"
             )
         self.prepared = True
         return notes
 
     def _open_journal(self) -> list[str]:
         notes = []
-        told = self.folder / "settings.json"
-        if self.forced is not None and self.folder.exists() and not self.forced.is_own(told):
-            aside = self.folder.with_name(f"{self.folder.name}.replaced-{datetime.now():%Y%m%d_%H%M%S_%f}")
-            self.folder.rename(aside)
-        if not told.exists() and not self.settings.rescore:
+        path = self.folder / "settings.json"
+        if self.forced is not None and self.folder.exists() and not self.forced.is_own(path):
+            self.folder.rename(self.folder.with_name(f"{self.folder.name}.replaced-{datetime.now():%Y%m%d_%H%M%S_%f}"))
+        if not path.exists() and not self.settings.rescore:
             for other, changed in self._other_settings():
-                notes.append(f"{self.name}: settings changed ({changed}), so it starts anew; earlier answers stay in {other}")
-            write_json(told, self.shared)
+                notes.append(
+                    f"{self.name}: settings changed ({changed}), so all samples run again; earlier answers stay in {other}"
+                )
+            write_record(path, self.shared)
         return notes
 
     def _other_settings(self) -> Iterator[tuple[Path, str]]:
         """Journal folders of this (model, task) under other settings, and what differs."""
-        for told in sorted(self.folder.parent.glob(f"{self.folder.name.rpartition('-')[0]}-*/settings.json")):
-            if told.parent != self.folder and ".replaced-" not in told.parent.name:
-                yield told.parent, ", ".join(_changes(told, self.shared))
-
-    def _has_answers(self) -> bool:
-        """Whether any sample has a record, of an answer or of a failure, under any configuration."""
-        asked = zip(self.samples, self.hashes, strict=True)
-        return any(self.store.answer(s.sample_id, digest, key) for s, digest in asked for key in self.configs)
+        for path in sorted(self.folder.parent.glob(f"{self.folder.name.rpartition('-')[0]}-*/settings.json")):
+            if path.parent != self.folder and ".replaced-" not in path.parent.name:
+                yield path.parent, _changes(path, self.shared)
 
     def missing(self) -> list[Request]:
-        """What is still to be answered, in the samples' order; a failure of an earlier run is tried again."""
+        """The samples that have no answer under some configuration, in order. Failures of earlier runs are retried."""
         todo = []
         for sample, limit, digest in zip(self.samples, self.limits, self.hashes, strict=True):
-            keys = tuple(key for key in self.configs if not self._answered(sample, digest, key))
+            keys = tuple(key for key in self.configs if not self.store.is_answered(digest, key))
             if keys:
-                bare = replace(sample, columns={}, label=None, all_classes=None)  # what a worker does not need
+                bare = replace(sample, columns={}, label=None, all_classes=None)  # a worker does not need these
                 todo.append(Request(bare, digest, answer_seed(self.settings.seed, sample.sample_id), limit, keys))
         return todo
 
     def remaining(self, requests: Iterable[Request]) -> tuple[Request, ...]:
-        """Those of `requests` that this run has neither an answer nor a failure of, under some configuration."""
-        return tuple(request for request in requests if not all(self._is_settled(request, key) for key in request.configs))
+        """Those of `requests` with a configuration under which this run has neither an answer nor a failure."""
+        return tuple(r for r in requests if not all(self._is_settled(r.sample_hash, key) for key in r.configs))
 
-    def _is_settled(self, request: Request, key: str) -> bool:
-        answer = self.store.answer(request.sample.sample_id, request.sample_hash, key)
-        return answer is not None and (answer["status"] == "ok" or answer["at"] not in self.old_failures)
+    def _is_settled(self, digest: str, key: str) -> bool:
+        found = self.store.find(digest, key)
+        return found is not None and (found.answer.ok or found.position not in self.old_failures)
 
     def record_failure(self, requests: Iterable[Request], message: str, status: str) -> None:
         """Journal that these samples were not answered, and why."""
         journal = Journal(self.folder / "parent.jsonl")
         for request in requests:
-            known = {key: self.store.answer(request.sample.sample_id, request.sample_hash, key) for key in request.configs}
-            open_keys = [key for key, answer in known.items() if answer is None or answer["status"] != "ok"]
-            journal.append(
-                {
-                    "kind": "sample",
-                    "sample_id": request.sample.sample_id,
-                    "sample_hash": request.sample_hash,
-                    "limit": request.limit,
-                    "answers": {key: failure(message, status) for key in open_keys},
-                }
+            digest = request.sample_hash
+            line = SampleLine(
+                kind="sample",
+                sample_id=request.sample.sample_id,
+                sample_hash=digest,
+                limit=request.limit,
+                answers={k: failure(message, status) for k in request.configs if not self.store.is_answered(digest, k)},
             )
+            journal.append(to_json(line))
         self.store.poll()
 
     def release(self) -> None:
-        """Let samples and answers go: all is written."""
+        """Free the memory of samples and answers once all files are written."""
         self.samples = [replace(sample, context="", columns={}) for sample in self.samples]
         self.store = AnswerStore(self.folder)
 
-    def _answered(self, sample: Sample, digest: str, key: str) -> bool:
-        answer = self.store.answer(sample.sample_id, digest, key)
-        return answer is not None and answer["status"] == "ok"
+
+def journal_settings(unit: BenchmarkUnit, settings: Settings, device_kind: str) -> JournalSettings:
+    """Everything but sample and configuration that determines an answer and its measurements."""
+    return JournalSettings(
+        record_version=RECORD_VERSION,
+        model=unit.model,
+        weights=weights_stamp(unit.model),
+        task=unit.task,
+        seed=settings.seed,
+        sparse_from=settings.sparse_from,
+        device=device_kind,
+        dtype="float32" if settings.dtype == "auto" and device_kind == "cpu" else settings.dtype,
+        dense_backend=settings.dense_backend,
+        attention_backend=settings.attention_backend,
+        max_context_length=settings.max_context_length,
+        micro_metrics=settings.micro_metrics,
+    )
 
 
-def shared_settings(unit: BenchmarkUnit, settings: Settings, place: str) -> dict[str, Any]:
-    """Everything but sample and configuration that determines an answer and what is measured beside it."""
-    dtype = "float32" if settings.dtype == "auto" and place == "cpu" else settings.dtype
-    return {
-        "record_version": RECORD_VERSION,
-        "model": unit.model,
-        "weights": weights_stamp(unit.model),
-        "task": unit.task,
-        "seed": settings.seed,
-        "sparse_from": settings.sparse_from,
-        "device": place,
-        "dtype": dtype,
-        "dense_backend": settings.dense_backend,
-        "attention_backend": settings.attention_backend,
-        "max_context_length": settings.max_context_length,
-        "micro_metrics": settings.micro_metrics,
-    }
-
-
-def _changes(other: Path, shared: dict[str, Any]) -> Iterator[str]:
+def _changes(path: Path, now: JournalSettings) -> str:
     try:
-        before = json.loads(other.read_text())
+        before = to_json(parse_record(path.read_bytes(), JournalSettings))
     except (OSError, ValueError):
-        yield "the earlier ones cannot be read"
-        return
-    for name, value in shared.items():
-        if before.get(name) != value:
-            yield name if name == "weights" else f"{name}: {before.get(name)} -> {value}"
+        return "the earlier ones cannot be read"
+    changed = {name: (before[name], value) for name, value in to_json(now).items() if before[name] != value}
+    return ", ".join(name if name == "weights" else f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
 
 
-def make_blocks(requests: list[Request], workers: int) -> list[tuple[Request, ...]]:
-    """Blocks of consecutive samples; samples on one context stay together where that leaves every worker busy."""
-    size = max(1, min(MAX_BLOCK, -(-len(requests) // (3 * workers))))
-    together = max(size, -(-len(requests) // (2 * workers)))  # the most that may follow from a shared context
-    blocks: list[list[Request]] = []
+def make_batches(requests: list[Request], workers: int) -> list[tuple[Request, ...]]:
+    """Batches of consecutive samples; samples on one context stay together if that leaves every worker busy."""
+    size = max(1, min(MAX_BATCH, -(-len(requests) // (3 * workers))))
+    together = max(size, -(-len(requests) // (2 * workers)))  # the limit for samples that share a context
+    batches: list[list[Request]] = []
     for request in requests:
-        last = blocks[-1] if blocks else None
+        last = batches[-1] if batches else None
         if last is not None and len(last) < (together if last[-1].sample.context == request.sample.context else size):
             last.append(request)
         else:
-            blocks.append([request])
-    return [tuple(block) for block in blocks]
+            batches.append([request])
+    return [tuple(batch) for batch in batches]

@@ -1,12 +1,12 @@
-"""Blocks of samples: what the parent hands to a worker, and what both write into journals. Plain data, cheap to
-import."""
+"""What the parent process hands to a worker: batches of samples. Plain data, cheap to import."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from benchmark.storage.records import Answer
 from benchmark.tasks.base import Sample
 from sparse_attention_hub.errors import UserError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """One sample's work: under which configurations (keys of Block.configs) it is still to be answered."""
+    """One sample and the configurations (keys of Batch.configs) that it has no answer under yet."""
 
     sample: Sample
     sample_hash: str
@@ -27,7 +27,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Options:
-    """What is alike for all blocks of a run; the fields of Settings that a worker needs."""
+    """The fields of Settings that a worker needs, equal for all batches of a run."""
 
     device: str = "auto"
     dtype: str = "auto"
@@ -41,11 +41,12 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some samples of one (model, task). Pickled to the worker; records go to `journal`, whole samples at a time.
+class Batch:
+    """Some samples of one (model, task). Pickled to the worker, which appends one line per sample to `journal`.
 
-    deadline: time.monotonic() after which no sample is started, for a worker inside the parent's own process. most: how many
-    configurations may be asked at once, None = as many as fit.
+    status: the file in which the worker says what it is doing. stop: no sample is started once this file exists.
+    deadline: time.monotonic() after which no sample is started, for a worker inside the parent's own process.
+    most: configurations asked at once, None = as many as fit into memory.
     """
 
     model: str
@@ -61,8 +62,13 @@ class Block:
     most: int | None = None
 
 
-def failure(error: BaseException | str, status: str = "failed") -> dict[str, Any]:
-    """A failure record: what is journalled in the place of an answer."""
+def failure(error: BaseException | str, status: str = "failed") -> Answer:
+    """The failure that is journalled in place of an answer."""
+    return Answer(status=status, error_message=error_message(error))
+
+
+def error_message(error: BaseException | str) -> str:
+    """One line of at most 500 characters, with the type of errors that are no UserError."""
     text = error if isinstance(error, str) else (" ".join(str(error).split()) or "no message")
     name = "" if isinstance(error, (str, UserError)) else f"{type(error).__name__}: "
-    return {"status": status, "error_message": f"{name}{text}"[:500]}
+    return f"{name}{text}".encode(errors="backslashreplace").decode()[:500]

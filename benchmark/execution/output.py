@@ -1,5 +1,6 @@
 """The files of one configuration on one task, made from the journals: raw_results.csv, metrics.json, config.json and
-micro_metrics.jsonl. Everything is written whole; scoring happens here, so that answers outlive any metric."""
+micro_metrics.jsonl; and the summary of a run. Each file is written whole. Scoring happens here, so that answers can be scored
+again with another metric."""
 
 from __future__ import annotations
 
@@ -15,9 +16,29 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.execution.jobs import UnitRun
+from benchmark.execution.messages import error_message
 from benchmark.settings import Settings, SparseConfig
 from benchmark.stats import bootstrap_interval, compare_paired, mean
-from benchmark.storage.results import environment, fingerprint, safe_name, write_json, write_text
+from benchmark.storage.records import (
+    Answer,
+    AttentionRecord,
+    Difference,
+    Failure,
+    Metrics,
+    PhaseCounts,
+    ResultConfig,
+    ResultIdentity,
+    ResultRow,
+    RunRecord,
+    SampleCounts,
+    SampleLine,
+    Score,
+    Summary,
+    parse_record,
+    to_json,
+    write_record,
+)
+from benchmark.storage.results import environment, fingerprint, safe_name, write_text
 from benchmark.tasks.base import Sample
 from sparse_attention_hub.micro_metrics import expand_records
 
@@ -25,25 +46,40 @@ logger = logging.getLogger("benchmark.phase2")
 
 #: Columns after the data's own and the metrics'.
 OWN_COLUMNS = ("reference_nll", "density", "error", "seconds", "status")
-#: How much more than its budget a configuration may read before its row is marked.
+#: How far the measured density may exceed the budget before the row is marked.
 BUDGET_SLACK = 1.1
 
 
 @dataclass
 class Row:
-    """One sample under one configuration. status: ok, failed, timeout, unscored (a metric raised) or missing."""
+    """One sample under one configuration. status: ok, failed, timeout, unscored (a metric raised) or missing. line: of the
+    journal, without answers."""
 
     sample_id: str
     status: str
-    answer: dict[str, Any] = field(default_factory=dict)
-    detail: dict[str, Any] = field(default_factory=dict)
+    answer: Answer | None = None
+    line: SampleLine | None = None
     scores: dict[str, float] = field(default_factory=dict)
     problem: str | None = None
 
+    @property
+    def given(self) -> Answer | None:
+        """The answer; None where there is a failure or nothing in its place."""
+        return self.answer if self.status in ("ok", "unscored") else None
+
     def figure(self, name: str) -> float | None:
-        """A measured figure of an answered sample; None if it is missing."""
-        value = self.answer.get(name) if self.status in ("ok", "unscored") else None
+        """A measured figure of the answer; None if it is missing."""
+        value = getattr(self.given, name, None)
         return float(value) if value is not None else None
+
+
+@dataclass
+class UnitResults:
+    """What became of a unit, for the summary. notes: for the user."""
+
+    rows: list[ResultRow] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def result_folder(run: UnitRun, config: SparseConfig) -> Path:
@@ -51,56 +87,60 @@ def result_folder(run: UnitRun, config: SparseConfig) -> Path:
     return base / safe_name(run.unit.model) / safe_name(config.name) / safe_name(run.unit.task)
 
 
-def write_unit(run: UnitRun, config_run: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """Score and write all configurations of a unit. Returns the summary's rows, the failures, and notes worth
-    telling."""
-    results: list[dict[str, Any]] = []
-    failures: list[dict[str, Any]] = []
-    notes: list[str] = []
+def write_unit(run: UnitRun, config_run: str | None) -> UnitResults:
+    """Score all configurations of a unit and write their files."""
+    written = UnitResults()
     rows_of = {config.name: score_rows(run, config) for config in run.unit.configs}
     dense = next((rows_of[config.name] for config in run.unit.configs if config.config is None), None)
     for config in run.unit.configs:
         rows = rows_of[config.name]
+        names = {"model": run.unit.model, "task": run.unit.task, "configuration": config.name}
         if all(row.status == "missing" for row in rows):  # there is nothing to write: earlier files stay
             if run.settings.rescore:
-                problem = "no recorded answers to score again"
-                failures.append(_failure(run, config, {"status": "missing", "problem": problem}))
+                missing = Failure(status="missing", problem="no recorded answers to score again")
+                written.failures.append(missing.model_copy(update=names))
             continue
         metrics = make_metrics(run, config, rows, dense if config.config is not None else None)
         folder = result_folder(run, config)
-        told = make_config(run, config, rows, config_run)
-        if note := _move_aside(folder, told):
-            notes.append(f"{run.name} {config.name}: {note}")
+        made_of = make_config(run, config, rows, config_run)
+        if note := _move_aside(folder, made_of):
+            written.notes.append(f"{run.name} {config.name}: {note}")
         write_text(folder / "raw_results.csv", raw_csv(run, rows))
         if config.config is not None:
             write_text(folder / "micro_metrics.jsonl", _micro_lines(run, config))
-        write_json(folder / "config.json", told)
-        write_json(folder / "metrics.json", metrics)
-        results.append({**metrics, "folder": str(folder.relative_to(run.settings.benchmark_results_dir))})
-        failures += [_failure(run, config, entry) for entry in metrics["failures"]]
-    return results, failures, notes
-
-
-def _failure(run: UnitRun, config: SparseConfig, entry: dict[str, Any]) -> dict[str, Any]:
-    return {"model": run.unit.model, "task": run.unit.task, "configuration": config.name, **entry}
+        write_record(folder / "config.json", made_of)
+        write_record(folder / "metrics.json", metrics)
+        found = run.unit.provenance.get(config.name)
+        written.rows.append(
+            ResultRow(
+                **{name: getattr(metrics, name) for name in metrics.model_fields_set - {"failures"}},
+                folder=str(folder.relative_to(run.settings.benchmark_results_dir)),
+                meets_budget=None if found is None else found.meets_budget,
+                provenance=found,
+            )
+        )
+        written.failures += [failure.model_copy(update=names) for failure in metrics.failures]
+    return written
 
 
 def score_rows(run: UnitRun, config: SparseConfig) -> list[Row]:
-    """The samples' rows in order, scored. A metric that raises marks its sample and the answer stays."""
+    """The samples' rows in order, scored. If a metric raises, the sample is marked and its answer is kept."""
     key = run.keys[config.name]
     rows = []
     for sample, digest in zip(run.samples, run.hashes, strict=True):
-        answer = run.store.answer(sample.sample_id, digest, key)
-        if answer is None:
+        found = run.store.find(digest, key)
+        if found is None:
             rows.append(Row(sample.sample_id, "missing", problem="not answered yet"))
             continue
-        row = Row(sample.sample_id, answer["status"], answer, run.store.details.get((sample.sample_id, digest), {}))
-        row.problem = answer.get("error_message")
-        if row.status == "ok":
+        answer = found.answer
+        row = Row(sample.sample_id, answer.status, answer, run.store.lines.get(digest), problem=answer.error_message)
+        if answer.ok:
             try:
-                row.scores = _checked(run.task.score(answer["predicted_answer"], sample))
+                if answer.predicted_answer is None:
+                    raise ValueError("the journal line has no predicted_answer")
+                row.scores = _checked(run.task.score(answer.predicted_answer, sample))
             except Exception as error:
-                row.status, row.problem = "unscored", f"{type(error).__name__}: {error}"[:500]
+                row.status, row.problem = "unscored", error_message(error)
                 logger.warning("%s %s: the metric failed: %s", config.name, sample.sample_id, row.problem)
         rows.append(row)
     return rows
@@ -113,80 +153,82 @@ def _checked(scores: dict[str, float]) -> dict[str, float]:
     return {name: float(value) for name, value in scores.items()}
 
 
-def make_metrics(run: UnitRun, config: SparseConfig, rows: list[Row], dense: list[Row] | None) -> dict[str, Any]:
-    """What metrics.json holds. Failed samples are in no mean and are counted."""
+def make_metrics(run: UnitRun, config: SparseConfig, rows: list[Row], dense: list[Row] | None) -> Metrics:
+    """The content of metrics.json. Failed samples are counted but left out of all means."""
     primary = run.task.metric
     scored = [row for row in rows if row.status == "ok"]
-    scores: dict[str, Any] = {}
+    scores: dict[str, Score] = {}
     for name in _metric_names(rows):
         values = [row.scores[name] for row in scored if name in row.scores]
-        scores[name] = {"mean": mean(values), "interval": bootstrap_interval(values), "n": len(values)}
+        scores[name] = Score(mean=mean(values), interval=bootstrap_interval(values), n=len(values))
     nll = _mean_of(rows, "reference_nll")
     density = _mean_of(rows, "density")
-    own = scores.get(primary, {"mean": None, "interval": None, "n": 0})
-    metrics: dict[str, Any] = {
-        "model": run.unit.model,
-        "task": run.unit.task,
-        "configuration": config.name,
-        "metric": primary,
-        "score": own["mean"],
-        "interval": own["interval"],
-        "scores": scores,
-        "reference_nll": nll,
-        "perplexity": math.exp(nll) if nll is not None and nll < 700 else None,
-        "density": density,
-        "error": _mean_of(rows, "error"),
-        "kv_fraction": _mean_of(rows, "kv_fraction"),
-        "budget": config.budget,
-        "over_budget": None if config.budget is None or density is None else density > config.budget * BUDGET_SLACK,
-        "samples": _counts(rows),
-        "seconds": _mean_of(rows, "seconds"),
-        "failures": [
-            {"sample_id": row.sample_id, "status": row.status, "problem": row.problem}
+    own = scores.get(primary, Score(mean=None, interval=None, n=0))
+    metrics = Metrics(
+        model=run.unit.model,
+        task=run.unit.task,
+        configuration=config.name,
+        metric=primary,
+        score=own.mean,
+        interval=own.interval,
+        scores=scores,
+        reference_nll=nll,
+        perplexity=math.exp(nll) if nll is not None and nll < 700 else None,
+        density=density,
+        error=_mean_of(rows, "error"),
+        kv_fraction=_mean_of(rows, "kv_fraction"),
+        budget=config.budget,
+        over_budget=None if config.budget is None or density is None else density > config.budget * BUDGET_SLACK,
+        samples=_counts(rows),
+        seconds=_mean_of(rows, "seconds"),
+        failures=[
+            Failure(sample_id=row.sample_id, status=row.status, problem=row.problem)
             for row in rows
             if row.status not in ("ok", "missing")
         ],
-    }
+    )
     if dense is not None:
-        metrics["difference_to_dense"] = _difference(rows, dense, primary)
-        metrics["reference_nll_difference_to_dense"] = _difference(rows, dense, "reference_nll")
+        metrics.difference_to_dense = _difference(rows, dense, primary)
+        metrics.reference_nll_difference_to_dense = _difference(rows, dense, "reference_nll")
     samples = {sample.sample_id: sample for sample in run.samples}
     try:
         extra = run.task.aggregate([row.scores for row in scored], [samples[row.sample_id] for row in scored])
     except Exception as error:
-        logger.warning("%s %s: aggregating failed: %s", config.name, run.unit.task, error)
-        metrics["aggregate_problem"] = f"{type(error).__name__}: {error}"[:500]
+        metrics.aggregate_problem = error_message(error)
+        logger.warning("%s %s: aggregating failed: %s", config.name, run.unit.task, metrics.aggregate_problem)
     else:
         if extra:
-            metrics["aggregate"] = _without_nan(extra)
+            metrics.aggregate = {str(name): _as_json(value) for name, value in extra.items()}
     return metrics
 
 
-def _difference(rows: list[Row], dense: list[Row], name: str) -> dict[str, Any] | None:
+def _difference(rows: list[Row], dense: list[Row], name: str) -> Difference | None:
     def values(of: list[Row]) -> dict[str, float]:
-        pairs = {row.sample_id: row.scores.get(name) if row.status == "ok" else None for row in of}
         if name == "reference_nll":
             pairs = {row.sample_id: row.figure(name) for row in of}
+        else:
+            pairs = {row.sample_id: row.scores.get(name) if row.status == "ok" else None for row in of}
         return {sample: value for sample, value in pairs.items() if value is not None}
 
     found = compare_paired(values(rows), values(dense))
-    return found.to_dict() if found is not None else None
+    return Difference(**found.to_dict()) if found is not None else None
 
 
-def _counts(rows: list[Row]) -> dict[str, int]:
-    answered = [row for row in rows if row.status in ("ok", "unscored")]
-    return {
-        "total": len(rows),
-        "ok": sum(row.status == "ok" for row in rows),
-        "failed": sum(row.status in ("failed", "timeout", "unscored") for row in rows),
-        "timed_out": sum(row.status == "timeout" for row in rows),
-        "unscored": sum(row.status == "unscored" for row in rows),
-        "missing": sum(row.status == "missing" for row in rows),
+def _counts(rows: list[Row]) -> SampleCounts:
+    given = [(row.given, row.line) for row in rows]
+    answers = [(answer, line) for answer, line in given if answer is not None]
+    return SampleCounts(
+        total=len(rows),
+        ok=sum(row.status == "ok" for row in rows),
+        failed=sum(row.status in ("failed", "timeout", "unscored") for row in rows),
+        timed_out=sum(row.status == "timeout" for row in rows),
+        unscored=sum(row.status == "unscored" for row in rows),
+        missing=sum(row.status == "missing" for row in rows),
         # cut short by --max-new-tokens below the task's own length
-        "capped": sum(bool(row.detail.get("capped_limit")) and row.answer.get("stopped") == "length" for row in answered),
-        "truncated": sum(bool(row.detail.get("truncated_tokens")) for row in answered),
-        "without_reference_nll": sum(row.answer.get("reference_nll") is None for row in answered),
-    }
+        capped=sum(line is not None and line.capped_limit and answer.stopped == "length" for answer, line in answers),
+        truncated=sum(line is not None and line.truncated_tokens > 0 for _, line in answers),
+        without_reference_nll=sum(answer.reference_nll is None for answer, _ in answers),
+    )
 
 
 def _mean_of(rows: list[Row], name: str) -> float | None:
@@ -198,7 +240,7 @@ def _metric_names(rows: list[Row]) -> list[str]:
 
 
 def raw_csv(run: UnitRun, rows: list[Row]) -> str:
-    """One line a sample, every field quoted as RFC 4180 has it: text comes back exactly, line breaks included. Lists
+    """One line per sample, every field quoted as in RFC 4180, so that text is read back exactly, line breaks included. Lists
     and dictionaries are JSON; a missing value is empty."""
     metrics = _metric_names(rows)
     data = list(dict.fromkeys(name for sample in run.samples for name in sample.columns))
@@ -211,7 +253,7 @@ def raw_csv(run: UnitRun, rows: list[Row]) -> str:
         writer.writerow(
             [
                 *(_cell(sample.columns.get(name)) for name in data),
-                _cell(row.answer.get("predicted_answer")),
+                _cell(row.answer and row.answer.predicted_answer),
                 *(_cell(row.scores.get(name)) for name in metrics),
                 *(_cell(row.figure(name)) for name in OWN_COLUMNS[:-1]),
                 row.status,
@@ -230,143 +272,140 @@ def _cell(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def make_config(run: UnitRun, config: SparseConfig, rows: list[Row], config_run: str | None) -> dict[str, Any]:
-    """What config.json holds. hash: everything that determines an answer; samples_hash: which samples were asked; samples:
-    what each was made of, the references and labels included."""
-    details = [row.detail for row in rows if row.detail.get("dtype")]
-    ran = details[0] if details else {}
+def make_config(run: UnitRun, config: SparseConfig, rows: list[Row], config_run: str | None) -> ResultConfig:
+    """The content of config.json; docs/file_formats.md explains the fields."""
+    ran = next((row.line for row in rows if row.line is not None and row.line.dtype), None)
     settings = run.settings
-    return {
-        "model": run.unit.model,
-        "task": run.unit.task,
-        "configuration": config.name,
-        "sparse_config": None if config.config is None else config.config.to_dict(),
-        "masker_classes": [entry.__name__ for entry in config.masker_classes or ()] or None,
-        "budget": config.budget,
-        "hash": answers_hash(run, config),
-        "samples_hash": fingerprint(run.hashes),
-        "samples": [_content(sample, digest) for sample, digest in zip(run.samples, run.hashes, strict=True)],
-        "settings": run.shared,
-        "sparse_from": settings.sparse_from,
-        "seed": settings.seed,
-        "dtype": ran.get("dtype"),
-        "device": str(ran["device"]).partition(":")[0] if ran else None,
-        "dense_backend": ran.get("dense_backend"),
-        "attention_backend": settings.attention_backend,
-        "max_new_tokens": settings.max_new_tokens,
-        "max_context_length": settings.max_context_length,
-        "max_requests": settings.max_requests,
-        "micro_metrics": settings.micro_metrics,
-        "config_run": config_run,
-        "provenance": run.unit.provenance.get(config.name, {}),
-        "versions": environment(),
-    }
+    return ResultConfig(
+        model=run.unit.model,
+        task=run.unit.task,
+        configuration=config.name,
+        sparse_config=None if config.config is None else _attention_record(config.config.to_dict()),
+        masker_classes=[entry.__name__ for entry in config.masker_classes or ()] or None,
+        budget=config.budget,
+        hash=answers_hash(run, config),
+        samples_hash=fingerprint(run.hashes),
+        samples=[_content(sample, digest) for sample, digest in zip(run.samples, run.hashes, strict=True)],
+        settings=to_json(run.shared),
+        sparse_from=settings.sparse_from,
+        seed=settings.seed,
+        dtype=None if ran is None else ran.dtype,
+        device=None if ran is None else str(ran.device).partition(":")[0],
+        dense_backend=None if ran is None else ran.dense_backend,
+        attention_backend=settings.attention_backend,
+        max_new_tokens=settings.max_new_tokens,
+        max_context_length=settings.max_context_length,
+        max_requests=settings.max_requests,
+        micro_metrics=settings.micro_metrics,
+        config_run=config_run,
+        provenance=run.unit.provenance.get(config.name),
+        versions=environment(),
+    )
+
+
+def _attention_record(plain: dict[str, Any]) -> AttentionRecord:
+    return AttentionRecord.model_validate(_as_json(plain), strict=False)
 
 
 def answers_hash(run: UnitRun, config: SparseConfig) -> str:
-    """Of the settings, the answers' lengths and the configuration: not of how many samples were asked for."""
-    return fingerprint([run.shared, sorted(set(run.limits)), run.keys[config.name]])
+    """Of the settings, the answers' lengths and the configuration; the number of samples does not count."""
+    return fingerprint([to_json(run.shared), sorted(set(run.limits)), run.keys[config.name]])
 
 
 def _content(sample: Sample, digest: str) -> str:
-    """Of all that an answer and its scores depend on."""
+    """A hash of all that an answer and its scores depend on."""
     return fingerprint([digest, sample.references, sample.label, sample.all_classes, sample.columns])
 
 
-def _move_aside(folder: Path, told: dict[str, Any]) -> str | None:
-    """Results of other settings or other data keep their files: their folder is renamed before new ones are written. More
-    or fewer of the same samples are the same results."""
+def _move_aside(folder: Path, made_of: ResultConfig) -> str | None:
+    """Rename the folder of earlier results with other settings or other data, so that they are kept. More or fewer of the
+    same samples are the same results. Returns a note."""
     if not folder.exists():
         return None
     try:
-        before = json.loads((folder / "config.json").read_text())
-        settings, samples = str(before["hash"]), list(before.get("samples", []))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        before = parse_record((folder / "config.json").read_bytes(), ResultIdentity)
+    except (OSError, ValueError):
         if not any(folder.iterdir()):
             return None
-        settings, samples = "unknown", []
-    same_samples = all(old == new for old, new in zip(samples, told["samples"], strict=False))
-    if settings == told["hash"] and same_samples:
+        before = ResultIdentity(hash="unknown")
+    same_samples = all(old == new for old, new in zip(before.samples, made_of.samples, strict=False))
+    if before.hash == made_of.hash and same_samples:
         return None
-    aside = folder.with_name(f"{folder.name}.{fingerprint([settings, samples])[:8]}")
+    aside = folder.with_name(f"{folder.name}.{fingerprint([before.hash, before.samples])[:8]}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
-    return f"earlier results of other {'data' if settings == told['hash'] else 'settings'} are now in {aside}"
+    return f"earlier results of other {'data' if before.hash == made_of.hash else 'settings'} are now in {aside}"
 
 
 def _micro_lines(run: UnitRun, config: SparseConfig) -> str:
     lines = []
     for sample, digest in zip(run.samples, run.hashes, strict=True):
-        calls = run.store.micro(sample.sample_id, digest, run.keys[config.name])
+        calls = run.store.micro(digest, run.keys[config.name])
         lines += [json.dumps(record) + "\n" for record in expand_records(calls, sample.sample_id)]
     return "".join(lines)
 
 
-def _without_nan(value: Any) -> Any:
-    """NaN and infinity are no JSON: a figure that could not be computed is null."""
+def _as_json(value: Any) -> Any:
+    """Plain JSON values. NaN and infinity, which JSON does not have, become null: a figure that could not be computed."""
     if isinstance(value, dict):
-        return {str(key): _without_nan(entry) for key, entry in value.items()}
+        return {str(key): _as_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return [_as_json(entry) for entry in value]
+    if hasattr(value, "tolist"):  # NumPy
+        return _as_json(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_summary(
     runs: list[UnitRun],
-    written: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]],
+    written: dict[str, UnitResults],
     settings: Settings,
     config_run: str | None,
     notes: list[str],
     interrupted: bool,
-    earlier_failures: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """What benchmark_summary.json holds, in the order of the runs, whatever order they were finished in. written: run
-    name -> its results and failures, of the runs that are written; earlier_failures: the search's."""
-    results = [entry for run in runs for entry in written.get(run.name, ([], []))[0]]
-    failures = earlier_failures + [entry for run in runs for entry in written.get(run.name, ([], []))[1]]
+    search_failures: list[Failure],
+) -> Summary:
+    """The content of benchmark_summary.json, in the order of the runs. written: run name -> results, of the finished runs."""
+    finished = [written[run.name] for run in runs if run.name in written]
+    results = [row for entry in finished for row in entry.rows]
     broken = [run for run in runs if run.error]
+    failures = search_failures + [failure for entry in finished for failure in entry.failures]
     failures += [
-        {
-            "model": run.unit.model,
-            "task": run.unit.task,
-            "configuration": None,
-            "status": "failed",
-            "problem": run.error,
-        }
+        Failure(model=run.unit.model, task=run.unit.task, configuration=None, status="failed", problem=run.error)
         for run in broken
     ]
     planned, lost = sum(len(run.unit.configs) for run in runs), sum(len(run.unit.configs) for run in broken)
-    whole = sum(result["samples"]["ok"] == result["samples"]["total"] for result in results)
-    empty = sum(result["samples"]["ok"] == 0 for result in results)
-    return {
-        "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "config_run_used": config_run,
-        "objective_function": settings.objective,
-        "interrupted": interrupted,
-        "phase2_results": {
-            "total": planned,
-            "completed": whole,
-            "partial": len(results) - whole - empty,
-            "failed": lost + empty,
-            "skipped": planned - len(results) - lost,
-        },
-        "results": results,
-        "failures": failures,
-        "notes": notes,
-        "configuration": {
-            "models": list(dict.fromkeys(run.unit.model for run in runs)),
-            "tasks": list(dict.fromkeys(run.unit.task for run in runs)),
-            "num_sparse_configs": len({c.name for run in runs for c in run.unit.configs if c.config is not None}),
-            "objective_function": settings.objective,
-            "seed": settings.seed,
-            "sparse_from": settings.sparse_from,
-            "max_new_tokens": settings.max_new_tokens,
-            "max_context_length": settings.max_context_length,
-            "max_requests": settings.max_requests,
-            "benchmark_timeout": settings.benchmark_timeout,
-            "micro_metrics": settings.micro_metrics,
-        },
-        "versions": environment(),
-    }
+    whole = sum(row.samples.ok == row.samples.total for row in results)
+    empty = sum(row.samples.ok == 0 for row in results)
+    return Summary(
+        timestamp=datetime.now().astimezone().isoformat(timespec="seconds"),
+        config_run_used=config_run,
+        objective_function=settings.objective,
+        interrupted=interrupted,
+        phase2_results=PhaseCounts(
+            total=planned,
+            completed=whole,
+            partial=len(results) - whole - empty,
+            failed=lost + empty,
+            skipped=planned - len(results) - lost,
+        ),
+        results=results,
+        failures=failures,
+        notes=notes,
+        configuration=RunRecord(
+            models=list(dict.fromkeys(run.unit.model for run in runs)),
+            tasks=list(dict.fromkeys(run.unit.task for run in runs)),
+            num_sparse_configs=len({c.name for run in runs for c in run.unit.configs if c.config is not None}),
+            objective_function=settings.objective,
+            seed=settings.seed,
+            sparse_from=settings.sparse_from,
+            max_new_tokens=settings.max_new_tokens,
+            max_context_length=settings.max_context_length,
+            max_requests=settings.max_requests,
+            benchmark_timeout=settings.benchmark_timeout,
+            micro_metrics=settings.micro_metrics,
+        ),
+        versions=environment(),
+    )

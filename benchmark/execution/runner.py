@@ -1,39 +1,37 @@
-"""Phase 2: every configuration of a (model, task) on every sample, on all devices; nothing that was answered is ever
-lost.
+"""Phase 2: answer every sample of every (model, task) under every configuration, on all devices.
 
     outcome = run_benchmarks(units, settings, config_run="run_20240315_143022", notes=[])
     print(closing_table(outcome.summary))
 
-Workers answer blocks of samples and journal each sample at once; this process plans, watches, scores and writes. A
-worker that dies is replaced and its block goes on; a block that kills its worker three times without getting on is
-recorded as failed. Started again after whatever end, a run goes on from its journals.
+Workers answer batches of samples and journal each sample at once; this process plans, watches, scores and writes. A worker
+that crashes is replaced, and its batch is queued again; a sample that crashes its worker three times is recorded as failed.
+Interrupted runs resume from their journals.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from benchmark.execution.jobs import BenchmarkUnit, UnitRun, make_blocks
-from benchmark.execution.messages import Block, Options, failure
-from benchmark.execution.output import make_summary, write_unit
-from benchmark.execution.scheduler import Schedule, Work
-from benchmark.execution.worker import BlockJob, forget_model
+from benchmark.execution.jobs import BenchmarkUnit, UnitRun, make_batches
+from benchmark.execution.messages import Batch, Options, error_message
+from benchmark.execution.output import UnitResults, make_summary, write_unit
+from benchmark.execution.scheduler import QueuedBatch, Schedule
+from benchmark.execution.worker import BatchJob, forget_model
 from benchmark.progress import Progress
-from benchmark.report.table import closing_table
 from benchmark.settings import Settings
+from benchmark.storage.records import Failure, Summary, WorkerStatus, parse_record, to_json, write_record
 from benchmark.storage.rerun import ForcedRun
-from benchmark.storage.results import fingerprint, write_json
+from benchmark.storage.results import fingerprint
 from benchmark.workers.pools import (
     InProcessPool,
     Pool,
@@ -48,7 +46,10 @@ from benchmark.workers.ray_pool import RayPool
 from benchmark.workers.signals import Interrupts, results_lock
 from sparse_attention_hub.errors import UserError
 
-__all__ = ["BenchmarkOutcome", "BenchmarkUnit", "closing_table", "run_benchmarks"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["BenchmarkOutcome", "BenchmarkUnit", "run_benchmarks"]
 
 logger = logging.getLogger("benchmark.phase2")
 
@@ -57,12 +58,18 @@ _TICK = 0.2
 
 @dataclass
 class BenchmarkOutcome:
-    """summary: what benchmark_summary.json holds. failures: its failure records. interrupted: stopped by a signal
-    before all was answered; starting the same command again goes on."""
+    """summary: the content of benchmark_summary.json."""
 
-    summary: dict[str, Any]
-    failures: list[dict[str, Any]]
-    interrupted: bool
+    summary: Summary
+
+    @property
+    def failures(self) -> list[Failure]:
+        return self.summary.failures
+
+    @property
+    def interrupted(self) -> bool:
+        """Stopped by a signal before all samples were answered; the same command resumes."""
+        return self.summary.interrupted
 
 
 def run_benchmarks(
@@ -71,14 +78,20 @@ def run_benchmarks(
     *,
     config_run: str | None = None,
     notes: Sequence[str] = (),
-    failures: Sequence[dict[str, Any]] = (),
+    failures: Sequence[Failure] = (),
     in_process: bool | None = None,
 ) -> BenchmarkOutcome:
-    """Run what is not yet answered, then write every result file and the summary.
+    """Answer what is not yet answered, then write every result file and the summary.
 
-    failures: records of what failed in the search before, for the summary. in_process: answer in this process, without
-    workers; None = only where pebble is not installed. Raises UserError, before anything is written, for a model without
-    a tokenizer, an unknown task, another run in the same results folder, or --rescore without any recorded answer.
+    Parameters
+    ----------
+    units: one per (model, task), each at most once.
+    config_run: name of the search run that found the configurations, for the records.
+    notes, failures: notes and failures of the search, for the summary.
+    in_process: answer in this process, without workers. Default: only where pebble is not installed.
+
+    Raises UserError, before anything is written, for a model without a tokenizer, an unknown task, another run in the same
+    results folder, or --rescore without any recorded answer.
     """
     if not units and not failures:
         raise UserError("nothing to benchmark: no (model, task) has a configuration to run; run Phase 1 first")
@@ -93,7 +106,7 @@ def run_benchmarks(
         return run.go()
 
 
-def _load_tokenizers(units: list[BenchmarkUnit], settings: Settings) -> dict[str, Any]:
+def _load_tokenizers(units: list[BenchmarkUnit], settings: Settings) -> dict[str, PreTrainedTokenizerBase]:
     from sparse_attention_hub.models import load_tokenizer
 
     return {
@@ -103,11 +116,11 @@ def _load_tokenizers(units: list[BenchmarkUnit], settings: Settings) -> dict[str
 
 
 @dataclass
-class _InWork:
-    work: Work
+class _RunningBatch:
+    batch: QueuedBatch
     future: Future[int]
     status: Path
-    overdue: float | None = None  # when the worker should have been killed at the latest
+    overdue: float  # time.monotonic() by which the pool should have killed the worker
 
 
 class _Run:
@@ -115,27 +128,26 @@ class _Run:
         self,
         units: list[BenchmarkUnit],
         settings: Settings,
-        tokenizers: dict[str, Any],
+        tokenizers: dict[str, PreTrainedTokenizerBase],
         config_run: str | None,
         notes: list[str],
-        failures: list[dict[str, Any]],
+        failures: list[Failure],
         in_process: bool | None,
     ) -> None:
-        self.earlier_failures = failures
+        self.search_failures = failures
         self.settings, self.tokenizers, self.config_run, self.notes = settings, tokenizers, config_run, notes
         self.in_process = in_process if in_process is not None else not has_pebble() and settings.ray_address is None
         self.base = settings.benchmark_results_dir
         self.scratch = self.base / ".run"
         self.slots = [] if settings.ray_address else plan_slots(settings.device, settings.max_concurrent_benchmarks)
         on_gpu = any(slot.device.startswith(("cuda", "sharded")) for slot in self.slots)
-        self.place = "cuda" if on_gpu or settings.device.startswith(("cuda", "sharded")) else "cpu"
-        by_model = sorted(units, key=lambda unit: list(tokenizers).index(unit.model))
+        self.device_kind = "cuda" if on_gpu or settings.device.startswith(("cuda", "sharded")) else "cpu"
+        self.units = sorted(units, key=lambda unit: list(tokenizers).index(unit.model))
         self.runs: list[UnitRun] = []
-        self.units = by_model
         self.to_prepare: deque[UnitRun] = deque()
         self.schedule = Schedule(settings.benchmark_timeout, self._say)
-        self.in_work: dict[int, _InWork] = {}
-        self.results: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
+        self.running: dict[int, _RunningBatch] = {}  # slot -> its batch
+        self.results: dict[str, UnitResults] = {}
         self.forced: ForcedRun | None = None
         self.todo: dict[str, int] = {}
         self.interrupts = Interrupts(lambda: (self.scratch / "stop").touch(), self._worker_pids)
@@ -143,14 +155,14 @@ class _Run:
         self.progress: Progress | None = None
         self.log: Path | None = None
 
-    # -- the whole of it ---------------------------------------------------------------------------------------------
+    # -- the run as a whole ------------------------------------------------------------------------------------------
 
     def check_recorded(self) -> None:
         """UserError if no unit has an answer that --rescore could score. Nothing is written."""
         problems = []
         for unit in self.units:
             try:
-                UnitRun(unit, self.settings, self.place).prepare(self.tokenizers[unit.model])
+                UnitRun(unit, self.settings, self.device_kind).prepare(self.tokenizers[unit.model])
                 return
             except UserError as error:
                 problems.append(str(error))
@@ -165,14 +177,14 @@ class _Run:
         try:
             with self.interrupts:
                 self._start()
-                workers = len(self.pool.slots) if self.pool is not None else 1
-                with Progress("Phase 2", workers) as self.progress:
+                with Progress("Phase 2", self.schedule.workers) as self.progress:
                     for note in self.notes:
                         logger.info("%s", note)
                     try:
                         self._loop()
                     finally:
-                        self._stop_workers()
+                        if self.pool is not None:
+                            self.pool.kill()
                     for run in self.runs:
                         self._finish(run)
                     self._show()
@@ -184,22 +196,22 @@ class _Run:
                 handler.close()
 
     def _start(self) -> None:
-        """Make the pool: the runs depend on what kind of device it has."""
+        """Make the pool, then the runs, which depend on the pool's kind of device."""
         if self.settings.rescore:
             pass
         elif self.settings.ray_address:
-            ray_pool = RayPool(self.settings.ray_address, self.settings.device, self.settings.max_concurrent_benchmarks)
-            self.place = "cuda" if any(s.device.startswith(("cuda", "sharded")) for s in ray_pool.slots) else self.place
-            self.pool = ray_pool
+            self.pool = RayPool(self.settings.ray_address, self.settings.device, self.settings.max_concurrent_benchmarks)
+            if any(slot.device.startswith(("cuda", "sharded")) for slot in self.pool.slots):
+                self.device_kind = "cuda"
         elif self.in_process:
             slot = self.slots[0] if self.slots else Slot("worker-0", self.settings.device, 1)
             self.pool = InProcessPool(slot, self._watch, forget_model)
         else:
             self.pool = ProcessPools(self.slots, self.log)
         self.schedule.workers = len(self.pool.slots) if self.pool is not None else 1
-        self.runs = [UnitRun(unit, self.settings, self.place) for unit in self.units]
+        self.runs = [UnitRun(unit, self.settings, self.device_kind) for unit in self.units]
         if self.settings.force_benchmark and not self.settings.rescore:
-            asked = [[run.shared, sorted(run.keys.items()), self.settings.max_requests] for run in self.runs]
+            asked = [[to_json(run.shared), sorted(run.keys.items()), self.settings.max_requests] for run in self.runs]
             self.forced = ForcedRun(self.base, "--force-benchmark", fingerprint(asked))
             self.notes += self.forced.begin()
             for run in self.runs:
@@ -210,31 +222,31 @@ class _Run:
         while True:
             self._feed()
             self._submit()
-            if not self.in_work and not self.schedule.queue and not self.to_prepare:
+            if not self.running and not self.schedule.queue and not self.to_prepare:
                 return
-            if self.interrupted and not self.in_work:
+            if self.interrupted and not self.running:
                 return
-            wait([entry.future for entry in self.in_work.values()], timeout=_TICK, return_when=FIRST_COMPLETED)
-            for slot, entry in list(self.in_work.items()):
+            wait([entry.future for entry in self.running.values()], timeout=_TICK, return_when=FIRST_COMPLETED)
+            for slot, entry in list(self.running.items()):
                 if entry.future.done():
-                    del self.in_work[slot]
+                    del self.running[slot]
                     self._settle(slot, entry)
-                elif entry.overdue is not None and time.monotonic() > entry.overdue:
-                    del self.in_work[slot]
+                elif time.monotonic() > entry.overdue:
+                    del self.running[slot]
                     self._renew(slot)
-                    self.schedule.timed_out(entry.work)
+                    self.schedule.timed_out(entry.batch)
             self._watch()
             self._finish_done()
 
     def _feed(self) -> None:
-        """Make samples of the next units while few blocks wait; only a few units' samples are in memory at a time."""
+        """Make the next units' samples while few batches wait, so that only a few units' samples are in memory."""
         workers = self.schedule.workers
         while self.to_prepare and not self.interrupted and (self.pool is None or len(self.schedule.queue) < 2 * workers):
             run = self.to_prepare.popleft()
             try:
                 notes = run.prepare(self.tokenizers[run.unit.model])
             except Exception as error:
-                run.error = failure(error)["error_message"]
+                run.error = error_message(error)
                 logger.warning("%s cannot be run: %s", run.name, run.error)
                 self._say(f"{run.name} cannot be run: {run.error}")
                 continue
@@ -244,42 +256,40 @@ class _Run:
             requests = run.missing()
             self.todo[run.name] = len(requests)
             logger.info("%s: %d samples, %d to answer", run.name, len(run.samples), len(requests))
-            self.schedule.queue.extend(Work(run, block) for block in make_blocks(requests, workers))
+            self.schedule.queue.extend(QueuedBatch(run, batch) for batch in make_batches(requests, workers))
             self._finish_done()
 
     def _submit(self) -> None:
         if self.pool is None:
             return
         for slot in range(len(self.pool.slots)):
-            while slot not in self.in_work and not self.interrupted and (found := self.schedule.next()) is not None:
-                self._begin(slot, *found)
+            while slot not in self.running and not self.interrupted and (found := self.schedule.next()) is not None:
+                self._begin(self.pool, slot, *found)
 
-    def _begin(self, slot: int, work: Work, left: float) -> None:
-        assert self.pool is not None
-        run, place = work.run, self.pool.slots[slot]
-        status = self.scratch / f"{place.name}.json"
+    def _begin(self, pool: Pool, slot: int, queued: QueuedBatch, left: float) -> None:
+        run, worker = queued.run, pool.slots[slot]
+        status = self.scratch / f"{worker.name}.json"
         status.unlink(missing_ok=True)
-        block = Block(
+        batch = Batch(
             model=run.unit.model,
             task=run.unit.task,
             use_chat_template=run.task.use_chat_template,
             configs=run.configs,
-            requests=work.requests,
-            options=self._options(place),
-            journal=run.folder / f"{place.name}.jsonl",
+            requests=queued.requests,
+            options=self._options(worker),
+            journal=run.folder / f"{worker.name}.jsonl",
             status=status,
             stop=self.scratch / "stop",
-            most=work.most,
+            most=queued.most,
         )
-        self.in_work[slot] = _InWork(work, Future(), status, overdue=time.monotonic() + left + 15.0)
+        # In this process `submit` answers the batch before it returns, and `_watch` looks at what is running meanwhile.
+        entry = self.running[slot] = _RunningBatch(queued, Future(), status, overdue=time.monotonic() + left + 15.0)
         try:
-            future = self.pool.submit(slot, BlockJob(block), left)
+            entry.future = pool.submit(slot, BatchJob(batch), left)
         except RuntimeError as error:  # the pool broke while idle
-            logger.warning("%s: %s", place.name, error)
+            logger.warning("%s: %s", worker.name, error)
             self._renew(slot)
-            future = self.pool.submit(slot, BlockJob(block), left)
-        if slot in self.in_work:
-            self.in_work[slot].future = future
+            entry.future = pool.submit(slot, BatchJob(batch), left)
 
     def _options(self, slot: Slot) -> Options:
         settings = self.settings
@@ -297,25 +307,25 @@ class _Run:
 
     # -- what comes back ---------------------------------------------------------------------------------------------
 
-    def _settle(self, slot: int, entry: _InWork) -> None:
-        """Hand a block that came back to the schedule, which knows what becomes of it."""
-        work, run = entry.work, entry.work.run
+    def _settle(self, slot: int, entry: _RunningBatch) -> None:
+        """Hand a batch that came back to the schedule, which decides what happens to it."""
+        queued, run = entry.batch, entry.batch.run
         error = entry.future.exception()
         run.store.poll()
         if isinstance(error, TimeoutError | WorkerDied):
             self._renew(slot)
         if error is None:
-            self.schedule.came_back(work, stopped=self.interrupted)
+            self.schedule.came_back(queued, stopped=self.interrupted)
         elif isinstance(error, TimeoutError):
-            self.schedule.timed_out(work)
+            self.schedule.timed_out(queued)
         elif isinstance(error, WorkerDied):
-            state = _read_status(entry.status)
-            logger.warning("%s: its worker ended %s while %s", run.name, error, state.get("state", "starting"))
+            status = _read_status(entry.status)
+            logger.warning("%s: its worker ended %s while %s", run.name, error, status.state if status else "starting")
             if not self.interrupted:
-                self.schedule.died(work, str(error), state)
+                self.schedule.crashed(queued, str(error), status)
         else:
-            logger.error("%s: %s", run.name, failure(error)["error_message"])
-            self.schedule.failed(work, error)
+            logger.error("%s: %s", run.name, error_message(error))
+            self.schedule.failed(queued, error)
 
     def _renew(self, slot: int) -> None:
         if self.pool is not None:
@@ -324,8 +334,8 @@ class _Run:
     # -- watching ----------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Read what the workers journalled since the last look, and show it."""
-        for run in {id(entry.work.run): entry.work.run for entry in self.in_work.values()}.values():
+        """Read what the workers have journalled, and show the progress."""
+        for run in {id(entry.batch.run): entry.batch.run for entry in self.running.values()}.values():
             run.store.poll()
         self._show()
 
@@ -333,26 +343,19 @@ class _Run:
         if self.progress is None:
             return
         total = sum(self.todo.get(run.name, 0 if run.error or self.settings.rescore else run.expected()) for run in self.runs)
-        left = sum(len(run.remaining(work.requests)) for run, work in self._open_work())
-        open_todo = total - left - sum(run.expected() for run in self.to_prepare if not self.settings.rescore)
-        lines = [self._worker_line(slot) for slot in range(len(self.pool.slots))] if self.pool is not None else []
-        self.progress.update(max(0, open_todo), total, lines)
+        left = sum(len(batch.run.remaining(batch.requests)) for batch in self._open_batches())
+        left += sum(run.expected() for run in self.to_prepare if not self.settings.rescore)
+        lines = [self._worker_line(slot, entry) for slot, entry in sorted(self.running.items())]
+        self.progress.update(max(0, total - left), total, lines)
 
-    def _open_work(self) -> Iterator[tuple[UnitRun, Work]]:
-        for work in self.schedule.queue:
-            yield work.run, work
-        for entry in self.in_work.values():
-            yield entry.work.run, entry.work
+    def _open_batches(self) -> list[QueuedBatch]:
+        return [*self.schedule.queue, *(entry.batch for entry in self.running.values())]
 
-    def _worker_line(self, slot: int) -> str:
+    def _worker_line(self, slot: int, entry: _RunningBatch) -> str:
         assert self.pool is not None
-        entry = self.in_work.get(slot)
-        if entry is None:
-            return ""
-        state = _read_status(entry.status)
-        name = self.pool.slots[slot].name
-        what = state.get("sample") or f"{entry.work.run.unit.task} ({state.get('state', 'starting')})"
-        return f"{name}: {what}"
+        status = _read_status(entry.status)
+        starting = f"{entry.batch.run.unit.task} ({status.state if status else 'starting'})"
+        return f"{self.pool.slots[slot].name}: {status.sample if status and status.sample else starting}"
 
     def _say(self, text: str) -> None:
         if self.progress is not None:
@@ -367,50 +370,43 @@ class _Run:
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def _finish_done(self) -> None:
-        busy = {id(run) for run, _ in self._open_work()}
+        busy = {id(batch.run) for batch in self._open_batches()}
         for run in self.runs:
-            if run.prepared and not run.finished and id(run) not in busy:
+            if id(run) not in busy:
                 self._finish(run)
 
     def _finish(self, run: UnitRun) -> None:
-        """Score a unit, write its files, and let its samples go."""
+        """Score a unit, write its files, and free its samples."""
         if run.finished or not run.prepared:
             return
         run.store.poll()
         try:
-            results, failures, notes = write_unit(run, self.config_run)
-        except Exception as error:  # its answers are journalled, and the others' files are still to be written
-            run.error = f"its files cannot be written: {failure(error)['error_message']}"
+            written = write_unit(run, self.config_run)
+        except Exception as error:  # its answers are journalled, and the files of other units can still be written
+            run.error = f"its files cannot be written: {error_message(error)}"
             logger.error("%s: %s", run.name, run.error, exc_info=error)
             self._say(f"{run.name}: {run.error}")
-            results, failures, notes = [], [], []
-        for result in results:
-            found = run.unit.provenance.get(result["configuration"], {})
-            result["meets_budget"] = found.get("meets_budget")
-            result["provenance"] = found
-            result.pop("failures")
-        self.results[run.name] = (results, failures)
-        self._note(notes)
+            written = UnitResults()
+        self.results[run.name] = written
+        self._note(written.notes)
         run.finished = True
         run.release()
-        write_json(self.base / "benchmark_summary.json", self._summary())
+        self._write_summary()
 
-    def _summary(self) -> dict[str, Any]:
-        return make_summary(
-            self.runs, self.results, self.settings, self.config_run, self.notes, self.interrupted, self.earlier_failures
+    def _write_summary(self) -> Summary:
+        summary = make_summary(
+            self.runs, self.results, self.settings, self.config_run, self.notes, self.interrupted, self.search_failures
         )
+        write_record(self.base / "benchmark_summary.json", summary)
+        return summary
 
     def _outcome(self) -> BenchmarkOutcome:
-        summary = self._summary()
-        write_json(self.base / "benchmark_summary.json", summary)
+        outcome = BenchmarkOutcome(self._write_summary())
         if self.forced is not None and not self.interrupted:
             self.forced.end()
         if self.interrupted:
-            print(
-                f"\nStopped. What is answered is kept in {self.base}; the same command goes on from there.",
-                file=sys.stderr,
-            )
-        return BenchmarkOutcome(summary, summary["failures"], self.interrupted)
+            print(f"\nStopped. Answers so far are kept in {self.base}; the same command resumes.", file=sys.stderr)
+        return outcome
 
     @property
     def interrupted(self) -> bool:
@@ -419,14 +415,9 @@ class _Run:
     def _worker_pids(self) -> list[int]:
         return self.pool.pids() if isinstance(self.pool, ProcessPools) else []
 
-    def _stop_workers(self) -> None:
-        if self.pool is not None:
-            self.pool.kill()
 
-
-def _read_status(path: Path) -> dict[str, Any]:
+def _read_status(path: Path) -> WorkerStatus | None:
     try:
-        found = json.loads(path.read_text())
+        return parse_record(path.read_bytes(), WorkerStatus)
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None

@@ -1,23 +1,24 @@
-"""What a Phase 2 worker does: load a model once, then answer blocks of samples, each journalled as soon as it is done.
+"""What a Phase 2 worker does: load a model once, then answer batches of samples, each journalled as soon as it is done.
 
-Importing this module is cheap: torch is imported with the first block, after a worker process has set its threads and
+Importing this module is cheap: torch is imported with the first batch, after a worker process has set its threads and
 its devices.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmark.execution.answer_sample import LoadedModel, Prefix, answer_sample
-from benchmark.execution.messages import Block, Request, failure
+from benchmark.execution.messages import Batch, Request, failure
+from benchmark.storage.records import SampleLine, WorkerStatus, to_json
 from benchmark.storage.results import Journal
 from benchmark.tasks.base import Prompt, build_prompt
 from benchmark.workers.errors import check_device
@@ -33,94 +34,90 @@ _loaded: LoadedModel | None = None
 
 
 @dataclass(frozen=True)
-class BlockJob:
-    """A block as a pool runs it: a `workers.pools.Job`."""
+class BatchJob:
+    """A batch as a pool runs it: a `workers.pools.Job`."""
 
-    block: Block
+    batch: Batch
 
     @property
     def parts(self) -> int:
-        return len(self.block.requests)
+        return len(self.batch.requests)
 
     def run(self, deadline: float | None = None, on_record: Callable[[], None] | None = None) -> int:
-        return run_block(replace(self.block, deadline=deadline), on_record)
+        return run_batch(replace(self.batch, deadline=deadline), on_record)
 
     def records(self) -> Iterator[Any]:
-        prepare(self.block)
+        prepare(self.batch)
         yield os.getpid()
-        yield from answer_block(self.block)
+        yield from answer_batch(self.batch)
 
-    def portable(self) -> BlockJob:
-        return BlockJob(replace(self.block, journal=None, status=None, stop=None))
+    def portable(self) -> BatchJob:
+        return BatchJob(replace(self.batch, journal=None, status=None, stop=None))
 
     def stopped(self) -> bool:
-        return self.block.stop is not None and self.block.stop.exists()
+        return self.batch.stop is not None and self.batch.stop.exists()
 
     def begin(self, part: int | None, pid: int | None = None) -> None:
-        sample = None if part is None else self.block.requests[part].sample.sample_id
-        tell(self.block, "loading" if part is None else "answering", sample, pid)
+        sample = None if part is None else self.batch.requests[part].sample.sample_id
+        write_status(self.batch, "loading" if part is None else "answering", sample, pid)
 
-    def keep(self, record: dict[str, Any]) -> None:
-        self._journal.append(record)
+    def keep(self, record: SampleLine) -> None:
+        self._journal.append(to_json(record))
 
     @cached_property
     def _journal(self) -> Journal:
-        assert self.block.journal is not None
-        return Journal(self.block.journal)
+        assert self.batch.journal is not None
+        return Journal(self.batch.journal)
 
 
-def run_block(block: Block, on_record: Callable[[], None] | None = None) -> int:
-    """Answer a block, journal each sample as soon as it is done, return how many were. Stops early when told to."""
-    assert block.journal is not None
-    journal = Journal(block.journal)
-    done = 0
-    for record in answer_block(block):
-        journal.append(record)
+def run_batch(batch: Batch, on_record: Callable[[], None] | None = None) -> int:
+    """Answer a batch and journal each sample as soon as it is done. Returns how many samples were answered: fewer than all
+    where the deadline passed or the run is being stopped."""
+    job, done = BatchJob(batch), 0
+    for line in answer_batch(batch):
+        job.keep(line)
         done += 1
         if on_record is not None:
             on_record()
     return done
 
 
-def answer_block(block: Block) -> Iterator[dict[str, Any]]:
-    """One journal record a sample. Raises UserError if the model cannot be loaded."""
-    tell(block, "loading", None)
-    loaded = prepare(block)
+def answer_batch(batch: Batch) -> Iterator[SampleLine]:
+    """One journal line per sample. Raises UserError if the model cannot be loaded."""
+    write_status(batch, "loading", None)
+    loaded = prepare(batch)
     prefix = Prefix(loaded.lm)
-    for group in _same_context(block.requests):
-        prompts = [_prompt(request, block, loaded.lm) for request in group]
-        room = max(
-            (len(p.question_ids) + r.limit for p, r in zip(prompts, group, strict=True) if isinstance(p, Prompt)),
-            default=0,
-        )
-        for request, prompt in zip(group, prompts, strict=True):
-            if _should_stop(block):
+    for _, group in groupby(batch.requests, key=lambda request: request.sample.context):
+        prompts = [(request, _prompt(request, batch, loaded.lm)) for request in group]
+        room = max((len(p.question_ids) + r.limit for r, p in prompts if isinstance(p, Prompt)), default=0)
+        for request, prompt in prompts:
+            if _should_stop(batch):
                 return
-            tell(block, "answering", request.sample.sample_id)
+            write_status(batch, "answering", request.sample.sample_id)
             started = time.perf_counter()
-            record = answer_sample(request, prompt, block, loaded, prefix, room)
-            record["wall_seconds"] = time.perf_counter() - started
-            yield record
+            line = answer_sample(request, prompt, batch, loaded, prefix, room)
+            line.wall_seconds = time.perf_counter() - started
+            yield line
     prefix.drop()
 
 
-def prepare(block: Block) -> LoadedModel:
-    """Load the block's model and make its configurations' attentions, where that is not done yet.
+def prepare(batch: Batch) -> LoadedModel:
+    """Load the batch's model and build the attention of each of its configurations, unless that is done already.
 
-    A configuration that cannot be made (a file of its weights is gone) has its failure in `broken` and keeps nobody else
-    from being answered. Raises UserError if the model cannot be loaded.
+    A configuration that cannot be built (its weight file is gone) has its failure in `broken`; the others are answered.
+    Raises UserError if the model cannot be loaded.
     """
-    loaded = _load(block)
-    loaded.attentions = {key: value for key, value in loaded.attentions.items() if key in block.configs}
+    loaded = _load(batch)
+    loaded.attentions = {key: value for key, value in loaded.attentions.items() if key in batch.configs}
     loaded.broken = {}
-    for key, config in block.configs.items():
+    for key, config in batch.configs.items():
         if key not in loaded.attentions:
             try:
-                loaded.attentions[key] = _attention(config, block.options.attention_backend, loaded.lm)
+                loaded.attentions[key] = _attention(config, batch.options.attention_backend, loaded.lm)
             except Exception as error:
                 check_device(error)
                 loaded.broken[key] = failure(error)
-                logger.warning("%s: a configuration cannot be made: %s", block.task, loaded.broken[key]["error_message"])
+                logger.warning("%s: a configuration cannot be built: %s", batch.task, loaded.broken[key].error_message)
                 error.__traceback__ = None
                 free_unused()
     return loaded
@@ -133,23 +130,23 @@ def forget_model() -> None:
     free_unused()
 
 
-def _load(block: Block) -> LoadedModel:
+def _load(batch: Batch) -> LoadedModel:
     global _loaded
-    options = block.options
-    key = (block.model, options.device, options.dtype, options.dense_backend, str(options.trust_remote_code))
+    options = batch.options
+    key = (batch.model, options.device, options.dtype, options.dense_backend, str(options.trust_remote_code))
     if _loaded is None or _loaded.key != key:
-        forget_model()  # before the next one comes: two may not fit
+        forget_model()  # before the next one is loaded: two may not fit
         from sparse_attention_hub.models import load_model
 
         started = time.perf_counter()
         lm = load_model(
-            block.model,
+            batch.model,
             device=options.device,
             dtype=options.dtype,
             dense_backend=options.dense_backend,
             trust_remote_code=options.trust_remote_code,
         )
-        logger.info("%s loaded on %s in %.1f s", block.model, lm.device, time.perf_counter() - started)
+        logger.info("%s loaded on %s in %.1f s", batch.model, lm.device, time.perf_counter() - started)
         _loaded = LoadedModel(key, lm)
     return _loaded
 
@@ -160,12 +157,12 @@ def _attention(config: ResearchAttentionConfig | None, backend: str, lm: Languag
     from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
     from sparse_attention_hub.models.model_files import complete
 
-    whole = complete(config, lm)  # with the model's own files, where a configuration leaves them out
+    whole = complete(config, lm)  # with the model's own files for parameters that the configuration leaves out
     return ResearchAttention(ResearchAttentionConfig(whole.masker_configs, backend=backend))
 
 
-def _prompt(request: Request, block: Block, lm: LanguageModel) -> Prompt | Exception:
-    longest = block.options.max_context_length
+def _prompt(request: Request, batch: Batch, lm: LanguageModel) -> Prompt | Exception:
+    longest = batch.options.max_context_length
     if lm.max_positions is not None:
         longest = min(longest, lm.max_positions)
     try:
@@ -174,38 +171,23 @@ def _prompt(request: Request, block: Block, lm: LanguageModel) -> Prompt | Excep
             lm.tokenizer,
             max_context_length=longest,
             max_new_tokens=request.limit,
-            use_chat_template=block.use_chat_template,
+            use_chat_template=batch.use_chat_template,
         )
     except Exception as error:
         return error
 
 
-def _same_context(requests: Sequence[Request]) -> Iterator[list[Request]]:
-    group: list[Request] = []
-    for request in requests:
-        if group and group[-1].sample.context != request.sample.context:
-            yield group
-            group = []
-        group.append(request)
-    if group:
-        yield group
+def _should_stop(batch: Batch) -> bool:
+    return (batch.deadline is not None and time.monotonic() > batch.deadline) or BatchJob(batch).stopped()
 
 
-def _should_stop(block: Block) -> bool:
-    if block.deadline is not None and time.monotonic() > block.deadline:
-        return True
-    return block.stop is not None and block.stop.exists()
-
-
-def tell(block: Block, state: str, sample_id: str | None, pid: int | None = None) -> None:
-    """Say what this worker (or that of `pid`) is doing, for the progress lines and for judging a death. Lost at a crash
-    without harm."""
-    if block.status is None:
+def write_status(batch: Batch, state: Literal["loading", "answering"], sample_id: str | None, pid: int | None = None) -> None:
+    """Record what this worker, or the one with `pid`, is doing: the parent shows it, and after a crash it tells which sample
+    was being answered. Losing the file does no harm."""
+    if batch.status is None:
         return
-    text = json.dumps(
-        {"pid": pid or os.getpid(), "state": state, "model": block.model, "task": block.task, "sample": sample_id}
-    )
-    temporary = block.status.with_suffix(f".{os.getpid()}")
+    status = WorkerStatus(pid=pid or os.getpid(), state=state, model=batch.model, task=batch.task, sample=sample_id)
+    temporary = batch.status.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
-        temporary.write_text(text)
-        os.replace(temporary, block.status)
+        temporary.write_text(status.model_dump_json())
+        os.replace(temporary, batch.status)

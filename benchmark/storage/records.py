@@ -8,18 +8,32 @@ Numbers must be finite, and a text is no number. Fields that a file has beyond i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from benchmark.storage.results import write_json
 from sparse_attention_hub.errors import UserError
 
 RecordT = TypeVar("RecordT", bound="Record")
+
+
+def _finite(value: JsonValue) -> JsonValue:
+    if isinstance(value, int | float) and not -1e30 < value < 1e30:
+        raise ValueError("numbers must be finite and between -1e30 and 1e30")
+    for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _finite(entry)
+    return value
+
+
+Plain = Annotated[JsonValue, AfterValidator(_finite)]
 #: {parameter of a search: its value}
-Params = dict[str, JsonValue]
-Interval = tuple[float, float]
+Params = dict[str, Plain]
+#: A figure of any sign. The bounds leave room for what tables and plots make of it.
+Measured = Annotated[float, Field(ge=-1e15, le=1e15)]
+Interval = tuple[Measured, Measured]
 Versions = dict[str, str | None]
 _QUOTED = 200
 
@@ -37,7 +51,7 @@ class MaskerRecord(Record):
     """A masker's configuration, as the library's `config_to_dict` writes it."""
 
     type: str
-    params: dict[str, JsonValue]
+    params: Params
 
 
 class AttentionRecord(Record):
@@ -50,6 +64,7 @@ class AttentionRecord(Record):
 class Failure(Record):
     """Something that was not answered. sample_id, configuration: None where all of them were lost."""
 
+    phase: int | None = None
     model: str | None = None
     task: str | None = None
     configuration: str | None = None
@@ -60,38 +75,53 @@ class Failure(Record):
 
 # -- Phase 1 -----------------------------------------------------------------------------------------------------------
 
+#: The rung of the forced forward: the last that measures error and density on inputs that all configurations share.
+FORCED = 2
+#: An error, a density or a duration. The upper bound leaves room for what tables and plots make of it.
+Figure = Annotated[float, Field(ge=0, le=1e15)]
+Count = Annotated[int, Field(ge=0)]
+#: Share of keys that a level may attend to; None for a level without a budget.
+Budget = Annotated[float, Field(gt=0, le=1e3)] | None
 
-class Evaluation(Record):
+
+class _Whole(Record):
+    """A record that is written with all its fields, set or not."""
+
+    def model_post_init(self, context: Any) -> None:
+        self.model_fields_set.update(type(self).model_fields)
+
+
+class Evaluation(_Whole):
     """Figures of one configuration on one rung, means over the tuning samples. None = not measured on this rung."""
 
-    error: float | None
-    density: float
-    seconds: float
+    error: Figure | None
+    density: Figure
+    seconds: Figure
     kv_fraction: float | None = None
     score: float | None = None
     sample_scores: list[float] | None = None
     reference_nll: float | None = None
     reproduced: float | None = None
-    layer_errors: list[float] | None = None
-    layer_densities: list[float] | None = None
+    layer_errors: list[Figure] | None = None
+    layer_densities: list[Figure] | None = None
 
 
-class Trial(Record):
-    """One configuration of a search. status: "completed", "failed" or "timeout". passing: it failed by a fault of the machine
-    that may be gone another time. rungs: what each rung measured. finished: when the last did, in seconds since 1970."""
+class Trial(_Whole):
+    """One configuration of a search. passing: a transient failure, retried on the next run. rungs: figures of each rung.
+    finished: when the highest rung was evaluated, in seconds since 1970."""
 
     number: int
     params: Params
     status: Literal["completed", "failed", "timeout"] = "completed"
     error_message: str | None = None
     passing: bool = False
-    rungs: dict[int, Evaluation] = Field(default_factory=dict)
     pruned_at: int | None = None
     finished: float | None = None
+    rungs: dict[int, Evaluation] = Field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
-        """What all its rungs took."""
+        """Time of all its rungs."""
         return sum(figures.seconds for figures in self.rungs.values())
 
     @property
@@ -105,13 +135,13 @@ class Trial(Record):
 
     @property
     def last(self) -> Evaluation:
-        """The figures of the highest rung that measures error and density on inputs that all configurations share."""
-        return self.at_most(2)
+        """The figures of the highest rung up to the forced forward."""
+        return self.at_most(FORCED)
 
 
 class Best(Record):
-    """What was found for one level. meets_budget False: no configuration met it, this is the closest. confirmed False: its
-    figures are a replay's, since nothing confirmed met the budget."""
+    """The best trial of one level. meets_budget False: no configuration met the budget, this is the closest. confirmed False:
+    its figures are a replay's, since no confirmed trial met the budget."""
 
     level: str
     budget: float | None
@@ -135,18 +165,19 @@ class EvaluationRecord(Record):
 
 
 class StudyLine(Record):
-    """A line of a study's journal: evaluations of one batch, or the keys that were in work when a device broke."""
+    """A line of a study's journal: evaluations of one batch, or the keys of the batch that was running when a device broke."""
 
     evaluations: list[EvaluationRecord] = Field(default_factory=list)
     broke: list[str] = Field(default_factory=list)
 
 
 class StudyOutcome(Record):
-    """What a worker leaves for the driver of Phase 1. seconds: of this start, and of what earlier ones evaluated."""
+    """Result of a study, written by its worker for the driver. error: why the study failed as a whole. seconds: of this start
+    and of evaluations reused from earlier ones. evaluated: number of evaluations of this start."""
 
     study: str
     error: str | None
-    seconds: float
+    seconds: Figure
     trials: list[Trial] = Field(default_factory=list)
     best: list[Best] = Field(default_factory=list)
     samples: list[str] = Field(default_factory=list)
@@ -175,7 +206,7 @@ class Confirmation(Record):
 
 
 class SearchProvenance(Record):
-    """All that determined a search's result. identity: a hash of it."""
+    """Everything that determined the result of a search. identity: a hash of it."""
 
     identity: str
     seed: int
@@ -185,7 +216,7 @@ class SearchProvenance(Record):
     device: str
     attention_backend: str
     dense_backend: str
-    weights: list[list[JsonValue]] | None
+    weights: list[list[Plain]] | None
     max_context_length: int
     max_new_tokens: int
     num_samples: int
@@ -205,24 +236,25 @@ class BestConfig(Record):
     sparse_config: AttentionRecord
     masker_classes: list[str]
     hyperparams: Params
-    budget: float | None
+    budget: Budget
     meets_budget: bool
-    error: float
-    density: float
+    error: Figure
+    density: Figure
     kv_fraction: float | None
     score: float | None
     objective: float
-    search_time: float
-    num_trials: int
-    failed_trials: int
-    passing_failures: int
+    search_time: Figure
+    num_trials: Count
+    failed_trials: Count
+    passing_failures: Count
     best_trial_id: str
     confirmation: Confirmation
     provenance: SearchProvenance
 
 
 class TrialRow(Record):
-    """A trial as {..}_trials.json has it: its Trial, under an id, with its last figures beside all of them."""
+    """A trial in {..}_trials.json. config: its parameters. rung: the highest evaluated. error, density, kv_fraction: of the
+    highest rung up to the forced forward; score: of generation; figures: of every rung."""
 
     trial_id: str
     config: Params
@@ -236,21 +268,57 @@ class TrialRow(Record):
     kv_fraction: float | None
     score: float | None
     figures: dict[int, Evaluation]
-    seconds: float
+    seconds: Figure
+
+    @property
+    def params(self) -> Params:
+        return self.config
+
+    @property
+    def rungs(self) -> dict[int, Evaluation]:
+        return self.figures
+
+    @property
+    def reached(self) -> int | None:
+        """The highest rung evaluated."""
+        return max(self.figures, default=None)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether a forced forward was evaluated."""
+        return FORCED in self.figures
+
+    def figure(self, name: str, rung: int) -> float | None:
+        """A figure of one rung; None if it was not measured there."""
+        value: float | None = getattr(self.figures[rung], name) if rung in self.figures else None
+        return value
+
+    def last(self, name: str) -> float | None:
+        """A figure of the highest rung up to the forced forward."""
+        rungs = [rung for rung in self.figures if rung <= FORCED]
+        return self.figure(name, max(rungs)) if rungs else None
 
 
 class TrialsFile(Record):
-    """{model}_{task}_{masker}_trials.json: every trial of a level's study."""
+    """{model}_{task}_{masker}_trials.json: every trial of a level's study. rungs: their names."""
 
     model: str
     task: str
     masker_name: str
-    budget: float | None
+    budget: Budget
     objective_function: str
     best_trial_id: str
     rungs: list[str]
     analysis_dataframe_path: str
     trials: list[TrialRow]
+
+    @field_validator("trials")
+    @classmethod
+    def _same_parameters(cls, trials: list[TrialRow]) -> list[TrialRow]:
+        for trial in trials:
+            if trial.config.keys() != trials[0].config.keys():
+                raise ValueError(f"the parameters of {trial.trial_id} are not those of {trials[0].trial_id}")
+        return trials
 
 
 # -- Phase 2 -----------------------------------------------------------------------------------------------------------
@@ -272,12 +340,16 @@ class Answer(Record):
     reference_error: str | None = None
     error_message: str | None = None
 
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
 
 class SampleLine(Record):
     """A line of a Phase 2 journal: one sample, answered under configurations by their keys. limit: new tokens at most;
     capped_limit: the task asks for more. time: in seconds since 1970."""
 
-    kind: Literal["sample"] = "sample"
+    kind: Literal["sample"]
     sample_id: str
     sample_hash: str
     limit: int
@@ -294,37 +366,64 @@ class SampleLine(Record):
     wall_seconds: float | None = None
 
 
+class JournalSettings(Record):
+    """settings.json of a journal folder: all that determines an answer, apart from the sample and the configuration."""
+
+    record_version: int
+    model: str
+    weights: list[list[JsonValue]] | None
+    task: str
+    seed: int
+    sparse_from: str
+    device: str
+    dtype: str
+    dense_backend: str
+    attention_backend: str
+    max_context_length: int
+    micro_metrics: str
+
+
+class WorkerStatus(Record):
+    """What a worker is doing. sample: None while it loads the model."""
+
+    pid: int
+    state: Literal["loading", "answering"]
+    model: str
+    task: str
+    sample: str | None
+
+
 class Score(Record):
     """A metric over the samples that have it."""
 
-    mean: float | None
+    mean: Measured | None
     interval: Interval | None
-    n: int
+    n: Count
 
 
 class Difference(Record):
     """A configuration against dense attention on the samples that both answered; see stats.Comparison."""
 
-    difference: float
+    difference: Measured
     interval: Interval | None
-    n: int
-    better: int
-    worse: int
+    n: Count
+    better: Count
+    worse: Count
     p_value: float | None
 
 
 class SampleCounts(Record):
     """Samples of a result by what became of them."""
 
-    total: int
-    ok: int
-    failed: int
-    timed_out: int
-    unscored: int
-    missing: int
-    capped: int
-    truncated: int
-    without_reference_nll: int
+    total: Count
+    ok: Count
+    failed: Count
+    timed_out: Count
+    unscored: Count
+    missing: Count
+    capped: Count
+    truncated: Count
+    without_reference_nll: Count
 
 
 class Scores(Record):
@@ -334,21 +433,21 @@ class Scores(Record):
     task: str
     configuration: str
     metric: str
-    score: float | None
+    score: Measured | None
     interval: Interval | None
     scores: dict[str, Score]
-    reference_nll: float | None
+    reference_nll: Measured | None
     perplexity: float | None
-    density: float | None
-    error: float | None
-    kv_fraction: float | None
-    budget: float | None
+    density: Measured | None
+    error: Measured | None
+    kv_fraction: Measured | None
+    budget: Measured | None
     over_budget: bool | None
     samples: SampleCounts
-    seconds: float | None
+    seconds: Measured | None
     difference_to_dense: Difference | None = None
     reference_nll_difference_to_dense: Difference | None = None
-    aggregate: dict[str, JsonValue] | None = None
+    aggregate: Params | None = None
     aggregate_problem: str | None = None
 
 
@@ -377,7 +476,14 @@ class FoundBy(Record):
 Found = Annotated[FoundBy | None, BeforeValidator(lambda value: value or None)]
 
 
-class ResultConfig(Record):
+class ResultIdentity(Record):
+    """The hashes of a config.json by which results of other settings or other data are recognised."""
+
+    hash: str
+    samples: list[str] = Field(default_factory=list)
+
+
+class ResultConfig(ResultIdentity):
     """config.json: what one result was made of. hash: of all that determines an answer; samples_hash: of which samples were
     asked; samples: of what each was made of; settings: of the journal."""
 
@@ -387,10 +493,9 @@ class ResultConfig(Record):
     sparse_config: AttentionRecord | None
     masker_classes: list[str] | None
     budget: float | None
-    hash: str
     samples_hash: str
     samples: list[str]
-    settings: dict[str, JsonValue]
+    settings: Params
     sparse_from: str
     seed: int
     dtype: str | None
@@ -473,11 +578,26 @@ def parse_record(content: bytes | str, kind: type[RecordT]) -> RecordT:
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        got = "" if first["type"] in ("missing", "json_invalid") else f", got {repr(first['input'])[:_QUOTED]}"
-        where = f"field {field}: " if field else ""
-        raise ValueError(f"{where}{first['msg'][:_QUOTED]}{got}") from None
+        raise ValueError(_first_problem(error)) from None
+
+
+def read_lines(path: Path, kind: type[RecordT], advice: str) -> Iterator[RecordT]:
+    """The records in a file of JSON lines; an absent file has none. Lines that a kill left incomplete are skipped; UserError
+    for one that holds something else."""
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), 1):
+        try:
+            yield kind.model_validate_json(line)
+        except ValidationError as error:
+            if error.errors()[0]["type"] != "json_invalid":
+                raise UserError(f"{path}, line {number}: {_first_problem(error)}; {advice}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    got = "" if first["type"] in ("missing", "json_invalid") else f", got {repr(first['input'])[:_QUOTED]}"
+    where = f"field {field}: " if field else ""
+    return f"{where}{first['msg'].removeprefix('Value error, ')[:_QUOTED]}{got}"
 
 
 def to_json(record: Record) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""Faults of the machine, told from faults of what is run on it."""
+"""Classifies device, memory and transient I/O errors."""
 
 from __future__ import annotations
 
-#: Exit code of a worker whose device is beyond use: a fresh process takes over.
+#: Exit code of a worker whose device cannot be used any more.
 BROKEN_DEVICE = 70
 #: What errors of torch and of CUDA's libraries say when an allocation failed.
-_SHORT = ("out of memory", "can't allocate memory", "alloc_failed")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
 class BrokenDeviceError(RuntimeError):
-    """The device cannot be used any more by this process."""
+    """This process cannot use its device any more."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -17,17 +17,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(told in text for told in _SHORT)
+    return isinstance(error, RuntimeError) and any(phrase in text for phrase in _OUT_OF_MEMORY)
 
 
 def is_passing(error: BaseException) -> bool:
-    """Short memory, a disk that is full or gone: another time, or on another machine, the same may work."""
+    """A transient failure (memory, a full or missing disk): the same work may succeed later or on another machine."""
     return is_out_of_memory(error) or isinstance(error, OSError)
 
 
 def check_device(error: BaseException) -> None:
-    """A fault of the device itself spoils every later call of this process: BrokenDeviceError, so that a fresh one goes on.
-    Short memory is none, whatever it is called."""
+    """Raise BrokenDeviceError for an error of the device itself: every later call of this process would fail too, so the work
+    continues in a fresh process. Out of memory is no such error, whatever its type."""
     if is_out_of_memory(error):
         return
     if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):

@@ -1,4 +1,4 @@
-"""How much memory is left, and giving back what is not used."""
+"""How much memory is free, and returning unused memory to the system."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def free_memory(device: Any, workers: int) -> int | None:
-    """Bytes that one of `workers` may still take on a device; None if that is not known."""
+    """Bytes that one of `workers` may still allocate on a torch.device; None if unknown."""
     import torch
 
     if device.type == "cuda":
@@ -30,9 +30,9 @@ def _free_of_machine() -> int | None:
 
 
 def _free_of_group(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What the control group of this process (a container, a job of a cluster) and those above it leave; None = no limit.
+    """Bytes left in the control group of this process (a container, a cluster job) and in those above it; None = no limit.
 
-    Past such a limit nothing raises: the kernel kills.
+    Beyond such a limit no allocation fails: the kernel kills the process.
     """
     free: list[int] = []
     with contextlib.suppress(OSError, ValueError):
@@ -65,7 +65,7 @@ def _left_in(folder: Path, limit: str, used: str, cached: str) -> int | None:
 
 
 def free_unused() -> None:
-    """Give back what nothing uses any more: garbage, cached GPU blocks, and what `trim_heap` does."""
+    """Free garbage, cached GPU blocks and unused heap memory."""
     gc.collect()
     trim_heap()
     torch = sys.modules.get("torch")
@@ -74,6 +74,6 @@ def free_unused() -> None:
 
 
 def trim_heap() -> None:
-    """Give back what the C library keeps of freed memory: after a long context, as much as its whole KV cache."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone knows how
+    """Return freed memory that the C library keeps: after a long context, as much as its whole KV cache."""
+    with contextlib.suppress(OSError, AttributeError):  # malloc_trim is a function of glibc
         ctypes.CDLL(None).malloc_trim(0)

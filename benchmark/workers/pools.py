@@ -1,8 +1,8 @@
 """Where jobs run: in this process, or in one spawned process per device; ray_pool.py has the actors of a Ray cluster.
 
-A pool has numbered slots, each with one worker, and a slot runs one job at a time. If a worker dies, the job's future raises
-WorkerDied; if a job takes too long, its worker is killed and the future raises TimeoutError. The next job of the slot gets a
-fresh worker.
+A pool has numbered slots with one worker each, and a slot runs one job at a time. If a worker crashes, the job's future
+raises WorkerDied; if a job takes too long, its worker is killed and the future raises TimeoutError. The slot's next job gets
+a fresh worker.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sparse_attention_hub.errors import UserError
 
 logger = logging.getLogger("benchmark.phase2")
 
-#: Workers on GPUs where nobody says how many.
+#: GPU workers by default.
 GPU_WORKERS = 4
 
 
@@ -47,39 +47,40 @@ class Slot:
 
 
 class Job(Protocol):
-    """What a pool runs, pickled to a worker: some parts, each of which leaves a record in a journal."""
+    """What a pool runs, pickled to a worker: some parts, each of which gives a record for a journal."""
 
     @property
     def parts(self) -> int: ...
 
     def run(self, deadline: float | None = None, on_record: Callable[[], None] | None = None) -> int:
-        """Do all parts in this process and journal them; how many were done. No part is begun after the deadline
-        (time.monotonic) or once the job is told to stop."""
+        """Do and journal the parts in this process. No part is started after the deadline (time.monotonic) or once the job is
+        told to stop. Returns how many were done."""
 
     def records(self) -> Iterator[Any]:
-        """Do it where no file of the parent's can be written: the process id once all is loaded, then one record per part."""
+        """Do the parts where the parent's files cannot be written: yields the process id once all is loaded, then one
+        picklable record per part."""
 
     def portable(self) -> Job:
-        """The same without paths of this machine, for `records` elsewhere."""
+        """The same job without paths of this machine, for `records` on another one."""
 
     def stopped(self) -> bool:
-        """Whether it was told to stop after the part in work."""
+        """Whether it was told to stop after the current part."""
 
     def begin(self, part: int | None, pid: int | None = None) -> None:
-        """Note that a part (None: loading) is in work elsewhere, in process `pid`."""
+        """Note that process `pid` is doing a part (None: loading)."""
 
-    def keep(self, record: dict[str, Any]) -> None:
-        """Journal a record that was made elsewhere."""
+    def keep(self, record: Any) -> None:
+        """Journal one of the `records`."""
 
 
 class Pool(Protocol):
     slots: list[Slot]
 
     def submit(self, slot: int, job: Job, timeout: float | None) -> Future[int]:
-        """How many parts were done within `timeout` seconds."""
+        """Run a job; the future's result is how many parts were done within `timeout` seconds."""
 
     def renew(self, slot: int) -> None:
-        """Let go of a slot's worker, whatever it does; the next job gets a fresh one."""
+        """End a slot's worker, whatever it is doing; the next job gets a fresh one."""
 
     def kill(self) -> None:
         """Stop every worker now and leave no process behind."""
@@ -89,10 +90,10 @@ class Pool(Protocol):
 
 
 def plan_slots(device: str, limit: int | None) -> list[Slot]:
-    """One slot a GPU, GPU_WORKERS at most; on CPU one for every two cores. `limit`, if given, counts instead.
+    """One slot per GPU, at most GPU_WORKERS; on a CPU one for every two cores. No CUDA context is made in this process.
 
-    device: "auto", "cpu", "cuda" (all GPUs), "cuda:N", or "sharded": one worker over all GPUs, for a model
-    that does not fit one. No CUDA context is made in this process.
+    device: "auto", "cpu", "cuda" (all GPUs), "cuda:N", or "sharded": one worker over all GPUs, for a model that does not
+    fit on one. limit: the number of slots instead of these defaults.
     """
     cores = usable_cores()
     gpus = visible_gpus() if device == "auto" or device.startswith(("cuda", "sharded")) else []
@@ -109,7 +110,7 @@ def plan_slots(device: str, limit: int | None) -> list[Slot]:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may be set to for one worker each."""
+    """The values of CUDA_VISIBLE_DEVICES that give each worker one GPU."""
     import torch
 
     count = torch.cuda.device_count()
@@ -131,7 +132,7 @@ def has_pebble() -> bool:
 
 
 class InProcessPool:
-    """One worker: this process. A time limit is looked at between parts; nothing can be killed. release: called at the end."""
+    """One worker: this process. The time limit is checked between parts; nothing can be killed. release: called at the end."""
 
     def __init__(self, slot: Slot, on_record: Callable[[], None], release: Callable[[], None]) -> None:
         self.slots = [slot]
@@ -150,24 +151,24 @@ class InProcessPool:
         return future
 
     def renew(self, slot: int) -> None:
-        pass  # there is no other process to continue in
+        pass  # there is no other process
 
     def kill(self) -> None:
         self._release()
 
 
-# -- one spawned process a device ------------------------------------------------------------------------------------
+# -- one spawned process per device ----------------------------------------------------------------------------------
 
 
 def start_worker(slot: Slot, parent: int, log: Path | None) -> None:
-    """The first thing a worker process does, before torch is imported."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    """Set up a worker process, before torch is imported. parent: its process id."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent handles it
     os.environ.update(slot.env)
     wanted = slot.threads
     with contextlib.suppress(KeyError, ValueError):
         wanted = max(1, min(wanted, int(os.environ["OMP_NUM_THREADS"])))
     os.environ["OMP_NUM_THREADS"] = str(wanted)
-    # Threads that wait do not spin: on a machine shared with others, spinning costs a worker ten times its work.
+    # Waiting threads sleep: on a shared machine, spinning makes a worker ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -176,7 +177,7 @@ def start_worker(slot: Slot, parent: int, log: Path | None) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """End this process as soon as its parent has, however that ended."""
+    """End this process as soon as its parent has ended, for whatever reason."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -202,20 +203,20 @@ def add_log_file(log: Path | None) -> logging.Handler | None:
     return handler
 
 
-def work(job: Job, threads: int) -> int:
-    """A job in a worker process."""
+def run_job(job: Job, threads: int) -> int:
+    """Run a job in a worker process."""
     import torch
 
     torch.set_num_threads(min(threads, int(os.environ.get("OMP_NUM_THREADS", threads))))
     try:
         return job.run()
     except BrokenDeviceError as error:
-        logger.error("%s; this worker ends and a fresh one goes on", error)
+        logger.error("%s; this worker exits and a fresh one takes over", error)
         os._exit(BROKEN_DEVICE)
 
 
 class ProcessPools:
-    """One single-worker pebble pool a slot, so that a death or a time limit touches nobody else."""
+    """One single-worker pebble pool per slot, so that a crash or a time limit affects no other worker."""
 
     def __init__(self, slots: list[Slot], log: Path | None) -> None:
         self.slots = slots
@@ -230,7 +231,7 @@ class ProcessPools:
             initargs = (self.slots[slot], os.getpid(), self._log)
             self._pools[slot] = ProcessPool(max_workers=1, initializer=start_worker, initargs=initargs, context=context)
         outer: Future[int] = Future()
-        inner = self._pools[slot].schedule(work, args=(job, self.slots[slot].threads), timeout=timeout)
+        inner = self._pools[slot].schedule(run_job, args=(job, self.slots[slot].threads), timeout=timeout)
 
         def settle(done: Any) -> None:
             try:
@@ -240,7 +241,7 @@ class ProcessPools:
             except ProcessExpired as error:
                 outer.set_exception(WorkerDied(_how(error.exitcode)))
             except (CancelledError, Exception) as error:
-                # A pool that broke lost its process too; whatever the job itself raised comes with its own type.
+                # A broken pool has lost its process too; errors of the job itself keep their type.
                 broken = type(error).__name__ in ("BrokenProcessPool", "CancelledError")
                 outer.set_exception(WorkerDied("while starting") if broken else error)
 
@@ -266,7 +267,7 @@ class ProcessPools:
 
 def _how(code: int | None) -> str:
     if code == BROKEN_DEVICE:
-        return "with a fault of its device"
+        return "with a device error"
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):
             return f"by signal {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")

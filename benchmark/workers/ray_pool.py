@@ -1,6 +1,6 @@
 """Where jobs run with --ray-address: in the actors of a Ray cluster.
 
-Actors send their records back and this process journals them, so that no file system needs to be shared.
+Actors send their records back and this process journals them, so the machines need no shared file system.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from benchmark.workers.errors import BrokenDeviceError
 from benchmark.workers.pools import GPU_WORKERS, Job, Slot, WorkerDied, usable_cores
 from benchmark.workers.ray_start import start_ray
 
-#: A Ray actor that has not started by then counts as a dead worker.
+#: Seconds after which a Ray actor that has not started counts as crashed.
 ACTOR_START_SECONDS = 600
-#: Seconds between two looks at whether to stop.
+#: Seconds between two checks of whether to stop.
 _TICK = 0.5
 
 
@@ -39,9 +39,9 @@ class RayActor:
 
 
 class RayPool:
-    """One actor a GPU of the cluster, GPU_WORKERS at most, or for every two of its CPUs. `limit`, if given, counts instead.
+    """One actor per GPU of the cluster, at most GPU_WORKERS, or one for every two of its CPUs.
 
-    address: as for ray.init; "local" starts a cluster on this machine.
+    address: as for ray.init; "local" starts a cluster on this machine. limit: the number of actors instead of these defaults.
     """
 
     def __init__(self, address: str, device: str, limit: int | None) -> None:
@@ -49,7 +49,7 @@ class RayPool:
         import ray
 
         self._ray = ray
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         self.slots, self._share = plan_actors(nodes, device, limit)
         self._actors: dict[int, Any] = {}
         self._stopping = threading.Event()
@@ -84,12 +84,12 @@ class RayPool:
             self._drop(slot, actor)
             future.set_exception(error)
         except errors.RayTaskError as error:
-            if isinstance(error.cause, BrokenDeviceError):  # its process is beyond use
+            if isinstance(error.cause, BrokenDeviceError):  # its process is of no more use
                 self._drop(slot, actor)
-                future.set_exception(WorkerDied(f"with a fault of its device: {_short(error.cause)}"))
+                future.set_exception(WorkerDied(f"with a device error: {_short(error.cause)}"))
             else:
                 future.set_exception(error.cause if isinstance(error.cause, Exception) else error)
-        except (WorkerDied, errors.RayError) as error:  # the actor, its node, or what it sent is gone
+        except (WorkerDied, errors.RayError) as error:  # the actor, its node or a record is lost
             self._drop(slot, actor)
             future.set_exception(WorkerDied(_short(error)))
         except Exception as error:
@@ -98,11 +98,11 @@ class RayPool:
     def _actor(self, slot: int, deadline: float | None) -> Any:
         """The slot's actor, a new one if there is none.
 
-        A cluster that grows may take minutes to give an actor its place; one that never does must not be waited for.
+        A growing cluster may take minutes to start an actor; TimeoutError or WorkerDied for one that does not start.
         """
         if slot in self._actors:
             return self._actors[slot]
-        options = self._ray.remote(RayActor).options(max_restarts=0, **self._share)
+        options: Any = self._ray.remote(RayActor).options(max_restarts=0, **self._share)
         actor = self._actors[slot] = options.remote(self.slots[slot].threads)
         alive, until = actor.pid.remote(), time.monotonic() + ACTOR_START_SECONDS
         try:
@@ -111,7 +111,7 @@ class RayPool:
                     raise TimeoutError
                 if time.monotonic() > until:
                     raise WorkerDied(
-                        f"its Ray actor did not start within {ACTOR_START_SECONDS} s; has the cluster room for it?"
+                        f"its Ray actor did not start within {ACTOR_START_SECONDS} s; has the cluster free resources?"
                     )
             if not self._stopping.is_set():
                 self._ray.get(alive)
@@ -121,7 +121,7 @@ class RayPool:
         return actor
 
     def _collect(self, actor: Any, job: Job, deadline: float | None) -> int:
-        """Journal what the actor sends; how many parts that was. Told to stop, it waits for the part in work."""
+        """Journal what the actor sends, until the job is told to stop. Returns how many parts that was."""
         job.begin(None)
         stream = actor.records.options(num_returns="streaming").remote(job.portable())
         pid = self._next(stream, deadline)
@@ -136,7 +136,7 @@ class RayPool:
         return job.parts
 
     def _next(self, stream: Any, deadline: float | None) -> Any:
-        """A reference to what the actor sends next; None at the end, or when all is over."""
+        """A reference to what the actor sends next; None at the end, or when the pool is being stopped."""
         while not self._stopping.is_set():
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError
@@ -146,7 +146,7 @@ class RayPool:
         return None
 
     def _drop(self, slot: int, actor: Any) -> None:
-        """End an actor; the slot may have another one by now."""
+        """End an actor; the slot may have a new one already."""
         if actor is None:
             return
         if self._actors.get(slot) is actor:
@@ -156,7 +156,7 @@ class RayPool:
 
 
 def plan_actors(nodes: list[dict[str, float]], device: str, limit: int | None) -> tuple[list[Slot], dict[str, int]]:
-    """(one slot an actor, what Ray sets aside for each) so that every actor fits one of the nodes.
+    """(one slot per actor, the resources that Ray reserves for each), so that every actor fits on one of the nodes.
 
     nodes: the resources of each, as Ray counts them ("CPU", "GPU").
     """
@@ -170,7 +170,7 @@ def plan_actors(nodes: list[dict[str, float]], device: str, limit: int | None) -
         return [Slot(f"actor-{i}", "cuda", cores) for i in range(count)], {"num_gpus": 1}
     count = min(max(1, sum(cpus)), limit or max(1, sum(c // 2 for c in cpus)))
     share = max(1, sum(cpus) // count)
-    while share > 1 and sum(c // share for c in cpus) < count:  # not all of a node's CPUs can be put to use
+    while share > 1 and sum(c // share for c in cpus) < count:  # a node's CPUs may not divide evenly
         share -= 1
     return [Slot(f"actor-{i}", device, share) for i in range(count)], {"num_cpus": share}
 

@@ -1,11 +1,10 @@
-"""Starting Ray, or reaching a cluster, alike for both phases. Ray is imported here and nowhere before."""
+"""Starts Ray or connects to a cluster, for both phases. Ray is not imported before this."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-from typing import Any
 
 from sparse_attention_hub.errors import UserError
 
@@ -13,14 +12,14 @@ CONNECT_SECONDS = 10.0
 
 
 def start_ray(address: str | None, num_cpus: int | None = None) -> bool:
-    """Connect to `address` ("local" or None = a cluster of its own on this machine). False if Ray ran already.
+    """Connect to `address`; "local" or None starts a cluster on this machine. Returns False if Ray was running already.
 
-    Raises UserError where no cluster answers: within seconds where nothing does, a minute where something else does.
+    Raises UserError if no cluster answers: within seconds if nothing listens there, within a minute if something else does.
     """
     own = address in (None, "local")
     if not own:
         _check_listens(str(address))
-        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # by itself Ray tries 20 times, 40 s each
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # default: 20 times, 40 s each
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # else workers start through uv in an uploaded copy
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -29,17 +28,15 @@ def start_ray(address: str | None, num_cpus: int | None = None) -> bool:
     from ray._private import ray_constants
 
     if getattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False):
-        # Somebody imported Ray before us, and it read the setting then: such workers would never start.
+        # Ray was imported before and read the setting then: its workers would never start.
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     if ray.is_initialized():
         return False
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if own:
-        options |= {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
-    else:
-        options["address"] = address
     try:
-        ray.init(**options)
+        if own:
+            ray.init("local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        else:
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         if own:
             raise
@@ -59,5 +56,5 @@ def _check_listens(address: str) -> None:
 
 
 def _no_cluster(address: str, error: Exception) -> str:
-    told = " ".join(str(error).split())
-    return f"--ray-address {address}: no Ray cluster answers there ({told}); start one or leave it out"
+    reason = " ".join(str(error).split())
+    return f"--ray-address {address}: no Ray cluster answers there ({reason}); start one, or leave the flag out"

@@ -1,4 +1,4 @@
-"""What keeps a run safe from outside: one run a results folder, and signals that stop it in good order."""
+"""The lock of a results folder, and signals that stop a run in good order."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from filelock import FileLock, Timeout
+
 from sparse_attention_hub.errors import UserError
 
 logger = logging.getLogger("benchmark.phase2")
@@ -22,27 +24,26 @@ INTERRUPTED = 130
 
 @contextmanager
 def results_lock(folder: Path) -> Iterator[None]:
-    """One run at a time in a results folder. The lock goes with its holder, however that ends."""
+    """Allow one run at a time in a results folder: UserError if there is another. The lock ends with the process that holds
+    it, even if that is killed."""
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", blocking=False, fallback_to_soft=False)
     try:
-        import fcntl
-    except ImportError:  # not on this platform: nothing to hold
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another run writes to {folder}: wait for it, or choose another --benchmark-results-dir") from None
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("%s cannot be locked (%s): start no other run there", folder, error.strerror)
+    try:
         yield
-        return
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run writes to {folder}: wait for it, or choose another --benchmark-results-dir") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s cannot be locked (%s): let no other run write there", folder, error.strerror)
-        yield
+    finally:
+        lock.release()
 
 
 class Interrupts:
-    """The first Ctrl-C or SIGTERM calls `stop_soon` and sets `seen`; the second kills the workers and ends it all now.
+    """The first Ctrl-C or SIGTERM calls `stop_soon` and sets `seen`; the second kills the workers and exits at once.
 
-    Use it in a `with`. Outside the main thread signals cannot be caught and nothing is done.
+    Use it in a `with`. Outside the main thread, where Python cannot handle signals, it does nothing.
     """
 
     def __init__(self, stop_soon: Callable[[], None], worker_pids: Callable[[], list[int]]) -> None:
@@ -70,4 +71,4 @@ class Interrupts:
         with contextlib.suppress(OSError):
             self._stop_soon()
         with contextlib.suppress(OSError):  # no buffered stream in a signal handler
-            os.write(2, b"\nStopping after the samples in work; once more to stop now.\n")
+            os.write(2, b"\nStopping after the samples in progress; press Ctrl-C again to stop now.\n")

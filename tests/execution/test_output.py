@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from benchmark.execution.jobs import AnswerStore, config_key, make_blocks, sample_hash
+from benchmark.execution.jobs import AnswerStore, config_key, make_batches, sample_hash
 from benchmark.execution.messages import Request
 from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
 from benchmark.report.table import closing_table
 from benchmark.settings import Settings
 from benchmark.speed.toy import ToyTask, toy_configs
+from benchmark.storage.records import Difference
 from benchmark.storage.results import Journal, fingerprint, safe_name, write_json, write_text
 from benchmark.tasks.base import Sample, answer_seed
 
@@ -64,22 +65,24 @@ def test_a_torn_line_is_dropped_and_cut_off(tmp_path: Path) -> None:
 def test_the_store_reads_what_is_new_and_keeps_answers_over_failures(tmp_path: Path) -> None:
     def record(status: str, text: str) -> dict[str, Any]:
         answer = {"status": status, "predicted_answer": text, "micro": [[0, 0, 0.1, 0.2, 0.1, 5.0]]}
-        return {"kind": "sample", "sample_id": "s", "sample_hash": "h", "answers": {"dense": answer}}
+        return {"kind": "sample", "sample_id": "s", "sample_hash": "h", "limit": 1, "answers": {"dense": answer}}
 
     store, journal = AnswerStore(tmp_path), Journal(tmp_path / "a.jsonl")
     store.poll()
-    assert store.answer("s", "h", "dense") is None
+    assert store.find("h", "dense") is None
     journal.append(record("failed", "first"))
     store.poll()
-    assert store.answer("s", "h", "dense")["status"] == "failed"  # type: ignore[index]
+    found = store.find("h", "dense")
+    assert found is not None and found.answer.status == "failed" and store.failures() == {found.position}
     journal.append(record("ok", "second"))
     journal.append(record("failed", "third"))
     with (tmp_path / "a.jsonl").open("ab") as stream:
         stream.write(b'{"kind": "sample", "torn')
     store.poll()
-    assert store.answer("s", "h", "dense")["predicted_answer"] == "second"  # type: ignore[index]
-    assert store.answer("s", "other", "dense") is None
-    assert store.micro("s", "h", "dense") == [[0, 0, 0.1, 0.2, 0.1, 5.0]]
+    found = store.find("h", "dense")
+    assert found is not None and found.answer.predicted_answer == "second" and found.answer.micro == []
+    assert store.find("other", "dense") is None and store.failures() == set()
+    assert store.micro("h", "dense") == [[0, 0, 0.1, 0.2, 0.1, 5.0]]
 
 
 def test_hashes_notice_what_matters() -> None:
@@ -100,16 +103,16 @@ def test_seeds_belong_to_samples() -> None:
     assert 0 <= answer_seed(0, "a") < 2**63
 
 
-def test_blocks_keep_contexts_together_and_busy_workers() -> None:
+def test_batches_keep_contexts_together_and_busy_workers() -> None:
     def requests(contexts: str) -> list[Request]:
         return [Request(Sample(str(i), "t", c, "", "", [], 1), "h", 0, 1, ("dense",)) for i, c in enumerate(contexts)]
 
-    assert [len(block) for block in make_blocks(requests("aabbccdd"), 1)] == [4, 4]
-    assert [len(block) for block in make_blocks(requests("abcd"), 4)] == [1, 1, 1, 1]
-    many = make_blocks(requests("a" * 12 + "b" * 12), 2)
-    assert [{r.sample.context for r in block} for block in many] == [{"a"}, {"a"}, {"b"}, {"b"}]
-    assert sum(len(block) for block in make_blocks(requests("abc" * 50), 3)) == 150
-    assert make_blocks([], 2) == []
+    assert [len(batch) for batch in make_batches(requests("aabbccdd"), 1)] == [4, 4]
+    assert [len(batch) for batch in make_batches(requests("abcd"), 4)] == [1, 1, 1, 1]
+    many = make_batches(requests("a" * 12 + "b" * 12), 2)
+    assert [{r.sample.context for r in batch} for batch in many] == [{"a"}, {"a"}, {"b"}, {"b"}]
+    assert sum(len(batch) for batch in make_batches(requests("abc" * 50), 3)) == 150
+    assert make_batches([], 2) == []
 
 
 def test_the_tree_and_what_its_files_hold(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
@@ -150,7 +153,7 @@ def test_the_tree_and_what_its_files_hold(toy_unit: BenchmarkUnit, toy_task: Toy
     ]
     assert config["hash"] and config["seed"] == 0 and config["dtype"] == "float32" and config["device"] == "cpu"
     assert config["sparse_from"] == "question" and "torch" in config["versions"] and "commit" in config["versions"]
-    assert config["config_run"] == "run_x" and config["provenance"] == {"config_run": "run_x"}
+    assert config["config_run"] == "run_x" and config["provenance"]["config_run"] == "run_x"
 
     micro = [json.loads(line) for line in (folder / "micro_metrics.jsonl").read_text().splitlines()]
     assert {record["sample"] for record in micro} == {f"toy/count:{i}" for i in range(4)}
@@ -159,7 +162,7 @@ def test_the_tree_and_what_its_files_hold(toy_unit: BenchmarkUnit, toy_task: Toy
     assert summary["config_run_used"] == "run_x" and summary["notes"] == ["a note"]
     assert [entry["configuration"] for entry in summary["results"]] == [c.name for c in toy_unit.configs]
     assert summary["phase2_results"] == {"total": 3, "completed": 3, "partial": 0, "failed": 0, "skipped": 0}
-    table = closing_table(summary)
+    table = closing_table(outcome.summary)
     assert max(map(len, table.splitlines())) <= 100 and "toy/count" in table
 
 
@@ -176,23 +179,19 @@ def test_a_missing_figure_is_empty_and_never_none_or_nan(
     assert (folder / "micro_metrics.jsonl").read_text() == ""
 
 
-def test_the_table_marks_what_needs_a_look() -> None:
-    def result(name: str, **changes: Any) -> dict[str, Any]:
-        samples = {"total": 3, "failed": 0, "missing": 0}
-        base = {"model": "m" * 60, "task": "loogle/longdep_summarization", "metric": "x", "configuration": name}
-        figures = {"score": 0.5, "interval": [0.1, 0.9], "density": 0.1, "error": 12.5, "samples": samples}
-        return {**base, **figures, **changes}
-
-    difference = {"difference": -0.125, "interval": [-0.25, -0.01]}
-    table = closing_table(
-        {
-            "results": [
-                result("dense", interval=None),
-                result("x" * 80 + "_5pct", over_budget=True, difference_to_dense=difference),
-                result("b_5pct", samples={"total": 3, "failed": 1, "missing": 0}, meets_budget=False),
-            ]
-        }
-    )
+def test_the_table_marks_what_needs_a_look(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
+    summary = run_benchmarks([toy_unit], make_settings(max_requests=2), in_process=True).summary
+    dense, *_ = summary.results
+    dense = dense.model_copy(update={"model": "m" * 60, "task": "loogle/longdep_summarization", "error": 12.5})
+    difference = Difference(difference=-0.125, interval=(-0.25, -0.01), n=2, better=0, worse=2, p_value=0.5)
+    failed = dense.samples.model_copy(update={"failed": 1})
+    summary.results = [
+        dense.model_copy(update={"interval": None}),
+        dense.model_copy(update={"configuration": "x" * 80 + "_5pct", "over_budget": True, "difference_to_dense": difference}),
+        dense.model_copy(update={"configuration": "b_5pct", "samples": failed, "meets_budget": False}),
+    ]
+    table = closing_table(summary)
     assert max(map(len, table.splitlines())) <= 100
     assert "_5pct" in table and "-0.125 [-0.25, -0.01] !" in table and "~?" in table
-    assert closing_table({"results": []}) == ""
+    summary.results = []
+    assert closing_table(summary) == ""

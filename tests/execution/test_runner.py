@@ -1,4 +1,4 @@
-"""Phase 2's promises: nothing is lost, nothing is run twice, and each fault stays where it happened."""
+"""Phase 2: nothing is lost, nothing is run twice, and an error affects only what it happened to."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from typing import Any
 
 import pytest
 
-import benchmark.execution.answer_sample as lockstep
+import benchmark.execution.answer_sample as answer_sample
 import benchmark.execution.runner as execution
 import benchmark.execution.worker as worker
 from benchmark.execution.jobs import UnitRun
-from benchmark.execution.messages import Block, Options
+from benchmark.execution.messages import Batch, Options
 from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
-from benchmark.execution.worker import BlockJob, answer_block, run_block
+from benchmark.execution.worker import BatchJob, answer_batch, run_batch
 from benchmark.settings import Settings, SparseConfig
 from benchmark.speed.toy import ToyTask, save_tiny_model
+from benchmark.storage.records import Failure, SampleLine, to_json
 from benchmark.storage.results import Journal, safe_name
 from benchmark.workers.pools import ProcessPools, Slot, WorkerDied, plan_slots
 from sparse_attention_hub.errors import UserError
@@ -44,20 +45,20 @@ def _no_model_stays() -> Iterator[None]:
 
 
 class ScriptedPool:
-    """Runs blocks in this process, but each as its script says: "ok", "die N" or "late N" after N samples, "start"
-    (dies before the block begins), or an exception to raise. The script's last word repeats."""
+    """Runs batches in this process, but each as its script says: "ok", "die N" or "late N" after N samples, "start"
+    (dies before the batch begins), or an exception to raise. The script's last word repeats."""
 
     made: list[ScriptedPool] = []
 
     def __init__(self, slots: list[Slot], log: Path | None, script: list[Any]) -> None:
         self.slots, self.script = slots, script
-        self.blocks: list[Block] = []
+        self.batches: list[Batch] = []
         self.renewed = 0
         ScriptedPool.made.append(self)
 
-    def submit(self, slot: int, job: BlockJob, timeout: float | None) -> Future[int]:
-        block = job.block
-        self.blocks.append(block)
+    def submit(self, slot: int, job: BatchJob, timeout: float | None) -> Future[int]:
+        batch = job.batch
+        self.batches.append(batch)
         word = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         future: Future[int] = Future()
         if isinstance(word, Exception):
@@ -68,10 +69,10 @@ class ScriptedPool:
             future.set_exception(WorkerDied("by signal SIGKILL"))
             return future
         done = 0
-        for record in answer_block(block):
+        for record in answer_batch(batch):
             if kind != "ok" and done == int(count):
                 break  # killed in the middle of this sample
-            Journal(block.journal).append(record)  # type: ignore[arg-type]
+            job.keep(record)
             done += 1
         if kind == "die":
             future.set_exception(WorkerDied("by signal SIGKILL"))
@@ -102,7 +103,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[str, ...]]
     seen: list[tuple[str, tuple[str, ...]]] = []
     real = worker.answer_sample
 
-    def count(request: Any, *rest: Any) -> dict[str, Any]:
+    def count(request: Any, *rest: Any) -> SampleLine:
         seen.append((request.sample.sample_id, request.configs))
         return real(request, *rest)
 
@@ -171,9 +172,9 @@ def test_two_runs_write_the_same_files_but_for_times(
 
 def test_answers_are_as_long_as_task_and_flag_allow(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
     outcome = run_benchmarks([toy_unit], make_settings(max_new_tokens=200), in_process=True)
-    assert [entry["samples"]["capped"] for entry in outcome.summary["results"]] == [0, 0, 0]  # the task's own 12
+    assert [entry.samples.capped for entry in outcome.summary.results] == [0, 0, 0]  # the task's own 12
     outcome = run_benchmarks([toy_unit], make_settings(max_new_tokens=3), in_process=True)
-    assert [entry["samples"]["capped"] for entry in outcome.summary["results"]] == [4, 4, 4]
+    assert [entry.samples.capped for entry in outcome.summary.results] == [4, 4, 4]
 
 
 def test_a_context_is_prefilled_once_for_all_questions_and_configurations(
@@ -207,7 +208,7 @@ def test_short_memory_halves_the_batch_until_it_fits(
 
     monkeypatch.setattr(models, "answer_many", short)
     outcome = run_benchmarks([toy_unit], make_settings(max_requests=2), in_process=True)
-    assert outcome.failures == [] and all(entry["samples"]["ok"] == 2 for entry in outcome.summary["results"])
+    assert outcome.failures == [] and all(entry.samples.ok == 2 for entry in outcome.summary.results)
     assert sizes == [3, 1, 2, 1, 1] + [1, 1, 1]  # the second sample does not try what failed before
 
 
@@ -243,7 +244,7 @@ def test_the_batch_is_made_to_fit_before_it_is_tried(
 
     monkeypatch.setattr(models, "answer_many", watch)
     monkeypatch.setattr(models, "estimate_bytes", lambda lm, context, room, forks: 10**9 if forks > 2 else 1)
-    monkeypatch.setattr(lockstep, "free_memory", lambda device, workers: 10**8)
+    monkeypatch.setattr(answer_sample, "free_memory", lambda device, workers: 10**8)
     run_benchmarks([toy_unit], make_settings(max_requests=1), in_process=True)
     assert sizes == [1, 2] or sizes == [2, 1]
 
@@ -263,10 +264,10 @@ def test_a_failing_configuration_fails_alone_and_counts_in_no_mean(
     monkeypatch.setattr(models, "answer_many", sabotage)
     settings = make_settings()
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    dense, local, sampling = outcome.summary["results"]
-    assert dense["samples"]["ok"] == local["samples"]["ok"] == 4
-    assert sampling["samples"]["failed"] == 4 and sampling["score"] is None and sampling["density"] is None
-    assert {entry["problem"] for entry in outcome.failures} == {"ZeroDivisionError: broken masker"}
+    dense, local, sampling = outcome.summary.results
+    assert dense.samples.ok == local.samples.ok == 4
+    assert sampling.samples.failed == 4 and sampling.score is None and sampling.density is None
+    assert {entry.problem for entry in outcome.failures} == {"ZeroDivisionError: broken masker"}
     name = toy_unit.configs[2].name
     assert statuses(settings, toy_unit, name) == ["failed"] * 4
     folder = settings.benchmark_results_dir / safe_name(toy_unit.model) / name / "toy_count"
@@ -274,7 +275,7 @@ def test_a_failing_configuration_fails_alone_and_counts_in_no_mean(
 
     monkeypatch.setattr(models, "answer_many", real)  # mended: only what failed is run
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    assert outcome.failures == [] and outcome.summary["results"][2]["samples"]["ok"] == 4
+    assert outcome.failures == [] and outcome.summary.results[2].samples.ok == 4
 
 
 def test_a_configuration_that_cannot_be_made_fails_alone(
@@ -288,13 +289,13 @@ def test_a_configuration_that_cannot_be_made_fails_alone(
     unit = replace(toy_unit, configs=(*toy_unit.configs, SparseConfig("hash_attention_10pct", moved, ())))
     settings = make_settings()
     outcome = run_benchmarks([unit], settings, in_process=True)
-    assert {entry["configuration"] for entry in outcome.failures} == {"hash_attention_10pct"}
-    assert "moved" in outcome.failures[0]["problem"] and statuses(settings, unit, "hash_attention_10pct") == ["failed"] * 4
+    assert {entry.configuration for entry in outcome.failures} == {"hash_attention_10pct"}
+    assert "moved" in outcome.failures[0].problem and statuses(settings, unit, "hash_attention_10pct") == ["failed"] * 4
     for config in toy_unit.configs:
         assert statuses(settings, unit, config.name) == ["ok"] * 4
 
 
-def test_text_that_is_none_harms_nothing(
+def test_text_that_cannot_be_encoded_fails_its_sample_only(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of a surrogate pair, as a truncating exporter leaves it in somebody's data."""
@@ -330,8 +331,8 @@ def test_files_that_cannot_be_written_are_a_failure_and_the_rest_goes_on(
     units = [replace(toy_unit, task="toy/other"), toy_unit]
     outcome = run_benchmarks(units, settings, in_process=True)
     (problem,) = outcome.failures
-    assert problem["task"] == "toy/other" and "no space left" in problem["problem"]
-    assert len(outcome.summary["results"]) == 3 and len(counted) == 4
+    assert problem.task == "toy/other" and "no space left" in problem.problem
+    assert len(outcome.summary.results) == 3 and len(counted) == 4
     monkeypatch.setattr(execution, "write_unit", real)
     assert run_benchmarks(units, settings, in_process=True).failures == [] and len(counted) == 4
 
@@ -340,13 +341,13 @@ def test_a_question_too_long_for_the_context_is_a_failure_record(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make
 ) -> None:
     outcome = run_benchmarks([toy_unit], make_settings(max_context_length=20), in_process=True)
-    assert all(entry["samples"]["failed"] == 4 for entry in outcome.summary["results"])
-    assert "--max-context-length" in outcome.failures[0]["problem"]
+    assert all(entry.samples.failed == 4 for entry in outcome.summary.results)
+    assert "--max-context-length" in outcome.failures[0].problem
 
 
 def test_truncated_contexts_are_counted(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
     outcome = run_benchmarks([toy_unit], make_settings(max_context_length=100), in_process=True)
-    assert [entry["samples"]["truncated"] for entry in outcome.summary["results"]] == [4, 4, 4]
+    assert [entry.samples.truncated for entry in outcome.summary.results] == [4, 4, 4]
 
 
 # -- scoring ---------------------------------------------------------------------------------------------------------
@@ -366,8 +367,8 @@ def test_a_metric_that_raises_marks_its_sample_and_keeps_the_answer(
     first = toy_task.samples(_request())[0].references
     toy_task.score_answer = bad  # type: ignore[method-assign]
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    marked = outcome.summary["results"][0]["samples"]
-    assert marked["unscored"] >= 1 and marked["ok"] == 4 - marked["unscored"]
+    marked = outcome.summary.results[0].samples
+    assert marked.unscored >= 1 and marked.ok == 4 - marked.unscored
     folder = settings.benchmark_results_dir / safe_name(toy_unit.model) / "dense" / "toy_count"
     with (folder / "raw_results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -377,7 +378,7 @@ def test_a_metric_that_raises_marks_its_sample_and_keeps_the_answer(
     before = len(counted)
     outcome = run_benchmarks([toy_unit], replace(settings, rescore=True), in_process=True)
     assert len(counted) == before  # nothing was run
-    assert outcome.summary["results"][0]["samples"]["ok"] == 4 and outcome.failures == []
+    assert outcome.summary.results[0].samples.ok == 4 and outcome.failures == []
 
 
 def test_rescoring_says_what_is_missing(
@@ -386,7 +387,7 @@ def test_rescoring_says_what_is_missing(
     settings = make_settings(max_requests=2)
     run_benchmarks([toy_unit], settings, in_process=True)
     outcome = run_benchmarks([toy_unit], replace(settings, rescore=True, max_requests=4), in_process=True)
-    assert outcome.summary["results"][0]["samples"] | {"missing": 2, "ok": 2} == outcome.summary["results"][0]["samples"]
+    assert outcome.summary.results[0].samples.missing == outcome.summary.results[0].samples.ok == 2
     assert len(counted) == 2
 
 
@@ -407,8 +408,8 @@ def test_rescoring_leaves_alone_what_has_no_recorded_answers(
     other = SparseConfig("sink_local_25pct", ResearchAttentionConfig([SinkMaskerConfig(sink_size=9)]), (SinkMaskerConfig,))
     unit = replace(toy_unit, configs=(toy_unit.configs[0], other))
     outcome = run_benchmarks([unit, replace(unit, task="toy/other")], replace(settings, rescore=True), in_process=True)
-    assert [entry["configuration"] for entry in outcome.summary["results"]] == ["dense"] and len(counted) == 2
-    told = [(entry["task"], entry["configuration"]) for entry in outcome.failures]
+    assert [entry.configuration for entry in outcome.summary.results] == ["dense"] and len(counted) == 2
+    told = [(entry.task, entry.configuration) for entry in outcome.failures]
     assert told == [("toy/count", "sink_local_25pct"), ("toy/other", None)]
     after = result_files(settings.benchmark_results_dir)
     assert after.pop("benchmark_summary.json") != before.pop("benchmark_summary.json") and after == before
@@ -429,7 +430,7 @@ def test_nothing_is_run_twice_and_more_samples_add_to_what_is_there(
     settings = make_settings(max_requests=2)
     first = run_benchmarks([toy_unit], settings, in_process=True)
     again = run_benchmarks([toy_unit], settings, in_process=True)  # all is done: no work, the same results
-    assert _timeless(first.summary) == _timeless(again.summary) and len(counted) == 2
+    assert _timeless(to_json(first.summary)) == _timeless(to_json(again.summary)) and len(counted) == 2
     run_benchmarks([toy_unit], replace(settings, max_requests=4), in_process=True)
     assert [sample for sample, _ in counted] == [f"toy/count:{i}" for i in range(4)]
 
@@ -449,18 +450,18 @@ def test_one_configuration_under_two_names_is_run_once(
     local = toy_unit.configs[1]
     unit = replace(toy_unit, configs=(*toy_unit.configs, SparseConfig("other_50pct", local.config, local.masker_classes)))
     outcome = run_benchmarks([unit], make_settings(), in_process=True)
-    assert {len(configs) for _, configs in counted} == {3} and len(outcome.summary["results"]) == 4
-    assert outcome.summary["results"][1]["score"] == outcome.summary["results"][3]["score"]
+    assert {len(configs) for _, configs in counted} == {3} and len(outcome.summary.results) == 4
+    assert outcome.summary.results[1].score == outcome.summary.results[3].score
 
 
-def test_changed_settings_start_anew_beside_the_old_results_and_say_so(
+def test_changed_settings_keep_the_old_results_and_are_noted(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any]
 ) -> None:
     settings = make_settings()
     run_benchmarks([toy_unit], settings, in_process=True)
     outcome = run_benchmarks([toy_unit], replace(settings, sparse_from="decode"), in_process=True)
     assert len(counted) == 8
-    assert any("sparse_from: question -> decode" in note for note in outcome.summary["notes"])
+    assert any("sparse_from: question -> decode" in note for note in outcome.summary.notes)
     base = settings.benchmark_results_dir / safe_name(toy_unit.model) / "sink_local_25pct"
     aside = [path for path in base.iterdir() if path.name != "toy_count"]
     assert len(aside) == 1 and json.loads((aside[0] / "config.json").read_text())["sparse_from"] == "question"
@@ -491,7 +492,7 @@ def test_results_of_changed_data_keep_their_files_and_fewer_samples_are_no_chang
     run_benchmarks([toy_unit], settings, in_process=True)
     for count in (2, 4):
         outcome = run_benchmarks([toy_unit], replace(settings, max_requests=count), in_process=True)
-        assert outcome.summary["notes"] == [] and len(counted) == 4
+        assert outcome.summary.notes == [] and len(counted) == 4
     base = settings.benchmark_results_dir / safe_name(toy_unit.model) / "dense"
     first = (base / "toy_count" / "raw_results.csv").read_text()
     good = toy_task.samples
@@ -502,7 +503,7 @@ def test_results_of_changed_data_keep_their_files_and_fewer_samples_are_no_chang
 
     toy_task.samples = edited  # type: ignore[method-assign]
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    assert len(counted) == 4 and all("other data" in note for note in outcome.summary["notes"])
+    assert len(counted) == 4 and all("other data" in note for note in outcome.summary.notes)
     (aside,) = (path for path in base.iterdir() if path.name != "toy_count")
     assert (aside / "raw_results.csv").read_text() == first
     toy_task.context += 1
@@ -538,7 +539,7 @@ def test_force_runs_again_and_keeps_the_old_answers(
     assert len(lines) == len(set(lines)) and {json.loads(line)["step"] for line in lines} <= set(range(8))
 
 
-def test_a_forced_run_that_was_stopped_goes_on_and_the_next_one_starts_anew(
+def test_an_interrupted_forced_run_resumes_and_the_next_one_reruns_all(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = make_settings(force_benchmark=True)
@@ -546,7 +547,7 @@ def test_a_forced_run_that_was_stopped_goes_on_and_the_next_one_starts_anew(
     whole, real = result_files(settings.benchmark_results_dir), worker.answer_sample
     time.sleep(0.02)
 
-    def stop(request: Any, *rest: Any) -> dict[str, Any]:
+    def stop(request: Any, *rest: Any) -> SampleLine:
         if request.sample.sample_id == "toy/count:1":
             os.kill(os.getpid(), signal.SIGINT)
         return real(request, *rest)
@@ -557,7 +558,7 @@ def test_a_forced_run_that_was_stopped_goes_on_and_the_next_one_starts_anew(
     counted.clear()
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
     assert [sample for sample, _ in counted] == ["toy/count:2", "toy/count:3"]
-    assert any("--force-benchmark: goes on" in note for note in outcome.summary["notes"])
+    assert any("--force-benchmark: goes on" in note for note in outcome.summary.notes)
     found = result_files(settings.benchmark_results_dir)
     found["benchmark_summary.json"]["notes"] = []
     assert found == whole
@@ -566,24 +567,27 @@ def test_a_forced_run_that_was_stopped_goes_on_and_the_next_one_starts_anew(
     assert len(counted) == 4
 
 
-def test_changed_code_of_a_masker_is_told_and_rescoring_finds_the_old_answers(
+def test_a_new_version_is_noted_and_rescoring_finds_the_old_answers(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = make_settings()
     run_benchmarks([toy_unit], settings, in_process=True)
     whole = result_files(settings.benchmark_results_dir)
-    monkeypatch.setattr("benchmark.storage.fingerprints._code_digest", lambda text: "edited")
+    monkeypatch.setattr("sparse_attention_hub.attention.ENGINE_VERSION", "edited")
     counted.clear()
     outcome = run_benchmarks([toy_unit], replace(settings, rescore=True), in_process=True)
     assert counted == [] and outcome.failures == []
-    assert all(result["samples"]["ok"] == 4 for result in outcome.summary["results"])
+    assert all(result.samples.ok == 4 for result in outcome.summary.results)
     for name, rows in result_files(settings.benchmark_results_dir).items():
         if name.endswith(("raw_results.csv", "micro_metrics.jsonl")) and name in whole:
             assert rows == whole[name]
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    assert len(counted) == 4 and all("dense" not in configs for _, configs in counted)
-    names = ", ".join(config.name for config in toy_unit.configs[1:])
-    assert any(f"code or files changed, so these start anew: {names}" in note for note in outcome.summary["notes"])
+    assert len(counted) == 4
+    names = ", ".join(config.name for config in toy_unit.configs)
+    assert any(
+        f"code or files of maskers changed, so these configurations run again: {names}" in note
+        for note in outcome.summary.notes
+    )
 
 
 def test_two_runs_do_not_share_a_results_folder(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
@@ -595,7 +599,7 @@ def test_two_runs_do_not_share_a_results_folder(toy_unit: BenchmarkUnit, toy_tas
 # -- workers, by script ----------------------------------------------------------------------------------------------
 
 
-def test_a_dead_workers_block_goes_on_from_its_journal(
+def test_a_crashed_workers_batch_resumes_from_its_journal(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, scripted: Callable[..., None], tmp_path: Path
 ) -> None:
     calm = make_settings(max_requests=8, benchmark_results_dir=tmp_path / "calm")
@@ -614,15 +618,15 @@ def test_a_sample_that_kills_three_workers_is_recorded_as_failed_and_its_neighbo
     settings = make_settings()
     outcome = run_benchmarks([toy_unit], settings)
     assert statuses(settings, toy_unit) == ["failed", "ok", "ok", "ok"]
-    assert {entry["sample_id"] for entry in outcome.failures} == {"toy/count:0"}
-    assert "3 times" in outcome.failures[0]["problem"]
+    assert {entry.sample_id for entry in outcome.failures} == {"toy/count:0"}
+    assert "3 times" in outcome.failures[0].problem
     # Dying while starting changes nothing of that.
     scripted("die 0", "die 0", "start", "die 0", "ok")
     run_benchmarks([toy_unit], replace(settings, force_benchmark=True))
-    again = [block.most for block in ScriptedPool.made[-1].blocks if block.requests[0].sample.sample_id == "toy/count:0"]
+    again = [batch.most for batch in ScriptedPool.made[-1].batches if batch.requests[0].sample.sample_id == "toy/count:0"]
     assert again == [None, None, 1, 1]
     # The last try asks one configuration at a time: what killed may have been the lack of memory.
-    tries = [block.most for block in ScriptedPool.made[-2].blocks if block.requests[0].sample.sample_id == "toy/count:0"]
+    tries = [batch.most for batch in ScriptedPool.made[-2].batches if batch.requests[0].sample.sample_id == "toy/count:0"]
     assert tries == [None, None, 1]
 
 
@@ -650,11 +654,11 @@ def test_a_model_that_cannot_be_loaded_fails_its_unit_and_no_other(
     settings = make_settings()
     outcome = run_benchmarks([toy_unit], settings)
     assert statuses(settings, toy_unit) == ["failed"] * 4
-    assert "while loading the model" in outcome.failures[0]["problem"]
+    assert "while loading the model" in outcome.failures[0].problem
     scripted(UserError("model 'x' does not fit into the GPU's memory"), "ok")
     outcome = run_benchmarks([toy_unit], settings)
     assert statuses(settings, toy_unit) == ["failed"] * 4
-    assert "does not fit" in outcome.failures[0]["problem"]
+    assert "does not fit" in outcome.failures[0].problem
 
 
 def test_a_timeout_ends_its_task_and_is_recorded(
@@ -665,14 +669,14 @@ def test_a_timeout_ends_its_task_and_is_recorded(
     outcome = run_benchmarks([toy_unit], settings)
     found = statuses(settings, toy_unit)
     assert found.count("timeout") == 8 - found.count("ok") >= 1
-    assert outcome.summary["results"][0]["samples"]["timed_out"] == found.count("timeout")
-    assert all("--benchmark-timeout" in entry["problem"] for entry in outcome.failures)
+    assert outcome.summary.results[0].samples.timed_out == found.count("timeout")
+    assert all("--benchmark-timeout" in entry.problem for entry in outcome.failures)
     scripted("ok")
     outcome = run_benchmarks([toy_unit], settings)
     assert outcome.failures == [] and statuses(settings, toy_unit) == ["ok"] * 8
 
 
-def test_an_error_of_a_block_is_its_own(
+def test_an_error_of_a_batch_fails_that_batch_only(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, scripted: Callable[..., None]
 ) -> None:
     scripted(OSError("disk full"), "ok")
@@ -682,13 +686,13 @@ def test_an_error_of_a_block_is_its_own(
     assert "failed" in found and "ok" in found
 
 
-def test_more_blocks_than_workers_all_get_done(
+def test_more_batches_than_workers_all_get_done(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, scripted: Callable[..., None]
 ) -> None:
     scripted("ok")
     settings = make_settings(max_requests=20, max_new_tokens=2, max_concurrent_benchmarks=3)
     outcome = run_benchmarks([toy_unit], settings)
-    assert outcome.failures == [] and len(ScriptedPool.made[-1].blocks) > 3
+    assert outcome.failures == [] and len(ScriptedPool.made[-1].batches) > 3
     assert len(ScriptedPool.made[-1].slots) == 3
 
 
@@ -703,16 +707,16 @@ def test_a_task_without_data_is_a_failure_and_the_rest_goes_on(
 
     monkeypatch.setattr(jobs, "get_task", lambda name: Absent(name=name) if name == "toy/absent" else toy_task)
     outcome = run_benchmarks([replace(toy_unit, task="toy/absent"), toy_unit], make_settings(), in_process=True)
-    assert [entry["problem"] for entry in outcome.failures] == ["toy/absent: its data are not there, pass --data-dir"]
-    assert outcome.summary["phase2_results"] == {"total": 6, "completed": 3, "partial": 0, "failed": 3, "skipped": 0}
+    assert [entry.problem for entry in outcome.failures] == ["toy/absent: its data are not there, pass --data-dir"]
+    assert to_json(outcome.summary.phase2_results) == {"total": 6, "completed": 3, "partial": 0, "failed": 3, "skipped": 0}
 
 
 def test_what_failed_in_the_search_is_in_the_summary(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
-    failed = {"phase": 1, "model": "m", "task": "t", "configuration": None, "status": "failed", "problem": "a trial"}
+    failed = Failure(phase=1, model="m", task="t", configuration=None, status="failed", problem="a trial")
     outcome = run_benchmarks([toy_unit], make_settings(max_requests=1), failures=[failed], in_process=True)
-    assert outcome.failures == outcome.summary["failures"] == [failed] and len(outcome.summary["results"]) == 3
+    assert outcome.failures == outcome.summary.failures == [failed] and len(outcome.summary.results) == 3
     outcome = run_benchmarks([], make_settings(), failures=[failed], in_process=True)
-    assert outcome.failures == [failed] and outcome.summary["results"] == []
+    assert outcome.failures == [failed] and outcome.summary.results == []
 
 
 def test_nothing_to_do_and_bad_models_are_user_errors(toy_unit: BenchmarkUnit, make_settings: Make) -> None:
@@ -733,7 +737,7 @@ def test_one_interrupt_finishes_the_sample_in_work_and_writes_what_is_there(
     assert threading.current_thread() is threading.main_thread()
     real, before = worker.answer_sample, signal.getsignal(signal.SIGINT)
 
-    def interrupt(request: Any, *rest: Any) -> dict[str, Any]:
+    def interrupt(request: Any, *rest: Any) -> SampleLine:
         if request.sample.sample_id == "toy/count:1":
             os.kill(os.getpid(), signal.SIGINT)
         return real(request, *rest)
@@ -741,9 +745,9 @@ def test_one_interrupt_finishes_the_sample_in_work_and_writes_what_is_there(
     monkeypatch.setattr(worker, "answer_sample", interrupt)
     settings = make_settings()
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    assert outcome.interrupted and outcome.summary["interrupted"]
+    assert outcome.interrupted and outcome.summary.interrupted
     assert statuses(settings, toy_unit) == ["ok", "ok", "missing", "missing"]
-    assert "the same command goes on" in capfd.readouterr().err
+    assert "the same command resumes" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.setattr(worker, "answer_sample", real)
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
@@ -812,16 +816,16 @@ def test_without_pebble_it_runs_in_this_process(
     monkeypatch.setitem(sys.modules, "pebble", None)
     monkeypatch.setitem(sys.modules, "ray", None)
     outcome = run_benchmarks([toy_unit], make_settings(max_requests=1))
-    assert outcome.failures == [] and outcome.summary["results"][0]["samples"]["ok"] == 1
+    assert outcome.failures == [] and outcome.summary.results[0].samples.ok == 1
 
 
 # -- real processes --------------------------------------------------------------------------------------------------
 
 
-def _block(unit: BenchmarkUnit, settings: Settings, folder: Path) -> Block:
+def _batch(unit: BenchmarkUnit, settings: Settings, folder: Path) -> Batch:
     run = UnitRun(unit, settings, "cpu")
     run.prepare(None)
-    return Block(
+    return Batch(
         unit.model,
         unit.task,
         False,
@@ -847,26 +851,26 @@ def test_worker_processes_time_out_die_and_are_replaced(
     """One pool through all that happens to a worker: a time limit that kills, a SIGKILL, and the stop at the end."""
     toy_task.total = 400
     settings = make_settings(max_requests=400)
-    block = _block(toy_unit, settings, tmp_path)
+    batch = _batch(toy_unit, settings, tmp_path)
     pools = ProcessPools([Slot("worker-0", "cpu", 1)], None)
     try:
-        future = pools.submit(0, BlockJob(block), timeout=1.5)  # counted from when the worker is up
+        future = pools.submit(0, BatchJob(batch), timeout=1.5)  # counted from when the worker is up
         with pytest.raises(TimeoutError):
             future.result(timeout=120)
-        first = json.loads(block.status.read_text())["pid"]  # type: ignore[union-attr]
+        first = json.loads(batch.status.read_text())["pid"]  # type: ignore[union-attr]
         pools.renew(0)
         assert not _is_alive(first)
 
-        future = pools.submit(0, BlockJob(block), timeout=None)
-        while (second := json.loads(block.status.read_text())["pid"]) == first or not block.journal.exists():  # type: ignore[union-attr]
+        future = pools.submit(0, BatchJob(batch), timeout=None)
+        while (second := json.loads(batch.status.read_text())["pid"]) == first or not batch.journal.exists():  # type: ignore[union-attr]
             time.sleep(0.05)
         os.kill(second, signal.SIGKILL)
         with pytest.raises(WorkerDied, match="SIGKILL"):
             future.result(timeout=60)
         pools.renew(0)
 
-        small = replace(block, requests=block.requests[:1], journal=tmp_path / "small.jsonl")
-        assert pools.submit(0, BlockJob(small), timeout=60).result(timeout=120) == 1
+        small = replace(batch, requests=batch.requests[:1], journal=tmp_path / "small.jsonl")
+        assert pools.submit(0, BatchJob(small), timeout=60).result(timeout=120) == 1
         assert len(Journal(tmp_path / "small.jsonl").read()) == 1
         last = pools.pids()
     finally:
@@ -950,11 +954,11 @@ def _answers(base: Path) -> list[list[str]]:
     return [[row["predicted_answer"] for row in rows] for _, rows in sorted(files.items())]
 
 
-def test_run_block_journals_each_sample_at_once(
+def test_run_batch_journals_each_sample_at_once(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, tmp_path: Path
 ) -> None:
-    block = _block(toy_unit, make_settings(), tmp_path)
+    batch = _batch(toy_unit, make_settings(), tmp_path)
     counts: list[int] = []
-    run_block(block, lambda: counts.append(len(Journal(block.journal).read())))  # type: ignore[arg-type]
+    run_batch(batch, lambda: counts.append(len(Journal(batch.journal).read())))  # type: ignore[arg-type]
     assert counts == [1, 2, 3, 4]
     shutil.rmtree(tmp_path, ignore_errors=True)

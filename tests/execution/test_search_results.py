@@ -1,4 +1,4 @@
-"""What Phase 2 takes of a search: the run that was named, the settings of its files, and a word on what it does not hold."""
+"""Reading a search for Phase 2: the chosen run, its configurations, notes on missing ones."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from benchmark.raytune.run_full_benchmark import get_all_sparse_configs
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.results import result_key
 from sparse_attention_hub.errors import UserError
+from tests.search.search_files import best_config
 
 MODEL, TASK, NAME = "some/model", "infinite_bench/passkey", "sink_local_random_sampling_10pct"
 RUN = "run_20240315_143022"
@@ -33,35 +34,26 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write what a search found for a configuration, with changes to the record; the file."""
+    """Write the best settings of a configuration, with changes to the record; returns the file."""
 
     def written(name: str = NAME, **changes: Any) -> Path:
         (config,) = chosen(name)
-        assert config.config is not None and config.masker_classes is not None
-        record = {
-            "model": MODEL,
-            "task": TASK,
-            "masker_name": name,
-            "sparse_config": config.config.to_dict(),
-            "masker_classes": [entry.__name__ for entry in config.masker_classes],
-            "budget": config.budget,
-            "provenance": {"identity": "abc", "sparse_from": "question"},
-        }
+        best = best_config(config=config.config, model=MODEL, task=TASK, masker_name=name, budget=config.budget)
         path = tmp_path / RUN / f"{result_key(MODEL, TASK, name)}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(record | changes))
+        path.write_text(json.dumps(best | changes))
         return path
 
     return written
 
 
-def test_a_row_knows_where_its_settings_come_from(settings: Settings, write: Write) -> None:
+def test_provenance_names_the_run_and_the_file(settings: Settings, write: Write) -> None:
     path = write()
     ((unit,), notes) = load_units(path.parent, settings, chosen("dense", NAME), [TASK])
     assert [config.name for config in unit.configs] == ["dense", NAME] and notes == []
     found = unit.provenance[NAME]
-    assert (found["config_run"], found["config_file"], found["identity"]) == (RUN, path.name, "abc")
-    assert found["sparse_from"] == "question"
+    assert (found.config_run, found.config_file, found.identity) == (RUN, path.name, "abc")
+    assert found.sparse_from == "question"
 
 
 FOREIGN: dict[str, dict[str, Any]] = {
@@ -80,20 +72,20 @@ FOREIGN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_foreign_content_is_told_with_its_file(case: str, settings: Settings, write: Write) -> None:
+def test_foreign_content_is_reported_with_its_file(case: str, settings: Settings, write: Write) -> None:
     path = write(**FOREIGN[case])
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         load_units(path.parent, settings, chosen(NAME), [TASK])
-    assert str(path) in str(told.value) and "\n" not in str(told.value)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_settings_of_another_protocol_are_not_run(settings: Settings, write: Write) -> None:
-    path = write(provenance={"sparse_from": "decode"})
+    path = write(provenance=best_config()["provenance"] | {"sparse_from": "decode"})
     with pytest.raises(UserError, match="--sparse-from decode.*--sparse-from question"):
         load_units(path.parent, settings, chosen(NAME), [TASK])
 
 
-def test_what_the_run_does_not_hold_is_told(settings: Settings, write: Write) -> None:
+def test_missing_configurations_are_noted(settings: Settings, write: Write) -> None:
     write()
     pair = chosen(NAME, "sink_local_10pct")
     run, units, notes = find_units(settings, pair, [TASK], frozenset())  # asked for by a pattern
@@ -103,7 +95,7 @@ def test_what_the_run_does_not_hold_is_told(settings: Settings, write: Write) ->
     assert f"{NAME} (ruler/1024/fwe on {MODEL})" in notes[0] and len(notes) == 1
 
 
-def test_what_was_asked_for_by_name_must_be_there(settings: Settings, write: Write) -> None:
+def test_configurations_asked_for_by_name_must_exist(settings: Settings, write: Write) -> None:
     write()
     with pytest.raises(UserError, match=r"no sink_local_10pct tuned.*--phase 1.*--config-run"):
         find_units(settings, chosen("dense", NAME, "sink_local_10pct"), [TASK], frozenset({"dense", "sink_local_10pct"}))
@@ -111,7 +103,7 @@ def test_what_was_asked_for_by_name_must_be_there(settings: Settings, write: Wri
         find_units(settings, chosen("dense", "sink_local_10pct"), [TASK], frozenset())
 
 
-def test_a_run_is_named_not_pointed_at(settings: Settings, write: Write, tmp_path: Path) -> None:
+def test_a_run_is_given_by_name_not_by_path(settings: Settings, write: Write, tmp_path: Path) -> None:
     from dataclasses import replace
 
     assert find_run(replace(settings, config_run=write().parent.name)) == tmp_path / RUN

@@ -13,8 +13,9 @@ import pytest
 import ray
 
 import benchmark.workers.ray_pool as ray_pool
-from benchmark.execution.messages import Block, Options, Request
-from benchmark.execution.worker import BlockJob
+from benchmark.execution.messages import Batch, Options, Request
+from benchmark.execution.worker import BatchJob
+from benchmark.storage.records import SampleLine
 from benchmark.storage.results import Journal
 from benchmark.tasks.base import Sample, UserError
 from benchmark.workers.errors import BrokenDeviceError
@@ -70,7 +71,7 @@ class FakeActor:
     def options(self, **_: Any) -> FakeActor:
         return self
 
-    def remote(self, job: BlockJob) -> Any:
+    def remote(self, job: BatchJob) -> Any:
         return iter(self.stream)
 
 
@@ -85,50 +86,54 @@ class Starting(FakeActor):
         return self
 
 
+def line(number: int) -> SampleLine:
+    return SampleLine(kind="sample", sample_id=f"s{number}", sample_hash="h", limit=2, answers={})
+
+
 @pytest.fixture
-def block(tmp_path: Path) -> Block:
+def batch(tmp_path: Path) -> Batch:
     samples = [Sample(f"s{i}", "t", "c", "q", "", ["r"], 2) for i in range(3)]
     requests = tuple(Request(sample, "h", 0, 2, ("dense",)) for sample in samples)
-    return Block("m", "t", False, {"dense": None}, requests, Options(), tmp_path / "j", tmp_path / "status", tmp_path / "stop")
+    return Batch("m", "t", False, {"dense": None}, requests, Options(), tmp_path / "j", tmp_path / "status", tmp_path / "stop")
 
 
-def drive(stream: list[Any], block: Block, deadline: float | None = None) -> tuple[RayPool, FakeRay, Future[int]]:
+def drive(stream: list[Any], batch: Batch, deadline: float | None = None) -> tuple[RayPool, FakeRay, Future[int]]:
     pool = RayPool.__new__(RayPool)
     pool._ray, pool.slots, pool._stopping = FakeRay(), [Slot("actor-0", "cpu", 1)], ray_pool.threading.Event()
     pool._actors = {0: FakeActor(stream)}
     future: Future[int] = Future()
-    pool._drive(0, BlockJob(block), deadline, future)
+    pool._drive(0, BatchJob(batch), deadline, future)
     return pool, pool._ray, future
 
 
-def state(block: Block) -> tuple[str, str | None]:
-    assert block.status is not None
-    told = json.loads(block.status.read_text())
+def state(batch: Batch) -> tuple[str, str | None]:
+    assert batch.status is not None
+    told = json.loads(batch.status.read_text())
     return told["state"], told["sample"]
 
 
-def records(block: Block) -> list[Any]:
-    assert block.journal is not None
-    return Journal(block.journal).read()
+def records(batch: Batch) -> list[Any]:
+    assert batch.journal is not None
+    return Journal(batch.journal).read()
 
 
-def test_records_are_journalled_here(block: Block) -> None:
-    pool, _, future = drive([4711, {"n": 0}, {"n": 1}, {"n": 2}], block)
-    assert future.result() == 3 and [record["n"] for record in records(block)] == [0, 1, 2]
-    assert 0 in pool._actors, "it takes the next block"
+def test_records_are_journalled_here(batch: Batch) -> None:
+    pool, _, future = drive([4711, line(0), line(1), line(2)], batch)
+    assert future.result() == 3 and [record["sample_id"] for record in records(batch)] == ["s0", "s1", "s2"]
+    assert 0 in pool._actors, "it takes the next batch"
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
-def test_a_death_is_laid_to_the_sample_in_work(block: Block, done: int) -> None:
-    pool, fake, future = drive([4711, *({"n": i} for i in range(done)), ray.exceptions.ActorDiedError()], block)
-    assert isinstance(future.exception(), WorkerDied) and len(records(block)) == done
-    assert state(block) == ("answering", f"s{done}")
+def test_a_crash_counts_against_the_current_sample(batch: Batch, done: int) -> None:
+    pool, fake, future = drive([4711, *(line(i) for i in range(done)), ray.exceptions.ActorDiedError()], batch)
+    assert isinstance(future.exception(), WorkerDied) and len(records(batch)) == done
+    assert state(batch) == ("answering", f"s{done}")
     assert pool._actors == {} and len(fake.killed) == 1
 
 
-def test_a_death_while_loading_is_laid_to_no_sample(block: Block) -> None:
-    _, _, future = drive([ray.exceptions.ActorDiedError()], block)
-    assert isinstance(future.exception(), WorkerDied) and state(block) == ("loading", None)
+def test_a_crash_while_loading_counts_against_no_sample(batch: Batch) -> None:
+    _, _, future = drive([ray.exceptions.ActorDiedError()], batch)
+    assert isinstance(future.exception(), WorkerDied) and state(batch) == ("loading", None)
 
 
 @pytest.mark.parametrize(
@@ -141,45 +146,45 @@ def test_a_death_while_loading_is_laid_to_no_sample(block: Block) -> None:
         ray.exceptions.RayTaskError("answer", "trace", BrokenDeviceError("CUDA error: illegal memory access")),
     ],
 )
-def test_faults_of_the_cluster_and_its_devices_are_deaths(block: Block, error: Exception) -> None:
-    pool, fake, future = drive([4711, {"n": 0}, error], block)
+def test_errors_of_the_cluster_and_its_devices_are_crashes(batch: Batch, error: Exception) -> None:
+    pool, fake, future = drive([4711, line(0), error], batch)
     assert isinstance(future.exception(), WorkerDied) and pool._actors == {} and len(fake.killed) == 1
 
 
-def test_a_blocks_own_error_leaves_the_actor(block: Block) -> None:
-    pool, _, future = drive([ray.exceptions.RayTaskError("answer", "trace", UserError("no such model"))], block)
+def test_a_batchs_own_error_leaves_the_actor(batch: Batch) -> None:
+    pool, _, future = drive([ray.exceptions.RayTaskError("answer", "trace", UserError("no such model"))], batch)
     assert isinstance(future.exception(), UserError) and 0 in pool._actors
 
 
-def test_time_runs_from_the_submission(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_runs_from_the_submission(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster without room for the actor: its start counts too."""
-    pool, fake, _ = drive([4711], block)
+    pool, fake, _ = drive([4711], batch)
     monkeypatch.setattr(fake, "wait", lambda refs, timeout: (time.sleep(0.01), ([], refs))[1])
     monkeypatch.setattr(fake, "remote", lambda kind: Starting(), raising=False)
     pool._actors, pool._share = {}, {}
-    future = pool.submit(0, BlockJob(block), 0.1)
+    future = pool.submit(0, BatchJob(batch), 0.1)
     assert isinstance(future.exception(timeout=20), TimeoutError) and pool._actors == {} and len(fake.killed) == 1
 
 
-def test_told_to_stop_it_takes_the_sample_in_work_and_no_more(block: Block) -> None:
-    assert block.stop is not None
+def test_after_stop_only_the_current_sample_is_kept(batch: Batch) -> None:
+    assert batch.stop is not None
 
     class Stopping(FakeActor):
-        def remote(self, _: BlockJob) -> Any:
-            assert block.stop is not None
+        def remote(self, _: BatchJob) -> Any:
+            assert batch.stop is not None
             yield 4711
-            block.stop.touch()  # while the first sample is in work
-            yield {"n": 0}
-            yield {"n": 1}
+            batch.stop.touch()  # while the first sample is in work
+            yield line(0)
+            yield line(1)
 
     pool = RayPool.__new__(RayPool)
     pool._ray, pool._stopping = FakeRay(), ray_pool.threading.Event()
-    assert pool._collect(Stopping([]), BlockJob(block), None) == 1
-    assert pool._collect(Stopping([]), BlockJob(replace(block, requests=())), None) == 0
+    assert pool._collect(Stopping([]), BatchJob(batch), None) == 1
+    assert pool._collect(Stopping([]), BatchJob(replace(batch, requests=())), None) == 0
 
 
-def test_a_late_drop_does_not_end_the_slots_next_actor(block: Block) -> None:
-    pool, fake, _ = drive([4711, {"n": 0}, {"n": 1}, {"n": 2}], block)
+def test_a_late_drop_does_not_end_the_slots_next_actor(batch: Batch) -> None:
+    pool, fake, _ = drive([4711, line(0), line(1), line(2)], batch)
     old, new = pool._actors[0], FakeActor([])
     pool._actors[0] = new
     pool._drop(0, old)
