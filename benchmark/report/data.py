@@ -55,6 +55,16 @@ class ResultRow:
         return self.metrics.samples
 
     @property
+    def engine(self) -> str:
+        """Version of the engine that answered; 1 where a file does not say it."""
+        return self.config.versions.get("engine") or "1"
+
+    @property
+    def basis(self) -> tuple[str, str]:
+        """What rows must share to be compared: the samples and the engine's version."""
+        return self.config.samples_hash, self.engine
+
+    @property
     def key(self) -> tuple[str, str, str]:
         """What comparable rows have in common: model, task, protocol."""
         return self.metrics.model, self.metrics.task, self.config.sparse_from
@@ -74,13 +84,19 @@ class ResultRow:
 
 @dataclass
 class Group:
-    """The rows of one (model, task, protocol). other_samples: rows on other samples, which are compared with nothing."""
+    """The rows of one (model, task, protocol). others: rows on other samples or of another engine version, which
+    are compared with nothing."""
 
     model: str
     task: str
     sparse_from: str
     rows: list[ResultRow]
-    other_samples: list[ResultRow] = field(default_factory=list)
+    others: list[ResultRow] = field(default_factory=list)
+
+    def what_differs(self, other: ResultRow) -> str:
+        """Why a row of `others` is compared with nothing."""
+        same_samples = other.config.samples_hash == self.rows[0].config.samples_hash
+        return f"engine version {other.engine}" if same_samples else "other samples"
 
     @property
     def dense(self) -> ResultRow | None:
@@ -114,7 +130,7 @@ class Tree:
 
     @property
     def rows(self) -> list[ResultRow]:
-        return [row for group in self.groups for row in [*group.rows, *group.other_samples]]
+        return [row for group in self.groups for row in [*group.rows, *group.others]]
 
     def failures(self) -> list[Failure]:
         """The failures of all rows, and those of the last run that belong to no row."""
@@ -160,10 +176,10 @@ def read_tree(folder: Path) -> Tree:
         raise UserError(f"{folder}: holds no results (no <model>/<configuration>/<task>/metrics.json); run --phase 2 first")
     for group in groups.values():
         group.rows.sort(key=lambda row: (not row.is_dense, row.family, row.budget or 0.0, row.name))
-        hashes = Counter(row.config.samples_hash for row in group.rows)
-        asked = group.dense.config.samples_hash if group.dense else hashes.most_common(1)[0][0]
-        group.other_samples = [row for row in group.rows if row.config.samples_hash != asked]
-        group.rows = [row for row in group.rows if row.config.samples_hash == asked]
+        common = Counter(row.basis for row in group.rows).most_common(1)[0][0]
+        basis = group.dense.basis if group.dense else common
+        group.others = [row for row in group.rows if row.basis != basis]
+        group.rows = [row for row in group.rows if row.basis == basis]
     summary, path = None, folder / "benchmark_summary.json"
     if path.exists():
         try:
@@ -209,7 +225,7 @@ def compare_trees(first: Tree, second: Tree) -> list[Pair]:
         comparison, changed = None, []
         if a and b:
             changed = [name for name in _SETTINGS if getattr(a.config, name) != getattr(b.config, name)]
-            if "samples_hash" not in changed:
+            if a.basis == b.basis:
                 comparison = compare_paired(b.sample_scores(), a.sample_scores())
         pairs.append(Pair(key, a, b, comparison, changed))
     return pairs

@@ -61,7 +61,7 @@ def report_page(tree: Tree) -> str:
         {
             "title": _title(tree.groups, group.model, group.task, group.sparse_from),
             "group": group,
-            "rows": [*group.rows, *group.other_samples],
+            "rows": [*group.rows, *group.others],
             "dense_score": group.dense.figure("score") if group.dense else None,
             "choices": [(budget, choose(group, budget)) for budget in group.budgets],
             "chart": chart(group, names),
@@ -105,7 +105,7 @@ def _title(groups: Sequence[Group], model: str, task: str, sparse_from: str) -> 
 
 
 def _facts(group: Group) -> list[tuple[str, str]]:
-    rows = [*group.rows, *group.other_samples]
+    rows = [*group.rows, *group.others]
     configs = [row.config for row in rows]
 
     def every(name: str) -> str:

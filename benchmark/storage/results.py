@@ -117,6 +117,8 @@ class Journal:
 @functools.cache
 def environment() -> dict[str, str | None]:
     """Versions and commit that produced a result."""
+    from sparse_attention_hub.attention import ENGINE_VERSION
+
     packages = ("sparse-attention-hub", "torch", "transformers", "ray", "optuna", "numpy")
     versions: dict[str, str | None] = {}
     for package in packages:
@@ -124,6 +126,7 @@ def environment() -> dict[str, str | None]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    versions["engine"] = str(ENGINE_VERSION)
     versions["commit"] = _commit()
     return versions
 

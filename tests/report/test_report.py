@@ -27,7 +27,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is inst
 
 
 def write_row(base: Path, task: str, name: str, scores: list[float], dense: list[float] | None, **changes: Any) -> Path:
-    """A result folder as Phase 2 writes it. changes: density, kv_fraction, nll, budget, samples_hash, failures, sparse_from."""
+    """A result folder as Phase 2 writes it. changes: density, kv_fraction, nll, budget, samples_hash, failures, sparse_from, engine."""
     folder = base / safe_name(MODEL) / name / safe_name(task)
     folder.mkdir(parents=True)
     density = changes.get("density", 1.0)
@@ -88,7 +88,7 @@ def write_row(base: Path, task: str, name: str, scores: list[float], dense: list
         "max_requests": None,
         "config_run": "run_20240315_143022",
         "provenance": None,
-        "versions": {"torch": "2", "commit": "abc"},
+        "versions": {"engine": changes.get("engine", "1")},
     }
     write_json(folder / "config.json", config)
     with (folder / "raw_results.csv").open("w", newline="") as stream:
@@ -138,9 +138,11 @@ def test_ties_go_to_the_smaller_nll_and_slack_is_a_tenth(tmp_path: Path) -> None
 def test_other_samples_and_protocols_are_not_mixed(results: Path) -> None:
     write_row(results, "ruler/4096/vt", "other_10pct", [1.0] * 9, [1.0] * 9, density=0.02, samples_hash="t")
     write_row(results, "ruler/4096/vt", "decode_10pct", [1.0] * 30, [1.0] * 30, density=0.02, sparse_from="decode")
+    write_row(results, "ruler/4096/vt", "older_10pct", [1.0] * 30, [1.0] * 30, density=0.02, engine="0")
     groups = read_tree(results).groups
     assert [group.sparse_from for group in groups] == ["decode", "question"]
-    assert [row.name for row in groups[1].other_samples] == ["other_10pct"]
+    told = {row.name: groups[1].what_differs(row) for row in groups[1].others}
+    assert told == {"other_10pct": "other samples", "older_10pct": "engine version 0"}
     best = choose(groups[1], 0.1)
     assert best is not None and best.best.name == "oracle_10pct"
 
