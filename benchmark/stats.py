@@ -1,4 +1,4 @@
-"""How sure a score is: bootstrap intervals over samples, and paired comparisons on the same samples."""
+"""How sure a score is: intervals that hold for any number of samples, and paired comparisons on the same samples."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-RESAMPLES = 2000
 LEVEL = 0.95
-_BLOCK = 2**22  # numbers drawn at once
+#: A difference is called real if its p-value, too, is at most this.
+SIGNIFICANT = 0.05
+#: Orders of the values that a bet goes through; its interval does not depend on the given one.
+_ORDERS = 16
+#: The largest share of the stake in one bet.
+_LARGEST_BET = 0.75
+#: Halvings of the range in which an end is looked for: to 0.0001.
+_HALVINGS = 14
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A configuration against a baseline on the samples that both answered.
 
-    difference: mean of (configuration - baseline). interval: its 95% bootstrap interval, None for fewer than two
-    samples. better, worse: samples with a positive or negative difference. p_value: two-sided sign test over those,
-    None without any.
+    difference: mean of (configuration - baseline). interval: its 95% interval, None where there is none. better, worse: samples
+    with a positive or negative difference. p_value: two-sided sign test over those, None without any.
     """
 
     difference: float
@@ -39,45 +45,73 @@ def mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the mean over samples; None for fewer than two values.
+def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 1.0, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of the mean of what gave these values, all in [low, high]. It covers the mean with a probability of at least
+    `level`, whatever the distribution and however few values there are.
 
-    The same values, in whatever order, and seed give the same interval.
+    Two-valued scores: Clopper and Pearson 1934, exact. Others: betting (hedged capital, Waudby-Smith and Ramdas 2023), the mean
+    over fixed orders of the values. ValueError without values, or for values out of [low, high].
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
-    if len(values) < 2:
-        return None
-    data = np.sort(np.asarray(values, dtype=np.float64))
-    if not np.isfinite(data).all():
-        raise ValueError("values must be finite: leave failed samples out")
-    if data[0] == data[-1]:
-        return float(data[0]), float(data[0])
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    at_once = max(1, _BLOCK // len(data))
-    for start in range(0, resamples, at_once):
-        stop = min(resamples, start + at_once)
-        means[start:stop] = data[generator.integers(0, len(data), (stop - start, len(data)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    if len(values) == 0:
+        raise ValueError("an interval needs a value, got none")
+    data = (np.sort(np.asarray(values, dtype=np.float64)) - low) / (high - low)
+    if not ((data >= 0) & (data <= 1)).all():
+        raise ValueError(f"values must be in [{low:g}, {high:g}], got {min(values)} to {max(values)}")
+    n, ones, error = len(data), int((data == 1).sum()), 1 - level
+    if ones + int((data == 0).sum()) == n:
+        first = 0.0 if ones == 0 else stats.beta.ppf(error / 2, ones, n - ones + 1)
+        last = 1.0 if ones == n else stats.beta.ppf(1 - error / 2, ones + 1, n - ones)
+    else:
+        first, last = _least_mean(data, error / 2), 1 - _least_mean(1 - data[::-1], error / 2)
+    return low + (high - low) * float(first), low + (high - low) * float(last)
+
+
+def difference_interval(
+    differences: Sequence[float], low: float = -1.0, high: float = 1.0, level: float = LEVEL
+) -> tuple[float, float]:
+    """`mean_interval` of paired differences of scores."""
+    return mean_interval(differences, low, high, level)
+
+
+def _least_mean(data: np.ndarray, error: float) -> float:
+    """The smallest mean m that the sorted data in [0, 1] do not refute.
+
+    A gambler bets on every value being above m, with a stake that follows from the values before. If the mean is m (or less)
+    her capital grows to 1 / error with a probability of at most `error`; so does the mean capital over several orders.
+    """
+    n = len(data)
+    generator = np.random.default_rng(0)
+    orders = np.stack([data[generator.permutation(n)] for _ in range(_ORDERS)])
+    seen = np.arange(2, n + 2)
+    means = (0.5 + np.cumsum(orders, 1)) / seen
+    variances = (0.25 + np.cumsum((orders - means) ** 2, 1)) / seen
+    before = np.concatenate([np.full((_ORDERS, 1), 0.25), variances[:, :-1]], 1)
+    stakes = np.sqrt(2 * math.log(1 / error) / (n * before))
+
+    def refuted(m: float) -> bool:
+        bets = np.minimum(stakes, _LARGEST_BET / m)
+        capital = np.cumsum(np.log1p(bets * (orders - m)), 1)
+        return bool(np.max(np.logaddexp.reduce(capital, 0)) - math.log(_ORDERS) >= math.log(1 / error))
+
+    first, last = 0.0, 1.0  # smaller means are refuted before larger ones
+    for _ in range(_HALVINGS):
+        middle = (first + last) / 2
+        first, last = (middle, last) if refuted(middle) else (first, middle)
+    return first
 
 
 def sign_test(better: int, worse: int) -> float | None:
     """Two-sided p-value of so many positive and negative differences if both were equally likely; None without any."""
-    n = better + worse
-    if n == 0:
-        return None
-    tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1))
-    return float(min(1.0, 2 * tail / 2**n))
+    return float(stats.binomtest(better, better + worse).pvalue) if better + worse else None
 
 
-def compare_paired(
-    scores: Mapping[str, float], baseline: Mapping[str, float], *, level: float = LEVEL, seed: int = 0
-) -> Comparison | None:
-    """Compare two configurations by sample id, on the samples that both have; None if there is none."""
+def compare_paired(scores: Mapping[str, float], baseline: Mapping[str, float], *, bounded: bool = True) -> Comparison | None:
+    """Compare two configurations by sample id, on the samples that both have; None if there is none.
+
+    bounded: both are scores in [0, 1]. Else the interval is Student's, which holds for many samples; None for one.
+    """
     shared = sorted(scores.keys() & baseline.keys())
     if not shared:
         return None
@@ -85,9 +119,17 @@ def compare_paired(
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     return Comparison(
         difference=math.fsum(differences) / len(differences),
-        interval=bootstrap_interval(differences, level=level, seed=seed),
+        interval=difference_interval(differences) if bounded else _student_interval(differences),
         n=len(shared),
         better=better,
         worse=worse,
         p_value=sign_test(better, worse),
     )
+
+
+def _student_interval(values: list[float]) -> tuple[float, float] | None:
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    middle = math.fsum(values) / len(values)
+    return middle - half, middle + half

@@ -6,45 +6,70 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmark.stats import bootstrap_interval, compare_paired, mean, sign_test
+from benchmark.stats import compare_paired, difference_interval, mean, mean_interval, sign_test
 
 
 def test_mean_of_nothing_is_missing() -> None:
     assert mean([]) is None and mean([0.5, 1.0]) == 0.75
 
 
-def test_interval_agrees_with_the_normal_one_for_many_samples() -> None:
-    values = np.random.default_rng(1).random(2000).tolist()
-    interval = bootstrap_interval(values)
-    assert interval is not None
-    half = 1.96 * np.std(values) / np.sqrt(len(values))
-    assert interval[0] == pytest.approx(np.mean(values) - half, abs=half * 0.15)
-    assert interval[1] == pytest.approx(np.mean(values) + half, abs=half * 0.15)
+@pytest.mark.parametrize("n", [1, 3, 10, 50, 500])
+@pytest.mark.parametrize("p", [0.02, 0.3, 0.5, 0.9, 0.98])
+def test_intervals_of_two_valued_scores_cover(n: int, p: float) -> None:
+    """The exact probability, over all numbers of right answers."""
+    covered = 0.0
+    for right in range(n + 1):
+        low, high = mean_interval([1.0] * right + [0.0] * (n - right))
+        covered += float(stats.binom.pmf(right, n, p)) * (low <= p <= high)
+    assert covered >= 0.95
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(0)
-    inside = 0
-    for _ in range(200):
-        low, high = bootstrap_interval(generator.normal(0.5, 0.1, 60).tolist(), resamples=400)  # type: ignore[misc]
-        inside += low <= 0.5 <= high
-    assert 0.89 <= inside / 200 <= 0.99
+#: Scores in thirds, hardly ever wrong; paired differences; one of a continuum.
+OTHERS = {
+    "thirds": (lambda chance, n: chance.choice([0, 1 / 3, 2 / 3, 1], n, p=[0.1, 0.2, 0.3, 0.4]), 2 / 3, 0.0),
+    "nearly right": (lambda chance, n: chance.choice([0, 1 / 3, 2 / 3, 1], n, p=[0.02, 0.01, 0.02, 0.95]), 29 / 30, 0.0),
+    "differences": (lambda chance, n: chance.choice([-1, 0, 1], n, p=[0.1, 0.8, 0.1]), 0.0, -1.0),
+    "rare differences": (lambda chance, n: chance.choice([-1, 0, 1], n, p=[0.02, 0.97, 0.01]), -0.01, -1.0),
+    "uniform": (lambda chance, n: chance.random(n), 0.5, 0.0),
+}
 
 
-def test_interval_is_a_function_of_the_values_and_the_seed() -> None:
+@pytest.mark.parametrize("n", [1, 3, 10, 50, 500])
+@pytest.mark.parametrize("name", OTHERS)
+def test_intervals_of_other_scores_cover(name: str, n: int) -> None:
+    draw, truth, least = OTHERS[name]
+    chance, repeats = np.random.default_rng(n), 100 if n == 500 else 300
+    inside, wider = 0, []
+    for _ in range(repeats):
+        values = draw(chance, n)
+        low, high = mean_interval(values.tolist(), least)
+        inside += low <= truth <= high
+        wider.append((high - low) / (2 * 1.96 * values.std() / np.sqrt(n) + 1e-9))
+    assert inside / repeats >= 0.94
+    if n == 500 and name in ("thirds", "differences", "uniform"):  # where the normal interval covers
+        assert np.mean(wider) <= 1.35
+
+
+def test_intervals_are_functions_of_the_values_alone() -> None:
     values = [0.0, 1.0, 1.0, 0.25, 0.5]
-    assert bootstrap_interval(values) == bootstrap_interval(values[::-1])
-    many = np.random.default_rng(0).random(50).tolist()
-    assert bootstrap_interval(many, seed=1) != bootstrap_interval(many, seed=2)
-    assert bootstrap_interval([1.0, 1.0, 1.0]) == (1.0, 1.0)
-    assert bootstrap_interval([1.0]) is None and bootstrap_interval([]) is None
+    assert mean_interval(values) == mean_interval(values[::-1]) == mean_interval(values)
+    low, high = mean_interval([1.0, 1.0, 1.0])
+    assert high == 1.0 and low == pytest.approx(0.025 ** (1 / 3))
+    low, high = difference_interval([0.0, 0.0, 0.0])
+    assert low < -0.3 and high > 0.3, "three equal samples show little"
+    assert mean_interval([0.5])[0] < 0.1 and mean_interval([0.5])[1] > 0.9
+    narrow, wide = mean_interval(values, level=0.5), mean_interval(values, level=0.99)
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
-def test_interval_refuses_what_it_cannot_mean() -> None:
-    with pytest.raises(ValueError, match="finite"):
-        bootstrap_interval([0.5, float("nan")])
+def test_intervals_refuse_what_they_cannot_mean() -> None:
+    for values in ([0.5, float("nan")], [1.5], [-0.1]):
+        with pytest.raises(ValueError, match="must be in"):
+            mean_interval(values)
+    with pytest.raises(ValueError, match="got none"):
+        mean_interval([])
     with pytest.raises(ValueError, match="level"):
-        bootstrap_interval([0.5, 1.0], level=95)
+        mean_interval([0.5, 1.0], level=95)
 
 
 @pytest.mark.parametrize(("better", "worse"), [(8, 1), (1, 8), (5, 5), (0, 6), (30, 12)])
@@ -67,9 +92,14 @@ def test_paired_difference_uses_the_shared_samples_only() -> None:
 
 
 def test_pairing_sees_what_unpaired_scores_hide() -> None:
-    generator = np.random.default_rng(3)
-    base = {str(i): float(v) for i, v in enumerate(generator.random(100))}
-    shifted = {key: value - 0.02 for key, value in base.items()}
-    found = compare_paired(shifted, base)
+    base = {str(i): float(v) for i, v in enumerate(np.random.default_rng(3).uniform(0.2, 1, 400))}
+    found = compare_paired({key: value - 0.15 for key, value in base.items()}, base)
     assert found is not None and found.interval is not None
     assert found.interval[1] < 0 and found.p_value is not None and found.p_value < 1e-6
+
+
+def test_unbounded_figures_have_students_interval() -> None:
+    found = compare_paired({"a": 3.0, "b": 5.0}, {"a": 1.0, "b": 1.0}, bounded=False)
+    assert found is not None and found.interval == pytest.approx(stats.t.interval(0.95, 1, 3.0, 1.0))
+    alone = compare_paired({"a": 3.0}, {"a": 1.0}, bounded=False)
+    assert alone is not None and alone.interval is None

@@ -18,7 +18,7 @@ from typing import Any
 from benchmark.execution.jobs import UnitRun
 from benchmark.execution.messages import error_message
 from benchmark.settings import Settings, SparseConfig
-from benchmark.stats import bootstrap_interval, compare_paired, mean
+from benchmark.stats import compare_paired, mean, mean_interval
 from benchmark.storage.records import (
     Answer,
     AttentionRecord,
@@ -160,7 +160,7 @@ def make_metrics(run: UnitRun, config: SparseConfig, rows: list[Row], dense: lis
     scores: dict[str, Score] = {}
     for name in _metric_names(rows):
         values = [row.scores[name] for row in scored if name in row.scores]
-        scores[name] = Score(mean=mean(values), interval=bootstrap_interval(values), n=len(values))
+        scores[name] = Score(mean=mean(values), interval=_interval(values), n=len(values))
     nll = _mean_of(rows, "reference_nll")
     density = _mean_of(rows, "density")
     own = scores.get(primary, Score(mean=None, interval=None, n=0))
@@ -210,8 +210,15 @@ def _difference(rows: list[Row], dense: list[Row], name: str) -> Difference | No
             pairs = {row.sample_id: row.scores.get(name) if row.status == "ok" else None for row in of}
         return {sample: value for sample, value in pairs.items() if value is not None}
 
-    found = compare_paired(values(rows), values(dense))
+    own, others = values(rows), values(dense)
+    bounded = name != "reference_nll" and all(0 <= value <= 1 for value in [*own.values(), *others.values()])
+    found = compare_paired(own, others, bounded=bounded)
     return Difference(**found.to_dict()) if found is not None else None
+
+
+def _interval(values: list[float]) -> tuple[float, float] | None:
+    """None without values, or for a metric of a user's that leaves 0..1."""
+    return mean_interval(values) if values and all(0 <= value <= 1 for value in values) else None
 
 
 def _counts(rows: list[Row]) -> SampleCounts:

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from benchmark.report.chart import chart, families, legend
 from benchmark.report.data import BYTES_SLACK, Group, ResultRow, Tree, choose, compare_trees, read_tree, run_again
 from benchmark.report.table import difference, interval, marks, number, percent
+from benchmark.stats import SIGNIFICANT
 from benchmark.storage.records import Versions
 from benchmark.storage.results import write_text
 
@@ -93,7 +94,10 @@ def comparison_page(first: Tree, second: Tree) -> str:
         entries=entries,
         changed=sorted({name for entry in entries for name in entry["changed"]}),
         paired=paired,
-        certain=sum(bool(found.interval) and not found.interval[0] <= 0 <= found.interval[1] for found in paired),
+        certain=sum(
+            bool(found.interval) and not found.interval[0] <= 0 <= found.interval[1] and (found.p_value or 1) <= SIGNIFICANT
+            for found in paired
+        ),
         figures=[("density", percent), ("error", number), ("reference_nll", number)],
     )
 
@@ -143,23 +147,22 @@ def _confidence(row: ResultRow) -> str:
     samples = f"{n} sample{'s' * (n != 1)}"
     few = f" {samples} are few: run more (--max-requests)." if n < FEW_SAMPLES else ""
     if not paired or not paired.interval:
-        return f"How sure: {samples}, too little for an interval.{few if n > 1 else ''}"
+        return f"How sure: {samples} on which both scored, too little for an interval.{few if n > 1 else ''}"
     low, high = paired.interval
     better, worse = paired.better, paired.worse
     counts = f"{better} better, {worse} worse, {n - better - worse} alike of {samples}"
-    if low == high == 0:
+    if better == worse == 0:
         # With no differing sample among n, a share of up to 1 - 0.05^(1/n) of all samples could still differ (95%).
         unseen = 1 - 0.05 ** (1 / n)
         return (
             f"How sure: no sample scored otherwise than dense ({counts}); up to {unseen:.0%} of all samples still could.{few}"
         )
-    if low == high:
-        return f"How sure: every sample differs alike ({counts}).{few}"
-    if high < 0:
-        return f"How sure: the cost is real, its interval excludes 0 ({counts}).{few}"
-    if low > 0:
-        return f"How sure: better than dense, the interval excludes 0 ({counts}).{few}"
-    return f"How sure: no difference is shown; the interval holds 0 ({counts}).{few}"
+    sure = paired.p_value is not None and paired.p_value <= SIGNIFICANT
+    if high < 0 and sure:
+        return f"How sure: the cost is real, its interval excludes 0 ({counts}, p = {paired.p_value:.2g}).{few}"
+    if low > 0 and sure:
+        return f"How sure: better than dense, the interval excludes 0 ({counts}, p = {paired.p_value:.2g}).{few}"
+    return f"How sure: no difference is shown ({counts}).{few}"
 
 
 def _marked(row: ResultRow) -> str:

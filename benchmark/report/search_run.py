@@ -1,4 +1,4 @@
-"""Reads a Phase 1 run from its folder: studies with their trials, levels with their best. Imports neither torch, Ray nor Optuna."""
+"""Reads a Phase 1 run: studies with their trials, levels with their best. Imports neither torch, Ray nor Optuna."""
 
 from __future__ import annotations
 
