@@ -59,8 +59,8 @@ def find_run(settings: Settings) -> Path:
 def load_units(
     run: Path | None, settings: Settings, configs: list[SparseConfig], tasks: list[str]
 ) -> tuple[list[BenchmarkUnit], list[str]]:
-    """What Phase 2 runs: for every (model, task), dense attention and the configurations tuned for this pair; and notes on those
-    that were not tuned for it.
+    """What Phase 2 runs: for every (model, task), dense attention and the configurations tuned for this pair; and notes on
+    those that were not tuned for it.
 
     UserError for a file that is damaged or was searched with another --sparse-from.
     """
@@ -112,7 +112,8 @@ def _levels(run: Path) -> dict[Path, BestConfig]:
         best = read_record(path, BestConfig, "remove the file or search again")
         if path.stem != result_key(best.model, best.task, best.masker_name):
             raise UserError(
-                f"{path}: contains {best.masker_name!r} for {best.task} on {best.model}, which its name does not say; remove the file"
+                f"{path}: contains {best.masker_name!r} for {best.task} on {best.model}, which its name does not say; "
+                "remove the file"
             )
         found[path] = best
     return found

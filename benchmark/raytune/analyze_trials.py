@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a search found: tables, plots and one CSV of every trial.
 
-    python benchmark/raytune/analyze_trials.py                                     # the newest run in ./optimal_configs
+    python benchmark/raytune/analyze_trials.py              # the newest run in ./optimal_configs, else the sample run
     python benchmark/raytune/analyze_trials.py --run run_20240315_143022
     python benchmark/raytune/analyze_trials.py --compare run_20240315_143022 run_20240316_090000
 
@@ -16,7 +16,10 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmark.report.search_run import Run
 
 if __package__ in (None, ""):  # run as a script, from any folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -47,11 +50,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def analyze(configs_dir: Path, name: str | None, output: Path) -> None:
     """Print and save everything about one run. UserError if it cannot be read."""
-    from benchmark.report.search_run import choose_run, read_run
     from benchmark.report.search_tables import describe, hyperparameter_effects
     from benchmark.storage.results import write_text
 
-    run = read_run(choose_run(configs_dir, name))
+    run = _read(choose_search(configs_dir, name))
     _quiet_optuna()
     effects = {id(study): found for study in run.studies if (found := hyperparameter_effects(study))}
     text = describe(run, effects)
@@ -65,13 +67,39 @@ def analyze(configs_dir: Path, name: str | None, output: Path) -> None:
     print("\n".join(f"  {path.stem}" for path in plots))
 
 
+def choose_search(configs_dir: Path, name: str | None) -> Path:
+    """The named run, else the user's newest one, else the sample run of the repository. UserError if there is none."""
+    from benchmark.report.search_run import choose_run
+    from sparse_attention_hub.errors import UserError
+
+    try:
+        return choose_run(configs_dir, name)
+    except UserError:
+        sample = configs_dir / "sample"
+        if name is not None or not sample.is_dir():
+            raise
+        run = choose_run(sample, None)
+    print(f"No search in {configs_dir} yet; this is the sample run {run}.\n")
+    return run
+
+
+def _read(folder: Path) -> Run:
+    """Read a run; each damaged file is named on stderr and left out."""
+    from benchmark.report.search_run import read_run
+
+    run = read_run(folder)
+    for problem in run.left_out:
+        print(f"left out: {problem}", file=sys.stderr)
+    return run
+
+
 def compare(configs_dir: Path, names: list[str], output: Path) -> None:
-    """Print and save two runs' best side by side."""
-    from benchmark.report.search_run import choose_run, read_run
+    """Print and save the best of two runs side by side."""
+    from benchmark.report.search_run import choose_run
     from benchmark.report.search_tables import compare_rows, compare_table
     from benchmark.storage.results import write_text
 
-    first, second = (read_run(choose_run(configs_dir, name)) for name in names)
+    first, second = (_read(choose_run(configs_dir, name)) for name in names)
     text = compare_table(first, second)
     print(text)
     write_text(output / "comparison.txt", text + "\n")
@@ -79,21 +107,22 @@ def compare(configs_dir: Path, names: list[str], output: Path) -> None:
     print(f"\nWritten to {output}: comparison.txt, comparison.csv")
 
 
-def trials_csv(run: Any) -> str:
-    """One row a trial of the run; a trial that several levels share stands once. Figures are error, density, KV fraction
-    of the highest rung up to the forced forward, score of generation, and each rung's own."""
+def trials_csv(run: Run) -> str:
+    """One row per trial; a trial that several levels share has one row. error, density and kv_fraction are those of the highest
+    rung up to the forced forward, score is that of generation; columns of every rung follow."""
     parameters = list(dict.fromkeys(name for study in run.studies for trial in study.trials for name in trial.params))
     rows = []
     for study in run.studies:
-        for trial in study.trials:
+        bests = {level.name: level.trial.trial_id for level in study.levels if level.trial is not None}
+        for number, trial in enumerate(study.trials):
             row: dict[str, Any] = {
                 "model": study.model,
                 "task": study.task,
                 "combination": study.combination,
                 "levels": " ".join(level.name for level in study.levels),
-                "best_of": " ".join(level.name for level in study.levels if _is(level.trial, trial)),
+                "best_of": " ".join(name for name, best in bests.items() if best == trial.trial_id),
                 "trial_id": trial.trial_id,
-                "number": trial.number,
+                "number": number,
                 "status": trial.status,
                 "error_message": trial.error_message,
                 "rung": trial.reached,
@@ -110,10 +139,6 @@ def trials_csv(run: Any) -> str:
                     row[f"rung{rung}_{figure}"] = trial.figure(figure, rung)
             rows.append(row | {f"config/{name}": trial.params.get(name) for name in parameters})
     return _csv(rows)
-
-
-def _is(best: Any, trial: Any) -> bool:
-    return best is not None and best.trial_id == trial.trial_id
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""From command line to plan: typed settings, chosen configurations, leaf tasks; every check that needs no model."""
+"""From the command line to a plan: typed settings, chosen configurations, tasks; and all checks that need no model weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ from benchmark.tasks.limits import fitted
 from sparse_attention_hub.errors import UserError
 
 if TYPE_CHECKING:
+    from benchmark.search.config_search import SampleKeys
     from benchmark.search.evaluator import TuningSample
 
-#: Flags that must be above zero, and finite.
+#: Flags whose value must be greater than 0 and finite.
 COUNTS = (
     "num_samples",
     "search_timeout",
@@ -43,13 +44,13 @@ CHOICES = {
     "attention_backend": ("auto", "reference", "cpu", "torch", "triton"),
     "dense_backend": ("auto", "sdpa", "flash"),
 }
-#: Folders that are written into, and in which phase.
+#: Folders that a run writes into: name -> phase.
 FOLDERS = {"optimal_configs_dir": 1, "ray_results_dir": 1, "benchmark_results_dir": 2}
 OBJECTIVES = ("default", "sparsity_5", "sparsity_10", "sparsity_15", "sparsity_20", "sparsity_25", "sparsity_50")
 
 
 def make_settings(options: argparse.Namespace, configuration: dict[str, Any]) -> Settings:
-    """Flags given, then the run configuration, then the defaults of Settings. UserError names the flag at fault."""
+    """Settings from flags, then the run configuration, then defaults. UserError names the flag at fault."""
     names = {field.name for field in fields(Settings)} - {"phases"}
     values: dict[str, Any] = {}
     for name in names:
@@ -116,7 +117,7 @@ def choose_configs(entries: list[tuple[str, Any, Any]], wanted: list[str] | None
 
 
 def expand_tasks(settings: Settings) -> tuple[list[str], list[str]]:
-    """(leaf tasks without repeats, notes on groups that are not whole)."""
+    """(tasks without repeats, groups replaced by their members; notes on groups that are incomplete)."""
     tasks: list[str] = []
     notes: list[str] = []
     for name in settings.tasks:
@@ -128,9 +129,9 @@ def expand_tasks(settings: Settings) -> tuple[list[str], list[str]]:
 
 
 def check_folders(settings: Settings) -> None:
-    """The folders of the phases asked for can be written into. UserError otherwise.
+    """Check that the folders of the chosen phases can be written into. UserError otherwise.
 
-    It is tried: what permissions say does not hold for root, nor on a disk that is read-only.
+    Writes a file to find out: permission bits do not tell for root, or on a read-only disk.
     """
     for name, phase in FOLDERS.items():
         folder: Path = getattr(settings, name)
@@ -145,21 +146,22 @@ def check_folders(settings: Settings) -> None:
                 ) from None
 
 
-def check_models(settings: Settings) -> None:
-    """Every model, the device and its kernels can be had, before anything is written. UserError otherwise."""
+def check_models(settings: Settings) -> dict[str, Any]:
+    """Check that every model, the device and its kernels are available, before anything is written. UserError otherwise.
+
+    Returns the tokenizers by model.
+    """
     from sparse_attention_hub.models import check_place, load_tokenizer
 
-    # A cluster's machines have their own devices, and re-scoring needs none.
+    # The machines of a cluster have their own devices, and --rescore needs none.
     if not settings.ray_address and not settings.rescore:
         check_place(settings.device, settings.dtype, settings.dense_backend)
         _check_kernels(settings)
-    for model in settings.models:
-        load_tokenizer(model, trust_remote_code=settings.trust_remote_code)
+    return {model: load_tokenizer(model, trust_remote_code=settings.trust_remote_code) for model in settings.models}
 
 
 def _check_kernels(settings: Settings) -> None:
-    """On a CPU: the sparse kernels asked for run there. A tensor on a GPU would start CUDA in this process, which only the
-    workers may do."""
+    """Check that the sparse kernels run on the CPU. On a GPU the check would start CUDA, which only workers may."""
     import torch
 
     from sparse_attention_hub.kernels import choose_backend
@@ -170,25 +172,33 @@ def _check_kernels(settings: Settings) -> None:
     try:
         choose_backend(wanted, torch.empty(0))
     except ValueError as error:
-        raise UserError(f"--attention-backend {wanted}: {error}; take auto, or a --device that has it") from None
+        raise UserError(f"--attention-backend {wanted}: {error}; use auto, or a --device that has it") from None
 
 
-def check_samples(settings: Settings, tasks: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(tasks whose samples can be made, why the others cannot), before anything is written.
+@dataclass(frozen=True)
+class SampleCheck:
+    """tasks: those whose samples can be made; missing: why the others cannot. tuning_keys: (model, task) -> `samples_key` of
+    its tuning samples, for Phase 1."""
 
-    UserError if a context length holds no prompt of a task, or --trace-budget-gb no trace (the flag is at fault), or no
-    task is left.
+    tasks: list[str]
+    missing: dict[str, str]
+    tuning_keys: SampleKeys
+
+
+def check_samples(settings: Settings, tasks: list[str], tokenizers: dict[str, Any]) -> SampleCheck:
+    """Make the tuning samples of Phase 1 and a prompt of Phase 2, before anything is written.
+
+    tokenizers: as check_models returns them. UserError if a context length is too short for a prompt of a task, if
+    --trace-budget-gb is too small for a trace, or if no task is left.
     """
-    from benchmark.search.evaluator import tuning_samples
-    from sparse_attention_hub.models import load_tokenizer
+    from benchmark.search.evaluator import samples_key, tuning_samples
 
     usable: list[str] = []
     missing: dict[str, str] = {}
     tuned: dict[tuple[str, str], list[TuningSample]] = {}
-    tokenizers = [load_tokenizer(model, trust_remote_code=settings.trust_remote_code) for model in settings.models]
     for name in tasks:
         try:
-            for model, tokenizer in zip(settings.models, tokenizers, strict=True):
+            for model, tokenizer in tokenizers.items():
                 if 2 in settings.phases:
                     _check_one_prompt(name, model, tokenizer, settings)
                 if 1 in settings.phases:
@@ -203,11 +213,11 @@ def check_samples(settings: Settings, tasks: list[str]) -> tuple[list[str], dict
         raise UserError("; ".join(dict.fromkeys(missing.values())))
     if settings.trace_budget_gb is not None:
         _check_trace_budget(settings.trace_budget_gb, tuned, settings)
-    return usable, missing
+    return SampleCheck(usable, missing, {pair: samples_key(samples) for pair, samples in tuned.items()})
 
 
 def _check_trace_budget(budget: float, tuned: dict[tuple[str, str], list[TuningSample]], settings: Settings) -> None:
-    """UserError if the traces of a (model, task) do not fit with a single layer. A model of unknown shape is not judged."""
+    """UserError if one layer of a (model, task)'s traces exceeds the budget. A model of unknown shape is not checked."""
     shapes = _shapes(settings)
     for (model, task), samples in tuned.items():
         tokens = max(len(s.prompt.context_ids) + len(s.prompt.question_ids) + s.max_new_tokens for s in samples)
@@ -221,7 +231,7 @@ def _check_trace_budget(budget: float, tuned: dict[tuple[str, str], list[TuningS
 
 @contextmanager
 def _named(flag: str, value: int) -> Iterator[None]:
-    """Tell which flag made a context too short."""
+    """Name the flag that made a context too short."""
     try:
         yield
     except ContextTooShortError as error:
@@ -229,7 +239,7 @@ def _named(flag: str, value: int) -> Iterator[None]:
 
 
 def _check_one_prompt(name: str, model: str, tokenizer: Any, settings: Settings) -> None:
-    """The first test sample's prompt can be built within --max-context-length and the model's positions."""
+    """Check that the first test sample's prompt fits --max-context-length and the model's positions."""
     task = get_task(name)
     request = SampleRequest(
         tokenizer=tokenizer,

@@ -124,13 +124,13 @@ def get_all_sparse_configs() -> list[tuple[str, Any, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Plan, Phase 1, Phase 2; the exit code."""
     options = parse_arguments(argv)
+    from benchmark.command_line import fail
     from sparse_attention_hub.errors import UserError
 
     try:
         return run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except KeyboardInterrupt:  # outside the two phases, which end in an order of their own
         print("\ninterrupted; the same command goes on with what was finished", file=sys.stderr)
         return 130
@@ -149,23 +149,23 @@ def run(options: argparse.Namespace) -> int:
         print(plan.describe(settings, configs, tasks, notes))
         return 0
     plan.check_folders(settings)
-    plan.check_models(settings)
+    tokenizers = plan.check_models(settings)
     named = frozenset(options.configs or ())
     if settings.phases == (2,):
         phases.check_found(settings, configs, tasks, named)
-    tasks, missing = plan.check_samples(settings, tasks)
-    for name, why in missing.items():
+    samples = plan.check_samples(settings, tasks, tokenizers)
+    for name, why in samples.missing.items():
         print(f"left out {name}: {why}", file=sys.stderr)
         notes.append(f"FAILED {name}: {why}")
     search: phases.SearchResult | None = None
-    failed = bool(missing)
+    failed = bool(samples.missing)
     if 1 in settings.phases:
-        search = phases.search(settings, configs, tasks, notes)
+        search = phases.search(settings, configs, samples, notes)
         if search.interrupted:
             return 130
         failed = failed or bool(search.failures)
     if 2 in settings.phases:
-        outcome = phases.benchmark(settings, configs, tasks, notes, named, search)
+        outcome = phases.benchmark(settings, configs, samples.tasks, notes, named, search)
         if outcome.interrupted:
             return 130
         failed = failed or bool(outcome.failures)

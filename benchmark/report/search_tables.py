@@ -271,13 +271,17 @@ def _numeric(values: list[Any]) -> bool:
 def _effect(name: str, trials: list[Trial], importances: dict[str, dict[str, float]]) -> Effect:
     values = [trial.params[name] for trial in trials]
     if _numeric(values):
-        ordered = sorted(trials, key=lambda trial: trial.params[name])
+
+        def size(trial: Trial) -> float:
+            return float(trial.params[name])  # type: ignore[arg-type]  # all are numbers
+
+        ordered = sorted(trials, key=size)
         third = max(1, len(ordered) // 3)
         # Trials with equal values go into the same third.
-        edges = ordered[third - 1].params[name], ordered[-third].params[name]
-        low = [trial for trial in ordered if trial.params[name] <= edges[0]]
-        high = [trial for trial in ordered if trial.params[name] >= edges[1]]
-        shown = [f"{median(trial.params[name] for trial in group):.3g}" for group in (low, high)]
+        edges = size(ordered[third - 1]), size(ordered[-third])
+        low = [trial for trial in ordered if size(trial) <= edges[0]]
+        high = [trial for trial in ordered if size(trial) >= edges[1]]
+        shown = [f"{median(map(size, group)):.3g}" for group in (low, high)]
     else:
         groups = {repr(value): [trial for trial in trials if trial.params[name] == value] for value in values}
         by_error = sorted(groups, key=lambda value: _mean(groups[value], "error"))

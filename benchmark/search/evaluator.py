@@ -1,18 +1,20 @@
-"""What Phase 1 measures: tuning samples of a (model, task), recorded as traces, replayed and confirmed."""
+"""Evaluates configurations on the tuning samples of a (model, task): replay of traces, then confirmation by the model."""
 
 from __future__ import annotations
 
-import fcntl
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.search.trial import Evaluation, with_deadline
+from filelock import FileLock, Timeout
+
+from benchmark.search.trial import with_deadline
 from benchmark.settings import Settings
+from benchmark.storage.records import Evaluation
 from benchmark.storage.results import fingerprint
 from benchmark.tasks import get_task
 from benchmark.tasks.base import Prompt, Sample, SampleRequest, answer_seed, build_prompt
@@ -31,7 +33,7 @@ RUNG0_LAYER_STEP = 4
 
 @dataclass(frozen=True)
 class TuningSample:
-    """A sample and its prompt; `seed` is what its sampling maskers draw from, in every configuration."""
+    """A sample and its prompt. seed: of its sampling maskers, the same for every configuration."""
 
     sample: Sample
     prompt: Prompt
@@ -39,10 +41,24 @@ class TuningSample:
     seed: int
 
 
-def tuning_samples(tokenizer: Any, task_name: str, settings: Settings) -> list[TuningSample]:
-    """The samples Phase 1 tunes on: a split that Phase 2 never scores, at the search's context length or the model's.
+@dataclass(frozen=True)
+class _Measured:
+    """Figures of one configuration on one sample; None = not measured."""
 
-    UserError if the task has none, or its question does not fit.
+    error: float | None = None
+    density: float | None = None
+    kv_fraction: float | None = None
+    score: float | None = None
+    reference_nll: float | None = None
+    reproduced: float | None = None
+    layer_errors: list[float] | None = None
+    layer_densities: list[float] | None = None
+
+
+def tuning_samples(tokenizer: Any, task_name: str, settings: Settings) -> list[TuningSample]:
+    """The tuning samples of a task: a split that Phase 2 never scores, at the search's context length or the model's.
+
+    UserError if the task has none, or a question does not fit.
     """
     task = get_task(task_name)
     request = within_model(
@@ -71,22 +87,31 @@ def tuning_samples(tokenizer: Any, task_name: str, settings: Settings) -> list[T
         )
         prepared.append(TuningSample(sample, prompt, new_tokens, answer_seed(settings.seed, sample.sample_id)))
     if not prepared:
-        raise UserError(f"task {task_name!r} has no tuning samples: its data hold too few rows, add some or take another task")
+        raise UserError(
+            f"task {task_name!r} has no tuning samples: its data have too few rows; add some or choose another task"
+        )
     return prepared
 
 
 def samples_key(samples: list[TuningSample]) -> str:
-    """A hash of the samples' whole content, whatever file it came from: what is asked, how it is scored, the seeds."""
+    """A hash of the samples: prompts, references and all else that scoring uses, seeds."""
     return fingerprint([repr(sample) for sample in samples])
 
 
 class TraceEvaluator:
-    """Evaluates configurations of one (model, task) on traces; rung 2 and 3 run the model on the traces' KV caches, or on the
-    samples prefilled again where the traces do not hold all layers."""
+    """Evaluates configurations of one (model, task) on traces. Rungs 2 and 3 run the model on the traces' KV caches, or prefill
+    the samples again where the traces do not contain all layers.
+
+    samples: the tuning samples. traces: empty until `record()` has finished. layers: those that traces contain. key: a hash of
+    everything that determines the figures of a configuration.
+    """
 
     def __init__(self, lm: LanguageModel, task_name: str, settings: Settings, traces_dir: Path) -> None:
-        """Nothing is recorded yet: iterate `record()` first. UserError as `tuning_samples`, for a model without a layer that
-        can be sparse, or a backend that cannot run here."""
+        """Records nothing yet.
+
+        UserError as `tuning_samples`, for a model without a layer that can be sparse, for a --trace-budget-gb below one layer,
+        and for an attention backend that cannot run on the model's device.
+        """
         from sparse_attention_hub.maskers.shared_states import SharedStates
         from sparse_attention_hub.models.session import sparse_layers
         from sparse_attention_hub.models.trace import layer_bytes, trace_key
@@ -97,7 +122,8 @@ class TraceEvaluator:
         self.samples = tuning_samples(lm.tokenizer, task_name, settings)
         self.traces: list[Trace] = []
         self._states = SharedStates()
-        self._reproduced: dict[tuple[str, int], Forced] = {}  # by configuration and sample, what rung 2 saw of dense answers
+        # (configuration, sample number) -> its forced forward, where that reproduced the dense answer.
+        self._reproduced: dict[tuple[str, int], Forced] = {}
         self.bytes_per_layer = 0
         for entry in self.samples:
             rows = entry.max_new_tokens + (len(entry.prompt.question_ids) if settings.sparse_from == "question" else 0)
@@ -112,7 +138,7 @@ class TraceEvaluator:
                     f"--trace-budget-gb {settings.trace_budget_gb:g} is less than one layer of {len(self.samples)} traces "
                     f"({self.bytes_per_layer / 1e9:.2f} GB): raise it, or lower --search-max-requests"
                 )
-            self.layers = [usable[place] for place in spread(len(usable), fit)]
+            self.layers = [usable[index] for index in spread(len(usable), fit)]
         thinned = [] if self.layers == usable else self.layers
         self._folders = []
         for entry in self.samples:
@@ -124,26 +150,29 @@ class TraceEvaluator:
 
     @property
     def trace_bytes(self) -> int:
-        """What all traces of this (model, task) take on disk at most."""
+        """Upper bound of the traces' size on disk."""
         return self.bytes_per_layer * len(self.layers)
 
     def record(self) -> Iterator[str]:
-        """Record what is not there yet, one sample a step; yields what was done. Studies of one task run side by side: what
-        another process is recording is left to it and read at the end."""
+        """Open or record the traces, one per step; yields a line for each. UserError if no answer has a sparse row.
+
+        Studies of one task run in several processes: a trace that another process is recording is skipped and opened at the
+        end.
+        """
         found: dict[int, Trace] = {}
-        for patient in (False, True):
+        for wait in (False, True):
             for number, folder in enumerate(self._folders):
                 if number in found:
                     continue
-                with _locked(folder, patient) as mine:
-                    if not mine:
+                with _locked(folder, wait) as held:
+                    if not held:
                         continue
                     trace, done = self._open_or_record(number, folder)
                     found[number] = trace
                 yield f"trace {len(found)}/{len(self.samples)} {done} ({trace.nbytes / 1e6:.0f} MB)"
         if not any(trace.rows for trace in found.values()):
             raise UserError(
-                f"no answer to a tuning sample of {self.task.name} has a sparse row, all are of one token: "
+                f"no tuning sample of {self.task.name} has a sparse row, since every answer is one token long: "
                 "use --sparse-from question or raise --search-max-new-tokens"
             )
         self.traces = [found[number] for number in range(len(self.samples))]
@@ -167,8 +196,8 @@ class TraceEvaluator:
         trim_heap()
         return trace, "recorded"
 
-    def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
-        """See study.Evaluator."""
+    def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
+        """See `trial.Evaluator`."""
         if len(self.traces) < len(self.samples):
             for _ in self.record():
                 pass
@@ -176,12 +205,10 @@ class TraceEvaluator:
         check = with_deadline(timeout * len(configs))
         started = time.perf_counter()
         measure = (self._replay_some, self._replay_all, self._force, self._generate)[rung]
-        evaluations = measure(attentions, check)
+        by_sample = measure(attentions, check)
         trim_heap()
         seconds = (time.perf_counter() - started) / len(configs)
-        for evaluation in evaluations:
-            evaluation.seconds = seconds
-        return evaluations
+        return [_over_samples(column, seconds) for column in zip(*by_sample, strict=True)]
 
     def _attention(self, config: ResearchAttentionConfig) -> ResearchAttention:
         from sparse_attention_hub.models.model_files import complete
@@ -190,18 +217,19 @@ class TraceEvaluator:
 
     # -- rungs 0 and 1 -----------------------------------------------------------------------------------------------
 
-    def _replay_some(self, attentions: list[ResearchAttention], check: Any) -> list[Evaluation]:
+    def _replay_some(self, attentions: list[ResearchAttention], check: Callable[[], None]) -> list[list[_Measured]]:
         return self._replay(attentions, check, RUNG0_ROWS, self.layers[::RUNG0_LAYER_STEP])
 
-    def _replay_all(self, attentions: list[ResearchAttention], check: Any) -> list[Evaluation]:
+    def _replay_all(self, attentions: list[ResearchAttention], check: Callable[[], None]) -> list[list[_Measured]]:
         return self._replay(attentions, check, None, None)
 
     def _replay(
-        self, attentions: list[ResearchAttention], check: Any, rows: int | None, layers: list[int] | None
-    ) -> list[Evaluation]:
+        self, attentions: list[ResearchAttention], check: Callable[[], None], rows: int | None, layers: list[int] | None
+    ) -> list[list[_Measured]]:
+        """Figures of every sample with sparse rows, in the order of `attentions`; so are those of the other rungs."""
         from sparse_attention_hub.replay import replay, spread
 
-        per_sample = []
+        by_sample = []
         for entry, trace in zip(self.samples, self.traces, strict=True):
             if not trace.rows:
                 continue
@@ -209,12 +237,11 @@ class TraceEvaluator:
             results = replay(
                 trace, attentions, rows=kept, layers=layers, seed=entry.seed, device=self.lm.device, states=self._states
             )
-            per_sample.append(
+            by_sample.append(
                 [
-                    Evaluation(
+                    _Measured(
                         error=result.error,
                         density=result.density,
-                        seconds=0.0,
                         layer_errors=result.errors.mean(-1).tolist() if layers is None else None,
                         layer_densities=result.densities.mean(-1).tolist() if layers is None else None,
                     )
@@ -222,7 +249,7 @@ class TraceEvaluator:
                 ]
             )
             check()
-        return [_over_samples(column) for column in zip(*per_sample, strict=True)]
+        return by_sample
 
     # -- rungs 2 and 3 -----------------------------------------------------------------------------------------------
 
@@ -231,12 +258,12 @@ class TraceEvaluator:
 
         return trace.prefilled(self.lm, room, self._states) or prefill(self.lm, entry.prompt.context_ids, room)
 
-    def _force(self, attentions: list[ResearchAttention], check: Any) -> list[Evaluation]:
-        """Question and dense answer through the model, token by token: errors compound through the layers as in a real run,
-        and a configuration that would reproduce an answer does so when it generates, which need not be done again."""
+    def _force(self, attentions: list[ResearchAttention], check: Callable[[], None]) -> list[list[_Measured]]:
+        """Question and dense answer through the model, token by token: errors compound through the layers as in generation. A
+        configuration that reproduces the dense answer here would generate it too, so rung 3 reuses it."""
         from sparse_attention_hub.models import forced_many
 
-        per_sample: list[list[Evaluation]] = []
+        by_sample: list[list[_Measured]] = []
         for number, (entry, trace) in enumerate(zip(self.samples, self.traces, strict=True)):
             room = len(entry.prompt.question_ids) + len(trace.answer_ids)
             meters = [ErrorMeter() for _ in attentions]
@@ -254,22 +281,28 @@ class TraceEvaluator:
             for attention, result in zip(attentions, results, strict=True):
                 if result.reproduced:
                     self._reproduced[repr(attention.config), number] = result
-            per_sample.append(
+            by_sample.append(
                 [
-                    meter.evaluation(reference_nll=result.nll, reproduced=float(result.reproduced))
+                    _Measured(
+                        meter.error,
+                        meter.density,
+                        meter.kv_fraction,
+                        reference_nll=result.nll,
+                        reproduced=float(result.reproduced),
+                    )
                     for meter, result in zip(meters, results, strict=True)
                 ]
             )
             trim_heap()
             check()
-        return [_over_samples(column) for column in zip(*per_sample, strict=True)]
+        return by_sample
 
-    def _generate(self, attentions: list[ResearchAttention], check: Any) -> list[Evaluation]:
-        """Real sparse generation, scored as the task scores. Its inputs differ from dense attention's more with every token, so
-        its error says little that rung 2 does not, and is not measured."""
+    def _generate(self, attentions: list[ResearchAttention], check: Callable[[], None]) -> list[list[_Measured]]:
+        """Real sparse generation, scored by the task. The error is not measured: the generated tokens diverge from the dense
+        answer, so it would add little to that of rung 2."""
         from sparse_attention_hub.models import Forced, answer_many
 
-        per_sample: list[list[Evaluation]] = []
+        by_sample: list[list[_Measured]] = []
         for number, (entry, trace) in enumerate(zip(self.samples, self.traces, strict=True)):
             room = len(entry.prompt.question_ids) + entry.max_new_tokens
             known = [self._reproduced.get((repr(attention.config), number)) for attention in attentions]
@@ -291,23 +324,17 @@ class TraceEvaluator:
             for forced in known:
                 answer = next(generated) if forced is None else forced
                 text = trace.meta["answer"] if isinstance(answer, Forced) else answer.text
-                column.append(
-                    Evaluation(
-                        error=None,
-                        density=float("nan") if answer.density is None else answer.density,
-                        seconds=0.0,
-                        kv_fraction=answer.kv_fraction,
-                        score=self.task.score(text, entry.sample).get(self.task.metric),
-                    )
-                )
-            per_sample.append(column)
+                score = self.task.score(text, entry.sample).get(self.task.metric)
+                column.append(_Measured(density=answer.density, kv_fraction=answer.kv_fraction, score=score))
+            by_sample.append(column)
             trim_heap()
             check()
-        return [_over_samples(column) for column in zip(*per_sample, strict=True)]
+        return by_sample
 
 
 class ErrorMeter:
-    """A recorder that keeps running means over rows, heads and layers of error, density and KV bytes read."""
+    """A recorder of means, over rows, heads and layers, of error, density and fraction of KV bytes read. None before the first
+    row."""
 
     def __init__(self) -> None:
         self._rows = 0
@@ -323,59 +350,60 @@ class ErrorMeter:
         self._kv += result.kv_fraction * rows
 
     @property
-    def error(self) -> float:
-        return self._error / self._rows if self._rows else float("nan")
+    def error(self) -> float | None:
+        return self._error / self._rows if self._rows else None
 
     @property
-    def density(self) -> float:
-        return self._density / self._rows if self._rows else float("nan")
+    def density(self) -> float | None:
+        return self._density / self._rows if self._rows else None
 
     @property
-    def kv_fraction(self) -> float:
-        return self._kv / self._rows if self._rows else float("nan")
-
-    def evaluation(self, **more: float | None) -> Evaluation:
-        return Evaluation(self.error, self.density, 0.0, self.kv_fraction, **more)  # type: ignore[arg-type]
+    def kv_fraction(self) -> float | None:
+        return self._kv / self._rows if self._rows else None
 
 
-def _over_samples(column: Sequence[Evaluation]) -> Evaluation:
-    """One configuration's means over samples, which count alike however many rows they have. A sample without a sparse row
-    (its answer ended at once under "decode") tells no density; a score that one sample lacks is no score."""
-    told = [e for e in column if not math.isnan(e.density)]
-    scores = [e.score for e in column if e.score is not None]
+def _over_samples(column: Sequence[_Measured], seconds: float) -> Evaluation | None:
+    """The means of one configuration over samples, which have equal weight however many rows they have. None if a figure is not
+    finite, or no sample has a density. A sample without a sparse row (its answer ended at once, with --sparse-from decode) has
+    none. The score is None unless every sample has one."""
+    scores = [sample.score for sample in column if sample.score is not None]
     scored = bool(scores) and len(scores) == len(column)
+    sparse = [sample for sample in column if sample.density is not None]
+    error, density = _mean(sample.error for sample in sparse), _mean(sample.density for sample in sparse)
+    kv_fraction, score = _mean(sample.kv_fraction for sample in sparse), _mean(scores) if scored else None
+    nll, reproduced = _mean(sample.reference_nll for sample in column), _mean(sample.reproduced for sample in column)
+    layer_errors = _layer_means(sample.layer_errors for sample in column)
+    layer_densities = _layer_means(sample.layer_densities for sample in column)
+    numbers = [error, density, kv_fraction, score, nll, reproduced, *(layer_errors or ()), *(layer_densities or ())]
+    if density is None or not all(math.isfinite(number) for number in numbers if number is not None):
+        return None
     return Evaluation(
-        error=_mean_told(e.error for e in told),
-        density=_mean(e.density for e in told),
-        seconds=0.0,
-        kv_fraction=_mean_told(e.kv_fraction for e in told),
-        score=_mean(scores) if scored else None,
+        error=error,
+        density=density,
+        seconds=seconds,
+        kv_fraction=kv_fraction,
+        score=score,
         sample_scores=scores if scored else None,
-        reference_nll=_mean_told(e.reference_nll for e in column),
-        reproduced=_mean_told(e.reproduced for e in column),
-        layer_errors=_mean_layers(e.layer_errors for e in column),
-        layer_densities=_mean_layers(e.layer_densities for e in column),
+        reference_nll=nll,
+        reproduced=reproduced,
+        layer_errors=layer_errors,
+        layer_densities=layer_densities,
     )
 
 
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else float("nan")
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that were measured."""
+    measured = [value for value in values if value is not None]
+    return sum(measured) / len(measured) if measured else None
 
 
-def _mean_told(values: Iterable[float | None]) -> float | None:
-    """The mean of a figure that all samples tell, or none."""
-    told = [value for value in values if value is not None]
-    return _mean(told) if told else None
-
-
-def _mean_layers(values: Iterable[list[float] | None]) -> list[float] | None:
-    told = [value for value in values if value is not None]
-    return [_mean(layer) for layer in zip(*told, strict=True)] if told else None
+def _layer_means(values: Iterable[list[float] | None]) -> list[float] | None:
+    measured = [value for value in values if value is not None]
+    return [sum(layer) / len(layer) for layer in zip(*measured, strict=True)] if measured else None
 
 
 def _check_backend(backend: str, lm: LanguageModel) -> None:
-    """UserError if the sparse kernel asked for cannot run where the model is: else every confirmation would fail alike."""
+    """UserError if the sparse backend cannot run on the model's device: otherwise every confirmation would fail alike."""
     import torch
 
     from sparse_attention_hub.kernels import choose_backend
@@ -383,17 +411,20 @@ def _check_backend(backend: str, lm: LanguageModel) -> None:
     try:
         choose_backend(backend, torch.empty(0, dtype=lm.dtype, device=lm.device))
     except ValueError as error:
-        raise UserError(f"--attention-backend {backend}: {error}; take auto") from None
+        raise UserError(f"--attention-backend {backend}: {error}; use auto") from None
 
 
 @contextmanager
-def _locked(folder: Path, patient: bool) -> Iterator[bool]:
-    """Hold a trace's lock, True; False if another process holds it and we are not to wait for it."""
+def _locked(folder: Path, wait: bool) -> Iterator[bool]:
+    """Holds the lock of a trace: True; or False, if another process holds it and `wait` is false."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()

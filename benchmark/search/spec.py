@@ -1,41 +1,45 @@
-"""What a study is to the rest of Phase 1: its name, its levels, its files; and how configurations become studies."""
+"""Study specification: levels, identity and files; and the studies of a run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from benchmark.search.space import CombinationSpace
 from benchmark.search.study import Study
-from benchmark.search.trial import Level
+from benchmark.search.trial import Evaluator, Level, Progress
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.fingerprints import behind_config, weights_stamp
-from benchmark.storage.results import Journal, environment, fingerprint, result_key, write_json
+from benchmark.storage.records import StudyOutcome, write_record
+from benchmark.storage.results import Journal, environment, fingerprint, result_key
 from sparse_attention_hub.errors import UserError
 
-#: Raised when the meaning of what a search writes changes, so that older results are not reused.
+if TYPE_CHECKING:
+    from benchmark.search.evaluator import TraceEvaluator
+
+#: Increased when the meaning of a search's files changes, so that older results are not reused.
 FORMAT = 4
 
 
 @dataclass(frozen=True)
 class StudySpec:
-    """All levels of one masker combination that share a study, on one (model, task)."""
+    """The levels of one masker combination that share a study, on one (model, task). name: the combination, or the first
+    level's name where the levels of a combination need several studies."""
 
     model: str
     task: str
-    name: str  # the family, with a number where levels of it need studies of their own
+    name: str
     levels: tuple[Level, ...]
 
     def space(self) -> CombinationSpace:
         return CombinationSpace(self.levels[0].template, self.task)
 
     def journal_identity(self, settings: Settings, samples: str) -> str:
-        """A hash of everything but its parameters that determines an evaluation, the maskers' code too; samples: evaluation.samples_key.
+        """A hash of everything that determines an evaluation, apart from its parameters; includes the maskers' code.
 
-        Searches that differ in levels, numbers of trials or the objective ask the same of a configuration: they share a
-        journal.
+        samples: `evaluator.samples_key`. Searches that differ only in levels, number of trials or objective share a journal.
         """
         return fingerprint(
             {
@@ -54,7 +58,7 @@ class StudySpec:
         )
 
     def identity(self, settings: Settings, samples: str) -> str:
-        """A hash of everything that determines what this study finds."""
+        """A hash of everything that determines the study's result."""
         return fingerprint(
             {
                 "journal": self.journal_identity(settings, samples),
@@ -72,7 +76,7 @@ class StudySpec:
 
 
 def resolved_place(settings: Settings) -> list[str]:
-    """Kind of device and dtype that evaluations run with; as they were asked for where the machines of a cluster decide."""
+    """Device type and dtype of evaluations; on a cluster, where each machine resolves them itself, the flags' values."""
     if settings.ray_address not in (None, "local"):
         return ["cluster", settings.device, settings.dtype]
     from sparse_attention_hub.models.load import likely_dtype, pick_device
@@ -82,10 +86,10 @@ def resolved_place(settings: Settings) -> list[str]:
 
 
 def plan_studies(models: list[str], tasks: list[str], configs: list[SparseConfig]) -> tuple[list[StudySpec], list[str]]:
-    """(the studies of a run, those of one (model, task) together; notes on what is left out). Levels of a family share a
-    study if their fixed fields agree; a combination that needs weights which a model does not have is left out.
+    """(the studies of a run, grouped by (model, task); notes on what is left out).
 
-    UserError if two studies or two levels would write the same files.
+    Levels of a combination share a study if their fixed fields agree. A combination that needs weights which a model does not
+    have is left out. UserError if two studies or two levels would write the same files.
     """
     from sparse_attention_hub.models.model_files import fit_template
 
@@ -107,7 +111,7 @@ def plan_studies(models: list[str], tasks: list[str], configs: list[SparseConfig
                 groups.setdefault((config.family, fixed), []).append(Level(config.name, config.budget, template))
             families = [family for family, _ in groups]
             for (family, _), levels in groups.items():
-                # A family in several studies has no file of its own name: each takes its first level's.
+                # The studies of a family that needs several are named after their first levels.
                 name = family if families.count(family) == 1 else levels[0].name
                 studies.append(StudySpec(model, task, name, tuple(levels)))
     _check_names([study_id(study) for study in studies])
@@ -119,8 +123,8 @@ def _check_names(names: list[str]) -> None:
     for name, count in Counter(names).items():
         if count > 1:
             raise UserError(
-                f"two searches of this run would write the same files, {name}*: rename a configuration, or give each model or "
-                "task a run of its own"
+                f"two searches of this run would write the same files, {name}*: rename a configuration, or search the models "
+                "or tasks in separate runs"
             )
 
 
@@ -129,17 +133,31 @@ def study_id(study: StudySpec) -> str:
 
 
 def journal_path(folder: Path, study: StudySpec, identity: str) -> Path:
-    """In Ray's results folder, by the study's journal identity."""
+    """The study's journal in Ray's results folder."""
     return folder / "journals" / f"{study_id(study)}-{identity}.jsonl"
 
 
 def outcome_path(folder: Path, study: StudySpec, identity: str) -> Path:
-    """Beside the journals, by the study's own identity."""
+    """The study's outcome file, beside the journals."""
     return folder / "journals" / f"{study_id(study)}-{identity}.json"
 
 
-def run_study(spec: StudySpec, settings: Settings, evaluator: Any, journal: Path) -> Study:
-    """The Study of a spec, journalling into `journal`."""
+class Report(Protocol):
+    """Receives the events of a search."""
+
+    def note(self, text: str) -> None: ...
+
+    def progress(self, study: StudySpec, progress: Progress) -> None: ...
+
+    def reused(self, study: StudySpec, run: str) -> None:
+        """The study was copied from an earlier run."""
+
+    def finished(self, study: StudySpec, progress: Progress) -> None: ...
+
+    def failed(self, study: StudySpec, problem: str) -> None: ...
+
+
+def make_study(spec: StudySpec, settings: Settings, evaluator: Evaluator, journal: Path) -> Study:
     return Study(
         spec.space(),
         list(spec.levels),
@@ -152,32 +170,29 @@ def run_study(spec: StudySpec, settings: Settings, evaluator: Any, journal: Path
     )
 
 
-def write_outcome(path: Path, spec: StudySpec, study: Study | None, evaluator: Any, seconds: float, error: str | None) -> None:
-    """What a worker leaves for the driver. seconds: of this start; what earlier ones evaluated is added."""
-    record: dict[str, Any] = {"study": study_id(spec), "error": error, "seconds": seconds, "trials": [], "best": []}
-    if study is not None and error is None:
-        record["seconds"] += study.known_seconds
-        record["trials"] = [
-            {
-                "number": trial.number,
-                "params": trial.params,
-                "status": trial.status,
-                "error_message": trial.error_message,
-                "passing": trial.passing,
-                "pruned_at": trial.pruned_at,
-                "finished": trial.finished,
-                "rungs": {str(rung): asdict(evaluation) for rung, evaluation in trial.rungs.items()},
-            }
-            for trial in study.trials
-        ]
-        record["best"] = [asdict(best) for best in study.best()]
-        record["samples"] = [entry.sample.sample_id for entry in evaluator.samples]
-        record["truncated_samples"] = sum(entry.prompt.truncated_tokens > 0 for entry in evaluator.samples)
-        record["traces"] = [trace.key for trace in evaluator.traces]
-        record["layers"] = evaluator.layers
-        record["trace_bytes"] = sum(trace.nbytes for trace in evaluator.traces)
-        record["evaluated"] = study.evaluated
-        record["model_dtype"] = str(evaluator.lm.dtype)
-        record["device"] = str(evaluator.lm.device)
-        record["dense_backend"] = evaluator.lm.dense_backend
-    write_json(path, record)
+def write_outcome(path: Path, spec: StudySpec, study: Study, evaluator: TraceEvaluator, seconds: float) -> None:
+    """Write the result of a study for the driver. seconds: time of this start; that of reused evaluations is added."""
+    write_record(
+        path,
+        StudyOutcome(
+            study=study_id(spec),
+            error=None,
+            seconds=seconds + study.known_seconds,
+            trials=study.trials,
+            best=study.best(),
+            samples=[entry.sample.sample_id for entry in evaluator.samples],
+            truncated_samples=sum(entry.prompt.truncated_tokens > 0 for entry in evaluator.samples),
+            traces=[trace.key for trace in evaluator.traces],
+            layers=evaluator.layers,
+            trace_bytes=sum(trace.nbytes for trace in evaluator.traces),
+            evaluated=study.evaluated,
+            model_dtype=str(evaluator.lm.dtype),
+            device=str(evaluator.lm.device),
+            dense_backend=evaluator.lm.dense_backend,
+        ),
+    )
+
+
+def write_failure(path: Path, spec: StudySpec, seconds: float, error: str) -> None:
+    """Write that a study failed as a whole."""
+    write_record(path, StudyOutcome(study=study_id(spec), error=error, seconds=seconds, trials=[], best=[]))

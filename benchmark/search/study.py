@@ -1,16 +1,15 @@
-"""One study: the search for one (model, task, masker combination), for all its budgets at once. No Ray, no model in here.
+"""One study: the search over one (model, task, masker combination), for all its budgets at once. Imports no Ray and no model.
 
-The ladder: every configuration is replayed on a few rows and layers (rung 0); the best go on to the full replay (1); at most
-six finalists are confirmed by a forced forward (2) and by real generation with the task's own score (3).
+The rungs: every configuration is replayed on a few rows and layers (rung 0); the best are promoted to the full replay (1); at
+most six finalists are confirmed by a forced forward (2) and by real generation with the task's own score (3).
 
-A forced forward may measure more density than the replay did, and a level lose its finalists. So while a level's confirmed
-configurations that fit are clearly worse, as replayed, than one that is expected to fit (its density times the most that a
-forced forward has added so far), that one is confirmed too: at most three more a level. What fits a level only as replayed is
-its best where nothing confirmed fits.
+A forced forward may measure a higher density than the replay, so that a finalist no longer fits its level. Therefore each
+level may confirm up to three more configurations: while its confirmed ones have a clearly larger replayed error than an
+unconfirmed one that is expected to fit (its density times the largest increase that a forced forward has measured so far), that
+one is confirmed too. Where no confirmed configuration fits a level, the best replayed one that fits is reported.
 
-A study asks seeded Optuna studies for configurations (`proposals.py`) and looks each up in a journal before evaluating it,
-so one that was killed goes on where it was by simply running again: what was journalled is not evaluated twice, and the
-outcome is the same.
+Proposals come from seeded Optuna studies (`proposals.py`), and each is looked up in a journal before it is evaluated. An
+interrupted study therefore resumes when it is run again: journalled evaluations are reused and the outcome is the same.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from benchmark.search.proposals import BATCH, Proposals
 from benchmark.search.space import CombinationSpace
-from benchmark.search.trial import RUNGS, Best, Evaluation, Evaluator, Level, Trial, TrialTimeout, finite, objective_value
+from benchmark.search.trial import RUNGS, Evaluator, Level, Progress, TrialTimeout, objective_value, plain_params
 from benchmark.stats import sign_test
+from benchmark.storage.records import Best, Evaluation, EvaluationRecord, StudyLine, Trial, read_lines, to_json
 from benchmark.storage.results import Journal
 from benchmark.workers.errors import BrokenDeviceError, check_device, is_passing
 from sparse_attention_hub import ResearchAttentionConfig
@@ -36,16 +35,16 @@ PROMOTED_SHARE = 0.1
 DENSITY_SLACK = 1.05
 DENSITY_MARGIN = 0.995
 ERROR_SLACK = 1.2
-CLEARLY = 1.1  # the ratio of errors below which replay does not tell two configurations apart
+CLEARLY = 1.1  # replay cannot rank two configurations whose errors differ by a smaller ratio
 MAX_REFILLS = 3
 MAX_DUPLICATES = 24
 SIGNIFICANT = 0.05
 
-_Record = tuple[Trial, int, dict[str, Any]]  # a trial, a rung, and what is journalled of its evaluation
+_Settled = tuple[Trial, EvaluationRecord]
 
 
 class Study:
-    """Runs step by step: `for progress in study.run()`. Afterwards `trials` and `best()`."""
+    """Runs in steps, `for progress in study.run()`; `trials` and `best()` are its result."""
 
     def __init__(
         self,
@@ -62,15 +61,19 @@ class Study:
         self.space, self.levels, self.evaluator, self.journal = space, levels, evaluator, journal
         self.num_samples, self.timeout, self.seed, self.objective = num_samples, timeout, seed, objective
         self.trials: list[Trial] = []
-        self.evaluated = 0  # not counting what the journal held
-        self.known_trials, self.known_seconds = 0, 0.0  # in the journal already, and what these evaluations took then
-        self._known: dict[str, dict[str, Any]] = {}
-        self._passed: set[str] = set()  # failed by such a fault before
-        self._broke: set[str] = set()  # were in work, with others, when a device broke
-        self._broke_alone: set[str] = set()
+        self.evaluated = 0  # evaluations of this start
+        # Trials whose rung 0 was in the journal, and the time that all evaluations in the journal took.
+        self.known_trials, self.known_seconds = 0, 0.0
+        self._known: dict[str, EvaluationRecord] = {}
+        self._retried: set[str] = set()  # keys of evaluations that had a transient failure before
+        self._broke: set[str] = set()  # keys of batches during which a device broke
+        self._broke_alone: set[str] = set()  # the same, of batches of one
 
-    def run(self) -> Iterator[dict[str, Any]]:
-        """Search, climb, confirm. Yields progress after every step; each step's figures are journalled before."""
+    def run(self) -> Iterator[Progress]:
+        """Search, promote, confirm. Yields after every step, whose evaluations are in the journal by then.
+
+        UserError if the journal cannot be read.
+        """
         self._read_journal()
         if self.space.domains:
             yield from self._search()
@@ -80,19 +83,18 @@ class Study:
         yield from self._climb()
 
     def _read_journal(self) -> None:
-        """What ran out of time under another limit, or failed once by a fault that may have passed, is tried again."""
-        for line in self.journal.read():
-            for record in line.get("evaluations", []):
-                if record["passing"]:
-                    self._passed.add(record["key"])
-                elif record["limit"] in (None, self.timeout):
-                    self._known[record["key"]] = record
-            broke = line.get("broke", [])
-            (self._broke_alone if len(broke) == 1 else self._broke).update(broke)
+        """Timeouts under another limit, and first transient failures, are evaluated again."""
+        for line in read_lines(self.journal.path, StudyLine, "remove the file to search again"):
+            for record in line.evaluations:
+                if record.passing:
+                    self._retried.add(record.key)
+                elif record.limit in (None, self.timeout):
+                    self._known[record.key] = record
+            (self._broke_alone if len(line.broke) == 1 else self._broke).update(line.broke)
 
     # -- rung 0 ------------------------------------------------------------------------------------------------------
 
-    def _search(self) -> Iterator[dict[str, Any]]:
+    def _search(self) -> Iterator[Progress]:
         limit = len(self.levels) * self.num_samples
         proposals = Proposals(self.space, self.levels, limit=limit, seed=self.seed, objective=self.objective)
         seen: dict[str, Trial] = {}
@@ -107,20 +109,20 @@ class Study:
                     seen[name] = self._new_trial(params)
                     fresh.append(seen[name])
             self._run_batch(fresh, 0)
-            told = [seen[_canonical(params)] for params in asked]
-            proposals.tell([trial.rungs[0] if trial.status == "completed" else None for trial in told])
+            answers = [seen[_canonical(params)] for params in asked]
+            proposals.tell([trial.rungs[0] if trial.status == "completed" else None for trial in answers])
             moved = any(_moves_front(trial, before) for trial in fresh)
             since_moved = 0 if moved else since_moved + len(asked)
             yield self.progress("search")
 
-    def _new_trial(self, params: dict[str, Any]) -> Trial:
-        trial = Trial(len(self.trials), params)
+    def _new_trial(self, params: Mapping[str, Any]) -> Trial:
+        trial = Trial(number=len(self.trials), params=plain_params(params))
         self.trials.append(trial)
         return trial
 
     # -- the higher rungs --------------------------------------------------------------------------------------------
 
-    def _climb(self) -> Iterator[dict[str, Any]]:
+    def _climb(self) -> Iterator[Progress]:
         rung0 = self._alive(0)
         limit = max(MAX_FINALISTS, math.ceil(PROMOTED_SHARE * len(rung0)))
         promoted = self._promote(rung0, 0, limit)
@@ -133,7 +135,7 @@ class Study:
             if trial.status == "completed" and trial.reached is not None and trial.reached < len(RUNGS) - 1:
                 trial.pruned_at = trial.reached
 
-    def _ascend(self, trials: list[Trial], rungs: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    def _ascend(self, trials: list[Trial], rungs: tuple[int, ...]) -> Iterator[Progress]:
         for rung in rungs:
             waiting = [t for t in trials if t.status == "completed" and rung not in t.rungs]
             for start in range(0, len(waiting), BATCH):
@@ -141,7 +143,7 @@ class Study:
                 yield self.progress(RUNGS[rung])
 
     def _refills(self) -> list[Trial]:
-        """One more to confirm for each level whose confirmed ones are clearly worse than one that is expected to fit."""
+        """For each level whose confirmed trials are clearly worse than one that is expected to fit: that one."""
         chosen: list[Trial] = []
         for level in self.levels:
             confirmed = [t for t in self._alive(3) if _fits(t.last.density, level)]
@@ -149,15 +151,15 @@ class Study:
             for trial in self._alive(0):
                 rung = min(1, trial.reached or 0)
                 value = self._value(trial.rungs[rung], level)
-                held = min((self._value(t.rungs[rung], level) for t in confirmed), default=math.inf)
-                if 2 not in trial.rungs and _fits(self._expected_density(trial), level) and CLEARLY * value < held:
+                confirmed_value = min((self._value(t.rungs[rung], level) for t in confirmed), default=math.inf)
+                if 2 not in trial.rungs and _fits(self._expected_density(trial), level) and CLEARLY * value < confirmed_value:
                     better.append((-rung, value, trial.number))
             if better and (best := self.trials[min(better)[2]]) not in chosen:
                 chosen.append(best)
         return chosen
 
     def _expected_density(self, trial: Trial) -> float:
-        """What a forced forward would measure: the replayed density times the most that one added to another trial's."""
+        """The density that a forced forward would measure: the replayed one times the largest increase measured so far."""
         if 2 in trial.rungs:
             return trial.last.density
         rung = min(1, trial.reached or 0)
@@ -167,12 +169,12 @@ class Study:
     def _alive(self, rung: int) -> list[Trial]:
         return [trial for trial in self.trials if trial.status == "completed" and rung in trial.rungs]
 
-    def _promote(self, trials: list[Trial], rung: int, limit: int) -> list[Trial]:
-        """Those near the best of some level: density at most 1.05 L, error at most 1.2 x that level's best. The best of
-        each level first, then the second best of each, up to `limit`.
+    def _promote(self, trials: Sequence[Trial], rung: int, limit: int) -> list[Trial]:
+        """Trials near the best of some level: density at most 1.05 x its budget, error at most 1.2 x its best error. The best
+        of each level first, then the second best of each, up to `limit`.
 
-        Those that keep within the budget go before those that pass it a little, which a higher rung may find to fit: else
-        all finalists of a level could end a hair above it.
+        Trials within the budget precede those slightly above it, which a higher rung may find to fit: otherwise all finalists
+        of a level could end slightly above its budget.
         """
         queues: list[list[Trial]] = []
         for level in self.levels:
@@ -182,10 +184,10 @@ class Study:
                 key=lambda t: (t.rungs[rung].density > DENSITY_MARGIN * budget, self._value(t.rungs[rung], level), t.number)
             )
             if not near:
-                # No configuration meets this budget: the closest one is confirmed and reported as such.
+                # No configuration meets this budget: the closest one is confirmed, and reported with meets_budget false.
                 near = sorted(trials, key=lambda t: (t.rungs[rung].density, t.number))[:1]
-            best = near[0].rungs[rung].error if near else 0.0
-            queues.append([t for t in near if t.rungs[rung].error <= ERROR_SLACK * best or level.budget is None])
+            best = _error(near[0].rungs[rung]) if near else 0.0
+            queues.append([t for t in near if _error(t.rungs[rung]) <= ERROR_SLACK * best or level.budget is None])
         chosen: list[Trial] = []
         while len(chosen) < limit and any(queues):
             for queue in queues:
@@ -198,13 +200,13 @@ class Study:
     # -- evaluating --------------------------------------------------------------------------------------------------
 
     def _run_batch(self, trials: list[Trial], rung: int) -> None:
-        """Evaluate trials on a rung: from the journal where it knows them, the rest in one pass. Where that pass fails, one
-        by one, so that only the culprit fails."""
+        """Evaluate trials on a rung: from the journal where possible, the others in one pass. If that pass fails, one by one,
+        so that only the trial at fault fails."""
         waiting: list[tuple[Trial, ResearchAttentionConfig]] = []
         for trial in trials:
             record = self._known.get(self._journal_key(trial, rung))
             if record is not None:
-                self._settle(trial, rung, record)
+                _settle(trial, record)
                 self.known_trials += rung == 0
                 self.known_seconds += trial.rungs[rung].seconds if rung in trial.rungs else 0.0
                 continue
@@ -212,13 +214,12 @@ class Study:
                 self._fail(trial, rung, TrialTimeout())
                 continue
             if self._journal_key(trial, rung) in self._broke_alone:
-                message = "ended its worker, alone and with others: a fault of its device"
-                self._write([self._record(trial, rung, status="failed", error_message=message)])
+                self._write([self._failure(trial, rung, "broke its device twice, in a batch and alone")])
                 continue
             try:
                 waiting.append((trial, self.space.build(trial.params)))
             except ValueError as error:
-                self._write([self._record(trial, rung, status="failed", error_message=str(error))])
+                self._write([self._failure(trial, rung, str(error))])
         if not waiting:
             return
         if len(waiting) > 1 and any(self._journal_key(trial, rung) in self._broke for trial, _ in waiting):
@@ -232,7 +233,7 @@ class Study:
             try:
                 check_device(error)
             except BrokenDeviceError:
-                self.journal.append({"broke": [self._journal_key(trial, rung) for trial, _ in waiting]})
+                self.journal.append(to_json(StudyLine(broke=[self._journal_key(trial, rung) for trial, _ in waiting])))
                 raise
             if len(waiting) == 1:
                 self._fail(waiting[0][0], rung, error)
@@ -240,68 +241,61 @@ class Study:
                 for trial, _ in waiting:
                     self._run_batch([trial], rung)
             return
-        # One line of the journal: a batch that was evaluated in lockstep is not split by a restart.
-        self._write(
-            [
-                self._late(trial, rung)
-                if trial.seconds + evaluation.seconds > self.timeout
-                else self._record(trial, rung, evaluation=evaluation)
-                for (trial, _), evaluation in zip(waiting, results, strict=True)
-            ]
-        )
+        # One line: a batch was evaluated in one pass, and a restart must not split it.
+        self._write([self._success(trial, rung, found) for (trial, _), found in zip(waiting, results, strict=True)])
 
     def _fail(self, trial: Trial, rung: int, error: Exception) -> None:
-        """Record a failure. Bad input is no configuration's fault and is raised."""
+        """Record a failure. A UserError concerns the whole study and is raised."""
         if isinstance(error, UserError):
             raise error
         if isinstance(error, TrialTimeout):
             self._write([self._late(trial, rung)])
             return
-        message = f"{type(error).__name__}: {error}"
-        passing = is_passing(error) and self._journal_key(trial, rung) not in self._passed
-        self._write([self._record(trial, rung, status="failed", error_message=message, passing=passing)])
+        passing = is_passing(error) and self._journal_key(trial, rung) not in self._retried
+        self._write([self._failure(trial, rung, f"{type(error).__name__}: {error}", passing=passing)])
 
-    def _late(self, trial: Trial, rung: int) -> _Record:
+    def _success(self, trial: Trial, rung: int, evaluation: Evaluation | None) -> _Settled:
+        if evaluation is None:
+            return self._failure(trial, rung, f"not a number on rung {rung} ({RUNGS[rung]})")
+        if trial.seconds + evaluation.seconds > self.timeout:
+            return self._late(trial, rung)
+        return self._settled(trial, rung, "completed", evaluation=evaluation)
+
+    def _failure(self, trial: Trial, rung: int, message: str, *, passing: bool = False) -> _Settled:
+        return self._settled(trial, rung, "failed", message=message, passing=passing)
+
+    def _late(self, trial: Trial, rung: int) -> _Settled:
         late = f"took longer than {self.timeout:g} s over its rungs (--search-timeout), before the end of {RUNGS[rung]}"
-        message = f"{late}: raise it, or lower --search-max-requests"
-        return self._record(trial, rung, status="timeout", error_message=message)
+        return self._settled(trial, rung, "timeout", message=f"{late}: raise it, or lower --search-max-requests")
 
-    def _record(
+    def _settled(
         self,
         trial: Trial,
         rung: int,
+        status: Literal["completed", "failed", "timeout"],
+        *,
+        message: str | None = None,
         evaluation: Evaluation | None = None,
-        status: str = "completed",
-        error_message: str | None = None,
         passing: bool = False,
-    ) -> _Record:
-        """What is journalled of an evaluation. passing: the failure may not come again."""
-        if evaluation is not None and not finite(evaluation):
-            evaluation, status, error_message = None, "failed", f"not a number on rung {rung} ({RUNGS[rung]})"
-        record = {
-            "key": self._journal_key(trial, rung),
-            "params": trial.params,
-            "rung": rung,
-            "status": status,
-            "error_message": error_message,
-            "evaluation": None if evaluation is None else asdict(evaluation),
-            "limit": self.timeout if status == "timeout" else None,
-            "passing": passing,
-            "time": time.time(),
-        }
-        return trial, rung, record
+    ) -> _Settled:
+        record = EvaluationRecord(
+            key=self._journal_key(trial, rung),
+            params=trial.params,
+            rung=rung,
+            status=status,
+            error_message=message,
+            evaluation=evaluation,
+            limit=self.timeout if status == "timeout" else None,
+            passing=passing,
+            time=time.time(),
+        )
+        return trial, record
 
-    def _write(self, records: list[_Record]) -> None:
-        self.journal.append({"evaluations": [record for _, _, record in records]})
-        self.evaluated += len(records)
-        for trial, rung, record in records:
-            self._settle(trial, rung, record)
-
-    def _settle(self, trial: Trial, rung: int, record: dict[str, Any]) -> None:
-        trial.status, trial.error_message, trial.finished = record["status"], record["error_message"], record["time"]
-        trial.passing = record["passing"]
-        if record["evaluation"] is not None:
-            trial.rungs[rung] = Evaluation(**record["evaluation"])
+    def _write(self, settled: list[_Settled]) -> None:
+        self.journal.append(to_json(StudyLine(evaluations=[record for _, record in settled])))
+        self.evaluated += len(settled)
+        for trial, record in settled:
+            _settle(trial, record)
 
     def _journal_key(self, trial: Trial, rung: int) -> str:
         return json.dumps([_canonical(trial.params), rung, self.evaluator.key])
@@ -309,14 +303,16 @@ class Study:
     # -- choosing ----------------------------------------------------------------------------------------------------
 
     def _value(self, figures: Evaluation, level: Level) -> float:
-        """What is minimised at a level: the error within a budget, the objective without one."""
-        return figures.error if level.budget is not None else objective_value(self.objective, figures)
+        """The value minimised at a level: the error under a budget, the objective without one."""
+        if level.budget is None:
+            return objective_value(self.objective, figures.error, figures.density)
+        return _error(figures)
 
     def best(self) -> list[Best]:
         """The best of each level: the smallest confirmed error within the budget, among finalists whose score is not
-        significantly worse than the best finalist's on the same samples. Where nothing confirmed fits, the smallest error of
-        what fits on its highest rung, what a forced forward is expected to keep within the budget before the rest. A level
-        without any evaluated trial is left out."""
+        significantly worse than the best finalist's on the same samples. Where no confirmed trial fits, the smallest error
+        among trials that fit on their highest rung, those that a forced forward is expected to keep within the budget first.
+        A level without an evaluated trial is left out."""
         found: list[Best] = []
         measured = self._alive(0)
         for level in self.levels if measured else []:
@@ -329,20 +325,39 @@ class Study:
                 )
             else:
                 _, number = min((t.last.density, t.number) for t in self._alive(3) or measured)
-            found.append(Best(level.name, level.budget, number, bool(fits), 3 in self.trials[number].rungs))
+            found.append(
+                Best(
+                    level=level.name,
+                    budget=level.budget,
+                    trial=number,
+                    meets_budget=bool(fits),
+                    confirmed=3 in self.trials[number].rungs,
+                )
+            )
         return found
 
-    def progress(self, stage: str) -> dict[str, Any]:
-        """Where the study stands: counts, and the smallest error so far at each level."""
+    def progress(self, stage: str) -> Progress:
         best: dict[str, float | None] = {}
         for level in self.levels:
-            fits = [t.last.error for t in self._alive(0) if t.last.density <= (level.budget or 1.0)]
-            best[level.name] = min(fits, default=None)
-        rungs = [sum(rung in trial.rungs for trial in self.trials) for rung in range(len(RUNGS))]
-        failed = sum(trial.status != "completed" for trial in self.trials)
-        limit = len(self.levels) * self.num_samples
-        counts = {"trials": len(self.trials), "known": self.known_trials, "limit": limit, "failed": failed}
-        return {"stage": stage, **counts, "rungs": rungs, "best": best}
+            errors = [t.last.error for t in self._alive(0) if t.last.density <= (level.budget or 1.0)]
+            best[level.name] = min((error for error in errors if error is not None), default=None)
+        return Progress(
+            stage,
+            trials=len(self.trials),
+            known=self.known_trials,
+            limit=len(self.levels) * self.num_samples,
+            failed=sum(trial.status != "completed" for trial in self.trials),
+            rungs=tuple(sum(rung in trial.rungs for trial in self.trials) for rung in range(len(RUNGS))),
+            best=best,
+        )
+
+
+def _settle(trial: Trial, record: EvaluationRecord) -> None:
+    """Enter the outcome of an evaluation into its trial."""
+    trial.status, trial.error_message, trial.finished = record.status, record.error_message, record.time
+    trial.passing = record.passing
+    if record.evaluation is not None:
+        trial.rungs[record.rung] = record.evaluation
 
 
 def _not_worse(trials: list[Trial]) -> list[Trial]:
@@ -350,33 +365,36 @@ def _not_worse(trials: list[Trial]) -> list[Trial]:
     scored = [t for t in trials if 3 in t.rungs and t.rungs[3].score is not None]
     if not scored or len(scored) < len(trials):
         return trials
-    leader = max(scored, key=lambda t: (t.rungs[3].score or 0.0, -t.last.error))
+    leader = max(scored, key=lambda t: (t.rungs[3].score or 0.0, -_error(t.last)))
     reference = leader.rungs[3].sample_scores or []
 
     def keeps_up(trial: Trial) -> bool:
         own = trial.rungs[3].sample_scores or []
         worse = sum(a < b for a, b in zip(own, reference, strict=True))
         better = sum(a > b for a, b in zip(own, reference, strict=True))
-        return worse <= better or sign_test(better, worse) >= SIGNIFICANT
+        return worse <= better or (sign_test(better, worse) or 0.0) >= SIGNIFICANT
 
     return [t for t in scored if keeps_up(t)]
 
 
 def _moves_front(trial: Trial, before: list[Trial]) -> bool:
-    """Whether a trial is better, by more than a hundredth, than all before it that are as sparse."""
+    """Whether no earlier trial has both an error and a density within 1% of this one's or below."""
     if 0 not in trial.rungs:
         return False
     own = trial.rungs[0]
-    return not any(
-        other.rungs[0].error <= 1.01 * own.error and other.rungs[0].density <= 1.01 * own.density
-        for other in before
-        if 0 in other.rungs
-    )
+    earlier = [other.rungs[0] for other in before if 0 in other.rungs]
+    return not any(_error(e) <= 1.01 * _error(own) and e.density <= 1.01 * own.density for e in earlier)
+
+
+def _error(figures: Evaluation) -> float:
+    """The error on a rung that measures it."""
+    assert figures.error is not None
+    return figures.error
 
 
 def _fits(density: float, level: Level) -> bool:
     return level.budget is None or density <= level.budget
 
 
-def _canonical(params: dict[str, Any]) -> str:
+def _canonical(params: Mapping[str, Any]) -> str:
     return json.dumps(params, sort_keys=True, default=str)

@@ -1,46 +1,34 @@
-"""What a study speaks of: levels, trials, their figures on each rung, and what is asked of the one who measures them."""
+"""What a study works with: levels, the evaluator's interface, progress, and the objective."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from benchmark.storage.records import Evaluation, Params
 from sparse_attention_hub import ResearchAttentionConfig
 
 RUNGS = ("replay of some rows and layers", "full replay", "forced forward", "generation")
 
 
 class TrialTimeout(Exception):
-    """An evaluation took longer than it may."""
-
-
-@dataclass
-class Evaluation:
-    """Figures of one configuration on one rung, means over the tuning samples. None = this rung does not tell it."""
-
-    error: float | None
-    density: float
-    seconds: float
-    kv_fraction: float | None = None
-    score: float | None = None
-    sample_scores: list[float] | None = None
-    reference_nll: float | None = None
-    reproduced: float | None = None
-    layer_errors: list[float] | None = None
-    layer_densities: list[float] | None = None
+    """An evaluation took longer than its limit."""
 
 
 class Evaluator(Protocol):
-    """What a study needs of the world. `key` changes whenever its figures might."""
+    """Evaluates configurations for a study. key: changes whenever the figures may change."""
 
     key: str
 
-    def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
-        """Evaluations in order. TrialTimeout if it takes longer than timeout * len(configs) seconds."""
+    def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
+        """Evaluations in the order of `configs`; None where a figure is not a finite number.
+
+        TrialTimeout if all of them take longer than timeout * len(configs) seconds.
+        """
         ...
 
 
@@ -53,73 +41,45 @@ class Level:
     template: ResearchAttentionConfig
 
 
-@dataclass
-class Trial:
-    """One configuration. status: "completed", "failed" or "timeout"; passing: it failed by a fault of the machine that may be
-    gone another time; rungs: what each rung said; finished: when the last of them did, in seconds since 1970."""
+@dataclass(frozen=True)
+class Progress:
+    """State of a study.
 
-    number: int
-    params: dict[str, Any]
-    status: str = "completed"
-    error_message: str | None = None
-    passing: bool = False
-    rungs: dict[int, Evaluation] = field(default_factory=dict)
-    pruned_at: int | None = None
-    finished: float | None = None
+    stage: what it is doing. trials: how many there are, None before the search; known: how many of them an earlier start
+    evaluated; limit: how many there will be at most; failed: how many failed or timed out; rungs: trials evaluated on each
+    rung. best: level -> smallest error within its budget. announce: print the stage even where progress is a bar.
+    """
 
-    @property
-    def seconds(self) -> float:
-        """What all its rungs took."""
-        return sum(figures.seconds for figures in self.rungs.values())
-
-    @property
-    def reached(self) -> int | None:
-        """The highest rung evaluated."""
-        return max(self.rungs, default=None)
-
-    def at_most(self, rung: int) -> Evaluation:
-        return self.rungs[max(r for r in self.rungs if r <= rung)]
-
-    @property
-    def last(self) -> Evaluation:
-        """The figures of the highest rung that measures error and density."""
-        return self.at_most(2)
+    stage: str
+    trials: int | None = None
+    known: int = 0
+    limit: int = 0
+    failed: int = 0
+    rungs: tuple[int, ...] = ()
+    best: dict[str, float | None] = field(default_factory=dict)
+    announce: bool = False
 
 
-@dataclass
-class Best:
-    """What was found for one level. meets_budget False: no configuration met it, this is the closest. confirmed False: its
-    figures are a replay's, since nothing confirmed met the budget."""
-
-    level: str
-    budget: float | None
-    trial: int
-    meets_budget: bool
-    confirmed: bool
-
-
-def objective_value(objective: str, figures: Evaluation) -> float:
-    """A trial's one number under --objective, smaller is better. "default": error + 0.1 density, above half the keys + 5;
-    "sparsity_T": 0.99 error + 0.01 density, + 10 for each unit of density above T percent."""
+def objective_value(objective: str, error: float | None, density: float) -> float:
+    """The value of --objective, smaller is better. "default": error + 0.1 density, plus 5 above a density of one half;
+    "sparsity_T": 0.99 error + 0.01 density, plus 10 per unit of density above T percent."""
+    assert error is not None
     if objective == "default":
-        return figures.error + 0.1 * figures.density + (5.0 if figures.density > 0.5 else 0.0)
+        return error + 0.1 * density + (5.0 if density > 0.5 else 0.0)
     target = int(objective.removeprefix("sparsity_")) / 100
-    return 0.99 * figures.error + 0.01 * figures.density + 10 * max(0.0, figures.density - target)
+    return 0.99 * error + 0.01 * density + 10 * max(0.0, density - target)
 
 
 def magnitude(value: float | None) -> float:
-    """Orders of magnitude, so that a search looks as closely at 5% as at 50%."""
+    """Order of magnitude: a search distinguishes values near 5% as finely as values near 50%."""
     assert value is not None
     return math.log10(value + 1e-6)
 
 
-def finite(evaluation: Evaluation) -> bool:
-    """Whether every figure is a number."""
-    try:
-        json.dumps(asdict(evaluation), allow_nan=False)
-    except ValueError:
-        return False
-    return True
+def plain_params(params: Mapping[str, Any]) -> Params:
+    """Parameters as JSON values: NumPy scalars as numbers, tuples as lists, other objects as text."""
+    plain: Params = json.loads(json.dumps(params, default=lambda value: value.item() if hasattr(value, "item") else str(value)))
+    return plain
 
 
 def with_deadline(seconds: float) -> Callable[[], None]:

@@ -49,7 +49,7 @@ class RayPool:
         import ray
 
         self._ray = ray
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.slots, self._share = plan_actors(nodes, device, limit)
         self._actors: dict[int, Any] = {}
         self._stopping = threading.Event()

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class SharedPrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class SharedPrefixLayer(DynamicLayer):
     """One layer's keys and values, (1, Hkv, capacity, D). Lengths are in tokens."""
 
     def __init__(self, capacity: int) -> None:

@@ -79,7 +79,7 @@ def train_layer(pairs: list[tuple[Tensor, Tensor]], recipe: Recipe) -> Layer:
         logits = _scores(query_signs, key_signs) * log_scale.exp()
         loss = -(target * logits.masked_fill(~reachable, NEVER).log_softmax(-1)).sum(-1).mean()
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         schedule.step()
     trained = (query_matrix, query_bias[:, 0], key_matrix, key_bias[:, 0])

@@ -15,19 +15,14 @@ from benchmark.raytune.analyze_trials import main
 from benchmark.report.search_plots import pareto_front
 from benchmark.report.search_run import choose_run, read_run
 from benchmark.report.search_tables import hyperparameter_effects, shorten
-from benchmark.storage.results import result_key, write_json
 from sparse_attention_hub.errors import UserError
+from tests.search.search_files import best_config, figures, trial, write_level
 
 MODEL = "org/model-1B"
-RUNGS = ["replay of some rows and layers", "full replay", "forced forward", "generation"]
-
-
-def figures(error: float, density: float, **more: Any) -> dict[str, Any]:
-    return {"error": error, "density": density, "seconds": 0.5, "kv_fraction": None, "score": None, **more}
 
 
 def make_trials(identity: str, worse: float) -> list[dict[str, Any]]:
-    """Ten trials whose error falls with `heavy_size`; `idle` decides nothing. The third goes all the way up, one failed."""
+    """Ten trials whose error falls with `heavy_size`; `idle` has no effect. Two reach the highest rung, the last one failed."""
     trials = []
     for number in range(10):
         heavy = 0.01 * (number + 1)
@@ -37,45 +32,28 @@ def make_trials(identity: str, worse: float) -> list[dict[str, Any]]:
             rungs["1"] = figures(worse / (number + 1) * 1.5, heavy, **layers)
             rungs["2"] = figures(worse / (number + 1) * 1.2, heavy, reproduced=1.0)
             rungs["3"] = figures(worse / (number + 1), heavy, score=0.75, sample_scores=[1.0, 0.5])
-        failed = number == 9
-        trials.append(
-            {
-                "trial_id": f"{identity}_{number:05d}",
-                "config": {"heavy_size": heavy, "idle": number % 2, "kind": "ab"[number % 2]},
-                "status": "failed" if failed else "completed",
-                "error_message": "ValueError: too much" if failed else None,
-                "pruned_at": None,
-                "figures": {} if failed else rungs,
-            }
-        )
+        params = {"heavy_size": heavy, "idle": number % 2, "kind": "ab"[number % 2]}
+        failure = {"status": "failed", "error_message": "ValueError: too much"} if number == 9 else {}
+        trials.append(trial(f"{identity}_{number:05d}", params, {} if failure else rungs, **failure))
     return trials
 
 
-def write_level(
+def add_level(
     run: Path, task: str, name: str, budget: float | None, identity: str, worse: float = 0.5, met: bool = True
 ) -> None:
-    stem = result_key(MODEL, task, name)
     trials = make_trials(identity, worse)
-    best = trials[2]
-    record = {
-        "model": MODEL,
-        "task": task,
-        "masker_name": name,
-        "budget": budget,
-        "meets_budget": met,
-        "error": best["figures"]["2"]["error"],
-        "density": best["figures"]["2"]["density"],
-        "kv_fraction": 0.5,
-        "score": 0.75,
-        "search_time": 20.0,
-        "num_trials": 10,
-        "confirmation": {"confirmed": True, "answers_reproduced": 1.0},
-        "provenance": {"seed": 0 if worse == 0.5 else 1, "layers": [0, 3], "versions": {"torch": "2"}},
-    }
-    write_json(run / f"{stem}.json", record)
-    content = {"best_trial_id": best["trial_id"], "rungs": RUNGS, "trials": trials}
-    write_json(run / f"{stem}_trials.json", content)
-    (run / f"{stem}_analysis.csv").write_text("trial_id\n")
+    best = best_config(
+        model=MODEL,
+        task=task,
+        masker_name=name,
+        budget=budget,
+        meets_budget=met,
+        error=trials[2]["error"],
+        density=trials[2]["density"],
+        best_trial_id=trials[2]["trial_id"],
+        provenance={"seed": 0 if worse == 0.5 else 1},
+    )
+    write_level(run, best, trials)
 
 
 @pytest.fixture
@@ -84,9 +62,9 @@ def searches(tmp_path: Path) -> Path:
     for name, worse in (("run_20240101_000000", 0.5), ("run_20240102_000000", 0.4)):
         run = folder / name
         for task in ("ruler/1024/vt", "loogle/longdep_qa"):
-            write_level(run, task, "sink_local_oracle_top_k_5pct", 0.05, f"{task[0]}a", worse)
-            write_level(run, task, "sink_local_oracle_top_k_10pct", 0.1, f"{task[0]}a", worse)
-            write_level(run, task, "sink_local_10pct", 0.1, f"{task[0]}b", 2 * worse, met=False)
+            add_level(run, task, "sink_local_oracle_top_k_5pct", 0.05, f"{task[0]}a", worse)
+            add_level(run, task, "sink_local_oracle_top_k_10pct", 0.1, f"{task[0]}a", worse)
+            add_level(run, task, "sink_local_10pct", 0.1, f"{task[0]}b", 2 * worse, met=False)
     (folder / "run_20240103_000000").mkdir()  # interrupted before anything was found
     return folder
 
@@ -97,7 +75,7 @@ def test_the_newest_run_with_trials_is_read(searches: Path) -> None:
     assert len(run.studies) == 4, "levels of one search share their trials"
     study = next(study for study in run.studies if study.combination == "sink_local_oracle_top_k")
     assert [level.budget for level in study.levels] == [0.05, 0.1]
-    assert study.levels[0].trial is not None and study.levels[0].trial.number == 2
+    assert study.levels[0].trial is not None and study.levels[0].trial.trial_id == "la_00002"
     assert run.budgets == [0.05, 0.1]
 
 
@@ -166,7 +144,7 @@ def test_names_keep_both_ends() -> None:
     [
         (["--run", "run_x"], "no run 'run_x'"),
         (["--optimal-configs-dir", "nowhere"], "no such folder"),
-        (["--run", "run_20240103_000000"], "holds no finished search"),
+        (["--run", "run_20240103_000000"], "contains no finished search"),
         (["--compare", "run_20240101_000000", "run_y"], "no run 'run_y'"),
         (["--run", "run_20240101_000000", "--compare", "a", "b"], "cannot be given together"),
     ],
@@ -180,11 +158,20 @@ def test_bad_input_is_one_line_and_code_2(
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"trials": []}', json.dumps({"trials": [{}], "rungs": []})])
-def test_damaged_files_are_named(content: str, searches: Path) -> None:
+def test_damaged_files_are_named_and_the_others_shown(
+    content: str, searches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmark.report.search_plots.draw_all", lambda *_: [])
     run = choose_run(searches, None)
-    path = next(run.glob("*_trials.json"))
-    path.write_text(content)
-    with pytest.raises(UserError, match=path.name):
+    files = sorted(run.glob("*_trials.json"))
+    files[0].write_text(content)
+    assert main(["--optimal-configs-dir", str(searches), "--output-dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"left out: {files[0]}: ") and printed.err.count("\n") == 1
+    assert "of 5 budgets are met" in printed.out
+    for path in files:
+        path.write_text(content)
+    with pytest.raises(UserError, match=files[0].name):
         read_run(run)
 
 

@@ -1,4 +1,4 @@
-"""Phase 2 after a Phase 1 that found little or nothing: what can be run is run, what failed is told, the exit code is 1."""
+"""Phase 2 after a Phase 1 that found little or nothing: the rest is run, failures are reported, and the exit code is 1."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from benchmark.raytune import phases
 from benchmark.raytune.run_full_benchmark import main
 from benchmark.search.config_search import SearchOutcome
 from benchmark.search.spec import StudySpec, study_id
+from benchmark.search.trial import Level
 from benchmark.speed.toy import save_tiny_model
-from benchmark.storage.results import result_key, write_json
+from benchmark.storage.records import BestConfig, read_record
+from tests.search.search_files import best_config, write_level
 
 TASK, SPARSE = "infinite_bench/passkey", "sink_local_10pct"
 
@@ -39,7 +41,8 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A Phase 1 that finds every level but those of the studies in `failures`."""
 
     def pretend(failures: dict[str, str] | None = None, failed_trials: dict[str, int] | None = None) -> None:
-        def run_search(studies: list[StudySpec], settings: Any, *, run_name: str, report: Any) -> SearchOutcome:
+        def run_search(studies: list[StudySpec], settings: Any, samples: Any, *, run_name: str, report: Any) -> SearchOutcome:
+            assert all((study.model, study.task) in samples for study in studies)
             outcome = SearchOutcome(settings.optimal_configs_dir / run_name)
             outcome.run_dir.mkdir(parents=True)
             outcome.failures = {study_id(s): failures[s.name] for s in studies if s.name in (failures or {})}  # type: ignore[index]
@@ -54,25 +57,16 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return pretend
 
 
-def _write(run_dir: Path, study: StudySpec, level: Any, sparse_from: str) -> dict[str, Any]:
-    record = {
-        "model": study.model,
-        "task": study.task,
-        "masker_name": level.name,
-        "sparse_config": level.template.to_dict(),
-        "masker_classes": [type(masker).__name__ for masker in level.template.masker_configs],
-        **{
-            "budget": level.budget,
-            "meets_budget": True,
-            "confirmation": {"confirmed": True},
-            "error": 0.1,
-            "density": 0.1,
-            "score": None,
-        },
-        "provenance": {"identity": "abc", "sparse_from": sparse_from},
-    }
-    write_json(run_dir / f"{result_key(study.model, study.task, level.name)}.json", record)
-    return record
+def _write(run_dir: Path, study: StudySpec, level: Level, sparse_from: str) -> BestConfig:
+    best = best_config(
+        config=level.template,
+        model=study.model,
+        task=study.task,
+        masker_name=level.name,
+        budget=level.budget,
+        provenance={"sparse_from": sparse_from},
+    )
+    return read_record(write_level(run_dir, best), BestConfig, "")
 
 
 def summary() -> dict[str, Any]:

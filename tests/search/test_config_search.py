@@ -1,4 +1,4 @@
-"""Around the studies: what is reused, what is written when, and what stops a search before it writes anything."""
+"""Around the studies: reuse of earlier runs, when files are written, and errors before anything is written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from benchmark.search import output as search_files
 from benchmark.search.config_search import SearchOutcome, find_finished, run_search
 from benchmark.search.spec import StudySpec, outcome_path, write_outcome
 from benchmark.search.study import Study
-from benchmark.search.trial import Level
+from benchmark.search.trial import Level, Progress
 from benchmark.settings import Settings
+from benchmark.storage.records import Evaluation, StudyOutcome, read_record, write_record
 from benchmark.storage.rerun import ForcedRun
 from benchmark.storage.results import Journal, result_key, write_json
 from sparse_attention_hub import LocalMaskerConfig, OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
@@ -26,12 +27,11 @@ from sparse_attention_hub.errors import UserError
 
 TEMPLATE = ResearchAttentionConfig([SinkMaskerConfig(0.01), LocalMaskerConfig(0.01), OracleTopKConfig(0.05)])
 STUDY = StudySpec("m", "t", "x", (Level("x_5pct", 0.05, TEMPLATE), Level("x_10pct", 0.10, TEMPLATE)))
+SAMPLES = {("m", "t"): "s", ("m", "u"): "s"}
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Two tasks of one study each; their samples are known without a model."""
-    monkeypatch.setattr(config_search, "_sample_keys", lambda studies, _: {(s.model, s.task): "s" for s in studies})
+def settings(tmp_path: Path) -> Settings:
     return Settings(
         models=("m",),
         tasks=("t",),
@@ -41,8 +41,15 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     )
 
 
-def silent(*_: Any) -> None:
-    pass
+class Silent:
+    """A Report that shows nothing."""
+
+    def __getattr__(self, event: str) -> Any:
+        return lambda *_: None
+
+
+def search(studies: list[StudySpec], settings: Settings, run_name: str = "run_20240315_143022") -> SearchOutcome:
+    return run_search(studies, settings, SAMPLES, run_name=run_name, report=Silent())
 
 
 @pytest.mark.parametrize(
@@ -64,7 +71,7 @@ def test_a_dead_ray_address_is_one_line_and_nothing_is_written(settings: Setting
         address = f"127.0.0.1:{free.getsockname()[1]}"
         started = time.monotonic()
         with pytest.raises(UserError, match=f"--ray-address {address}: no Ray cluster") as told:
-            run_search([STUDY], _with(settings, ray_address=address), run_name="run_20240315_143022", report=silent)
+            search([STUDY], _with(settings, ray_address=address))
     assert time.monotonic() - started < 30 and "\n" not in str(told.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -74,22 +81,22 @@ def test_two_searches_in_one_ray_folder_are_refused(settings: Settings, monkeypa
     settings.ray_results_dir.mkdir()
     with FileLock(settings.ray_results_dir / ".search.lock"):
         with pytest.raises(UserError, match="--ray-results-dir .* another search"):
-            run_search([STUDY], settings, run_name="run_20240315_143022", report=silent)
+            search([STUDY], settings)
         assert not settings.optimal_configs_dir.exists()
 
 
-def test_a_finished_study_is_copied_and_tells_its_failed_trials(settings: Settings) -> None:
+def test_a_finished_study_is_copied_with_its_failed_trials(settings: Settings) -> None:
     _finish(settings, failing=True)
-    outcome = run_search([STUDY], settings, run_name="run_20240316_143022", report=silent)
+    outcome = search([STUDY], settings, "run_20240316_143022")
     old, new = sorted(settings.optimal_configs_dir.iterdir())
     assert {p.name: p.read_bytes() for p in old.iterdir()} == {p.name: p.read_bytes() for p in new.iterdir()}
     # A copy is as old as what was found: a forced search that was interrupted would take it for its own.
     assert {p.name: p.stat().st_mtime for p in old.iterdir()} == {p.name: p.stat().st_mtime for p in new.iterdir()}
     assert outcome.run_dir == new and len(outcome.levels) == 2
-    assert outcome.failed_trials == {"m_t_x": outcome.levels[0]["failed_trials"]}
+    assert outcome.failed_trials == {"m_t_x": outcome.levels[0].failed_trials}
 
 
-def test_faults_that_may_have_passed_are_tried_again(settings: Settings) -> None:
+def test_studies_with_transient_failures_are_searched_again(settings: Settings) -> None:
     identity = STUDY.identity(settings, "s")
     _finish(settings, failing=True)
     assert find_finished(STUDY, settings.optimal_configs_dir, identity) is not None
@@ -98,7 +105,7 @@ def test_faults_that_may_have_passed_are_tried_again(settings: Settings) -> None
     assert find_finished(STUDY, settings.optimal_configs_dir, identity) is None
 
 
-def test_a_forced_search_takes_only_what_it_found_itself(settings: Settings) -> None:
+def test_a_forced_search_reuses_only_its_own_files(settings: Settings) -> None:
     identity = STUDY.identity(settings, "s")
     _finish(settings, failing=False)
     settings.ray_results_dir.mkdir(exist_ok=True)
@@ -131,9 +138,11 @@ def test_files_are_written_as_soon_as_a_study_is_finished(settings: Settings, mo
             (self.callback,) = run_config.callbacks
 
         def fit(self) -> None:
-            write_json(outcome_path(settings.ray_results_dir.resolve(), STUDY, STUDY.identity(settings, "s")), _record(False))
+            write_record(
+                outcome_path(settings.ray_results_dir.resolve(), STUDY, STUDY.identity(settings, "s")), _outcome(False)
+            )
             trial = type("Trial", (), {"config": {"study": "m_t_x"}})
-            self.callback.on_trial_result(1, [], trial, {"finished": True, "progress": {}})
+            self.callback.on_trial_result(1, [], trial, {"finished": True, "progress": Progress("search")})
             (run,) = settings.optimal_configs_dir.iterdir()
             written.append({path.name for path in run.iterdir()})
             raise KeyboardInterrupt
@@ -142,9 +151,21 @@ def test_files_are_written_as_soon_as_a_study_is_finished(settings: Settings, mo
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr("ray.nodes", lambda: [])
     monkeypatch.setattr(config_search, "start_ray", lambda _: False)
-    outcome = run_search([STUDY, other], settings, run_name="run_20240315_143022", report=silent)
+    outcome = search([STUDY, other], settings)
     assert len(written[0]) == 6 and outcome.interrupted and len(outcome.levels) == 2
     assert outcome.failures == {"m_u_x": "was not finished"} and outcome.failed_trials == {}
+
+
+def test_a_missing_or_damaged_outcome_is_one_line(settings: Settings) -> None:
+    identity = STUDY.identity(settings, "s")
+    outcome = SearchOutcome(settings.optimal_configs_dir / "run_20240315_143022")
+    path = outcome_path(settings.ray_results_dir, STUDY, identity)
+    problem = config_search._collect(STUDY, path, settings, identity, outcome)
+    assert problem is not None and str(path) in problem and "must see --ray-results-dir" in problem
+    write_json(path, {"study": "m_t_x", "error": None, "seconds": "long"})
+    problem = config_search._collect(STUDY, path, settings, identity, outcome)
+    assert problem is not None and "field seconds" in problem and "got 'long'" in problem and "\n" not in problem
+    assert outcome.failures == {"m_t_x": problem} and outcome.levels == []
 
 
 def test_failed_trials_are_counted_and_rungs_named(settings: Settings) -> None:
@@ -182,25 +203,31 @@ def _with(settings: Settings, **changes: Any) -> Settings:
     return dataclasses.replace(settings, **changes)
 
 
-def _record(failing: bool) -> dict[str, Any]:
-    """What a worker leaves of STUDY, on figures of a formula."""
+def _outcome(failing: bool) -> StudyOutcome:
+    """The outcome of STUDY, with figures of a formula."""
     import tempfile
     from types import SimpleNamespace
-
-    from benchmark.search.trial import Evaluation
 
     class Formula:
         key = "formula"
 
-        def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
-            found = []
+        def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
+            found: list[Evaluation | None] = []
             for config in configs:
                 sink, local, heavy = config.masker_configs
                 if failing and heavy.heavy_size > 0.1:
                     raise RuntimeError("no such kernel")
                 density = sink.sink_size + local.window_size + heavy.heavy_size
                 scores = [1.0, 1.0] if rung == 3 else None
-                found.append(Evaluation(1.0 - heavy.heavy_size, density, 0.1, score=scores and 1.0, sample_scores=scores))
+                found.append(
+                    Evaluation(
+                        error=1.0 - heavy.heavy_size,
+                        density=density,
+                        seconds=0.1,
+                        score=1.0 if scores else None,
+                        sample_scores=scores,
+                    )
+                )
             return found
 
     with tempfile.TemporaryDirectory() as folder:
@@ -210,9 +237,8 @@ def _record(failing: bool) -> dict[str, Any]:
             pass
         lm = SimpleNamespace(dtype="torch.float32", device="cpu", dense_backend="sdpa")
         world = SimpleNamespace(samples=[], traces=[], layers=[0], lm=lm)
-        write_outcome(path / "o", STUDY, study, world, 1.0, None)
-        record: dict[str, Any] = json.loads((path / "o").read_text())
-        return record
+        write_outcome(path / "o", STUDY, study, world, 1.0)  # type: ignore[arg-type]
+        return read_record(path / "o", StudyOutcome, "")
 
 
 def _finish(settings: Settings, failing: bool) -> SearchOutcome:
@@ -220,7 +246,7 @@ def _finish(settings: Settings, failing: bool) -> SearchOutcome:
     identity = STUDY.identity(settings, "s")
     outcome = SearchOutcome(settings.optimal_configs_dir / "run_20240315_143022")
     path = outcome_path(settings.ray_results_dir, STUDY, identity)
-    write_json(path, _record(failing))
+    write_record(path, _outcome(failing))
     assert config_search._collect(STUDY, path, settings, identity, outcome) is None
     assert search_files.trial_id(identity, 0) == f"{identity[:8]}_00000"
     return outcome

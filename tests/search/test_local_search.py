@@ -1,4 +1,4 @@
-"""Steps from the best trial so far."""
+"""Local steps from the best trial."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from benchmark.search.local_search import LocalSearch, _place, _value
-from benchmark.search.trial import Evaluation
+from benchmark.search.local_search import LocalSearch, _scaled, _value
+from benchmark.storage.records import Evaluation
 
 KINDS: dict[str, BaseDistribution] = {
     "log": FloatDistribution(0.005, 0.5, log=True),
@@ -27,9 +27,9 @@ KINDS: dict[str, BaseDistribution] = {
 
 
 def _figures(params: dict[str, Any]) -> Evaluation:
-    """Two settings of like use: their sum is what counts, a third only costs."""
-    dear = 0.1 * params["idle"]
-    return Evaluation(error=math.exp(-8 * (params["a"] + params["b"])), density=params["a"] + params["b"] + dear, seconds=0.0)
+    """The error falls with the sum of two parameters; a third only adds density."""
+    total = params["a"] + params["b"]
+    return Evaluation(error=math.exp(-8 * total), density=total + 0.1 * params["idle"], seconds=0.0)
 
 
 SMOOTH = {name: FloatDistribution(0.005, 0.5, log=True) for name in ("a", "b", "idle")}
@@ -59,11 +59,11 @@ def test_steps_come_close_to_the_best_a_budget_allows(budget: float) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 30))
-def test_asks_for_values_that_are_in_the_space_and_new(seed: int, told: int) -> None:
+def test_proposals_are_new_and_in_the_space(seed: int, trials: int) -> None:
     search = LocalSearch(KINDS, seed=seed)
     asked = []
     params: dict[str, Any] | None = {name: _value(kind, 0.4) for name, kind in KINDS.items()}
-    for turn in range(told):
+    for turn in range(trials):
         assert params is not None and params not in asked
         assert all(kind._contains(kind.to_internal_repr(params[name])) for name, kind in KINDS.items())
         asked.append(params)
@@ -72,14 +72,14 @@ def test_asks_for_values_that_are_in_the_space_and_new(seed: int, told: int) -> 
 
 
 @given(st.floats(0, 1))
-def test_a_place_and_its_value_belong_together(place: float) -> None:
+def test_scaling_is_inverted(scaled: float) -> None:
     for kind in KINDS.values():
-        value = _value(kind, place)
-        assert _value(kind, _place(kind, value)) == pytest.approx(value)
-        assert 0 <= _place(kind, value) <= 1
+        value = _value(kind, scaled)
+        assert _value(kind, _scaled(kind, value)) == pytest.approx(value)
+        assert 0 <= _scaled(kind, value) <= 1
 
 
-def test_without_a_trial_or_a_new_step_there_is_no_question() -> None:
+def test_without_a_trial_or_a_new_candidate_there_is_no_proposal() -> None:
     search = LocalSearch({"mode": KINDS["names"]}, seed=0)
     assert search.ask(lambda figures: figures.error) is None
     search.tell({"mode": "ip"}, Evaluation(error=0.1, density=0.1, seconds=0.0))
@@ -87,7 +87,7 @@ def test_without_a_trial_or_a_new_step_there_is_no_question() -> None:
     assert search.ask(lambda figures: figures.error) is None
 
 
-def test_a_failed_trial_is_not_asked_for_again_and_says_nothing() -> None:
+def test_a_failed_trial_is_not_proposed_again_and_is_not_fitted() -> None:
     search = LocalSearch({"mode": KINDS["names"]}, seed=0)
     search.tell({"mode": "euclidean"}, None)
     assert search.ask(lambda figures: figures.error) is None
@@ -95,7 +95,7 @@ def test_a_failed_trial_is_not_asked_for_again_and_says_nothing() -> None:
     assert search.ask(lambda figures: figures.error) is None
 
 
-def test_the_same_answers_lead_to_the_same_steps() -> None:
+def test_the_same_figures_lead_to_the_same_steps() -> None:
     def steps(seed: int) -> list[Any]:
         search = LocalSearch(SMOOTH, seed=seed)
         params: Any = {"a": 0.1, "b": 0.1, "idle": 0.1}

@@ -1,4 +1,4 @@
-"""What a study tries next."""
+"""Proposals of a study."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 
 from benchmark.search.proposals import BATCH, STARTUP, Proposals
 from benchmark.search.space import CombinationSpace
-from benchmark.search.trial import Evaluation, Level
+from benchmark.search.trial import Level
 from benchmark.speed.search_speed import template
+from benchmark.storage.records import Evaluation
 
 BUDGETS = (0.05, 0.1, 0.25, 0.5)
 
@@ -20,7 +21,7 @@ def _levels(budgets: tuple[float, ...] = BUDGETS) -> list[Level]:
 
 
 def _figures(params: dict[str, Any]) -> Evaluation:
-    """The top-k does all the good, the local window none."""
+    """Only the top-k lowers the error; the local window only adds density."""
     sink, window, heavy = (
         params[name] for name in ("sinkmasker_sink_size", "localmasker_window_size", "oracletopk_heavy_size")
     )
@@ -44,14 +45,14 @@ def test_starts_from_every_levels_template() -> None:
     assert _run(levels, 8)[:4] == [space.template_values(level.template) for level in levels]
 
 
-def test_the_same_answers_lead_to_the_same_questions() -> None:
+def test_the_same_figures_lead_to_the_same_proposals() -> None:
     assert _run(_levels(), 40, seed=3) == _run(_levels(), 40, seed=3)
     assert _run(_levels(), 40, seed=3) != _run(_levels(), 40, seed=4)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_most_trials_gather_below_the_budgets(budget: float) -> None:
-    """The best is a top-k that takes all of the budget but the sink and the window: each level's search comes close."""
+    """The optimum spends the whole budget, apart from the smallest sink and window, on the top-k: each level comes close."""
     found = [_figures(params) for params in _run(_levels(), 160)]
     best = min(figures.error for figures in found if figures.density <= budget)
     assert best <= math.exp(-20 * (budget - 0.003)) * 1.25
@@ -60,13 +61,13 @@ def test_most_trials_gather_below_the_budgets(budget: float) -> None:
     assert near >= 0.7 * len(later)
 
 
-def test_a_failed_trial_is_no_answer() -> None:
+def test_failed_trials_do_not_stop_the_search() -> None:
     failing = {"failing": lambda params: params["localmasker_window_size"] > 0.05}
     assert len(_run(_levels(), STARTUP + 3 * BATCH, **failing)) == STARTUP + 3 * BATCH
 
 
 def test_without_a_budget_the_objective_is_searched() -> None:
-    """ "sparsity_10" adds ten times the density above a tenth: nearly all that is asked at last keeps to it."""
+    """ "sparsity_10" penalises density above a tenth: the best trial is just below it."""
     level = Level("none", None, template("oracle_top_k", 0.5))
     found = [_figures(params) for params in _run([level], 80, objective="sparsity_10")]
     best = min(figures.error for figures in found if figures.density <= 0.105)

@@ -1,4 +1,4 @@
-"""The whole program on a tiny model: both phases, reuse, recovery from a kill, the same files twice."""
+"""The whole program on a tiny model: both phases, reuse, recovery from a kill, reproducible files."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def test_it_writes_three_files_a_level_and_the_results_tree(finished: Path, mode
     assert (finished / "ray_results" / "search_runs").is_dir() and list((finished / "ray_results" / "traces").iterdir())
 
 
-def test_a_second_run_copies_what_is_found(finished: Path, model: str) -> None:
+def test_a_second_run_copies_the_first(finished: Path, model: str) -> None:
     printed = run(model, finished, "--phase", "1")
-    assert "found before, copied" in printed and "Ray" not in printed
+    assert "copied from run_" in printed and "Ray" not in printed
     first, second = runs(finished)[0], runs(finished)[-1]
     assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
 
@@ -113,7 +113,7 @@ def evaluations(journal: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("flags", [[], pytest.param(["--force-search"], marks=pytest.mark.slow)], ids=["plain", "forced"])
-def test_a_killed_search_goes_on_and_ends_as_an_undisturbed_one(
+def test_a_killed_search_resumes_and_ends_like_an_undisturbed_one(
     finished: Path, model: str, tmp_path: Path, flags: list[str]
 ) -> None:
     """SIGKILL to the whole process group in the middle of the search; the journalled trials are not evaluated again."""
@@ -144,7 +144,7 @@ def test_a_killed_search_goes_on_and_ends_as_an_undisturbed_one(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_stopped_search_says_how_to_go_on(model: str, tmp_path: Path, number: int) -> None:
+def test_a_stopped_search_says_how_to_resume(model: str, tmp_path: Path, number: int) -> None:
     process = subprocess.Popen(
         command(model, "--phase", "1", "--num-samples", "500"),
         cwd=tmp_path,

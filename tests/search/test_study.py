@@ -1,8 +1,8 @@
-"""The study: ladder, budgets, journal, recovery; on an evaluator whose figures are a formula."""
+"""The study: rungs, budgets, journal, recovery; on an evaluator whose figures are a formula."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from ray import tune
 
 from benchmark.search.space import CombinationSpace, nearest, parameter_name
 from benchmark.search.study import Study
-from benchmark.search.trial import Evaluation, Level, TrialTimeout, objective_value
+from benchmark.search.trial import Level, TrialTimeout, objective_value
+from benchmark.storage.records import Evaluation
 from benchmark.storage.results import Journal
 from benchmark.workers.errors import BrokenDeviceError
 from sparse_attention_hub import (
@@ -22,17 +23,22 @@ from sparse_attention_hub import (
     SinkMaskerConfig,
     Uniform,
 )
+from sparse_attention_hub.errors import UserError
+
+
+def evaluation(error: float | None, density: float, seconds: float = 0.0, **more: Any) -> Evaluation:
+    return Evaluation(error=error, density=density, seconds=seconds, **more)
 
 
 class FormulaEvaluator:
-    """Density is what the sizes add up to, error falls with it; `worst` scores 0, the rest 1."""
+    """Density is the sum of the sizes; the error falls with the top-k and grows with the window; every score is 1."""
 
     key = "formula"
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []
 
-    def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
+    def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
         self.calls.append((rung, len(configs)))
         return [self.figures(config, rung) for config in configs]
 
@@ -41,7 +47,9 @@ class FormulaEvaluator:
         density = min(1.0, sink.sink_size + local.window_size + heavy.heavy_size)
         error = 0.3 * (0.02 / heavy.heavy_size) ** 0.5 + local.window_size
         score = 1.0 if rung == 3 else None
-        return Evaluation(error, density, 0.01, 0.5 + density, score, [score] * 8 if score else None)
+        return evaluation(
+            error, density, 0.01, kv_fraction=0.5 + density, score=score, sample_scores=[score] * 8 if score else None
+        )
 
 
 def template(heavy: float) -> ResearchAttentionConfig:
@@ -80,13 +88,13 @@ def test_templates_are_tried_first_and_every_level_finds_its_best(tmp_path: Path
 def test_the_ladder_narrows(tmp_path: Path) -> None:
     evaluator = FormulaEvaluator()
     study = run(make_study(tmp_path / "j", evaluator, num_samples=50))
-    counts = study.progress("")["rungs"]
+    counts = study.progress("").rungs
     assert counts[0] <= 100 and counts[1] <= max(6, counts[0] / 10 + 1) and counts[2] == counts[3] <= 6
     assert all(size <= 8 for _, size in evaluator.calls)
     assert {trial.pruned_at for trial in study.trials} <= {None, 0, 1}
 
 
-def test_a_study_that_was_stopped_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+def test_a_stopped_study_resumes_and_ends_the_same(tmp_path: Path) -> None:
     whole = run(make_study(tmp_path / "whole", FormulaEvaluator()))
     steps = make_study(tmp_path / "cut", FormulaEvaluator()).run()
     next(steps), next(steps)
@@ -120,7 +128,7 @@ def test_a_failing_configuration_fails_alone_and_is_never_a_result(tmp_path: Pat
 
 
 @pytest.mark.parametrize("fault", [MemoryError("no room"), RuntimeError("CUDA out of memory. Tried"), OSError("disk gone")])
-def test_a_fault_that_may_have_passed_is_tried_again_by_the_next_start(tmp_path: Path, fault: Exception) -> None:
+def test_a_transient_failure_is_retried_on_the_next_start(tmp_path: Path, fault: Exception) -> None:
     class Short(FormulaEvaluator):
         def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
             if rung == 2:
@@ -135,7 +143,7 @@ def test_a_fault_that_may_have_passed_is_tried_again_by_the_next_start(tmp_path:
     assert {rung for rung, _ in healthy.calls} == {2, 3} and all(best.confirmed for best in again.best())
 
 
-def test_a_fault_that_comes_again_is_the_configurations(tmp_path: Path) -> None:
+def test_a_failure_that_repeats_counts_against_the_configuration(tmp_path: Path) -> None:
     class Large(FormulaEvaluator):
         def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
             if rung == 2:
@@ -149,9 +157,9 @@ def test_a_fault_that_comes_again_is_the_configurations(tmp_path: Path) -> None:
     assert silent.calls == [] and third.best() == second.best()
 
 
-def test_a_device_beyond_use_ends_the_study_and_fails_no_trial(tmp_path: Path) -> None:
+def test_a_broken_device_ends_the_study_and_fails_no_trial(tmp_path: Path) -> None:
     class Broken(FormulaEvaluator):
-        def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
+        def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(BrokenDeviceError):
@@ -173,16 +181,17 @@ def test_a_configuration_that_breaks_devices_is_found_and_fails_alone(tmp_path: 
             run(make_study(tmp_path / "j", Breaking()))
     study = run(make_study(tmp_path / "j", Breaking()))
     (failed,) = [trial for trial in study.trials if trial.status == "failed"]
-    assert failed.number == 0 and "fault of its device" in (failed.error_message or "") and study.best()
+    assert failed.number == 0 and "broke its device" in (failed.error_message or "") and study.best()
 
 
 def test_not_a_number_is_a_failure(tmp_path: Path) -> None:
     class Broken(FormulaEvaluator):
-        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
-            return Evaluation(float("nan"), 0.1, 0.0)
+        def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
+            return [None] * len(configs)
 
     study = run(make_study(tmp_path / "j", Broken()))
     assert {trial.status for trial in study.trials} == {"failed"} and study.best() == []
+    assert "not a number on rung 0" in (study.trials[0].error_message or "")
 
 
 def test_a_slow_trial_is_recorded_as_timed_out(tmp_path: Path) -> None:
@@ -200,9 +209,10 @@ def test_the_limit_bounds_a_trial_over_all_its_rungs(tmp_path: Path) -> None:
     class Timed(FormulaEvaluator):
         limits: list[tuple[int, int, float]] = []
 
-        def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation]:
+        def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
             self.limits.append((rung, len(configs), timeout))
-            return [dataclasses.replace(found, seconds=4.0) for found in super().evaluate(configs, rung, timeout)]
+            found = super().evaluate(configs, rung, timeout)
+            return [entry and entry.model_copy(update={"seconds": 4.0}) for entry in found]
 
     study = run(make_study(tmp_path / "j", Timed(), (10,), timeout=10.0))
     assert {limit for rung, _, limit in Timed.limits if rung == 0} == {10.0}
@@ -237,6 +247,29 @@ def test_a_journal_that_cannot_be_written_stops_the_study_at_once(tmp_path: Path
     assert len(Journal(tmp_path / "j").read()) == 1, "a line holds what was evaluated together"
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"rung": "1"}, "field evaluations.0.rung: .*got '1'"),
+        ({"limit": None, "passing": 3}, "field evaluations.0.passing"),
+        (
+            {"evaluation": {"error": float("nan"), "density": 0.1, "seconds": 0.1}},
+            "field evaluations.0.evaluation.error: .*nan",
+        ),
+        ({"evaluation": {"error": 0.1}}, "field evaluations.0.evaluation.density: Field required"),
+    ],
+)
+def test_a_damaged_journal_line_is_named(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    run(make_study(tmp_path / "j", FormulaEvaluator()))
+    first, *others = (tmp_path / "j").read_text().splitlines(keepends=True)
+    line = json.loads(others[0])
+    line["evaluations"][0] |= change
+    (tmp_path / "j").write_text("".join([first, json.dumps(line) + "\n", *others[1:]]))
+    with pytest.raises(UserError, match=f"j, line 2: {problem}.*; remove the file") as raised:
+        run(make_study(tmp_path / "j", FormulaEvaluator()))
+    assert "\n" not in str(raised.value)
+
+
 def test_another_objective_or_number_of_trials_reads_the_same_journal(tmp_path: Path) -> None:
     run(make_study(tmp_path / "j", FormulaEvaluator(), num_samples=40))
     silent = FormulaEvaluator()
@@ -250,7 +283,7 @@ def test_another_objective_or_number_of_trials_reads_the_same_journal(tmp_path: 
 def test_a_budget_that_nothing_meets_reports_the_closest_and_says_so(tmp_path: Path) -> None:
     class Dense(FormulaEvaluator):
         def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
-            return Evaluation(0.1, 0.3 + config.masker_configs[2].heavy_size, 0.0)
+            return evaluation(0.1, 0.3 + config.masker_configs[2].heavy_size)
 
     study = run(make_study(tmp_path / "j", Dense(), (5,)))
     (best,) = study.best()
@@ -263,16 +296,15 @@ def test_a_higher_rung_that_measures_a_little_more_density_leaves_someone_within
     class Creeping(FormulaEvaluator):
         def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
             found = super().figures(config, rung)
-            return Evaluation(found.error, found.density * 1.003, 0.0, None, found.score, found.sample_scores)
+            return evaluation(found.error, found.density * 1.003, score=found.score, sample_scores=found.sample_scores)
 
     class Grid(Creeping):
         """Densities in steps of a hundredth: the template lies exactly on the budget."""
 
         def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
             found = super().figures(config, rung)
-            return Evaluation(
-                found.error, found.density / (1.003 if rung < 2 else 1.0), 0.0, None, found.score, found.sample_scores
-            )
+            density = found.density / (1.003 if rung < 2 else 1.0)
+            return evaluation(found.error, density, score=found.score, sample_scores=found.sample_scores)
 
     study = run(make_study(tmp_path / "j", Grid(), (5, 10, 25, 50), num_samples=16))
     assert all(best.meets_budget for best in study.best())
@@ -286,9 +318,9 @@ class Drifting(FormulaEvaluator):
     def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
         sink, local, heavy = config.masker_configs
         density = sink.sink_size + local.window_size + heavy.heavy_size
-        score = 1.0 if rung == 3 else None
+        scored: dict[str, Any] = {"score": 1.0, "sample_scores": [1.0]} if rung == 3 else {}
         error = 1.0 - heavy.heavy_size - 0.1 * local.window_size
-        return Evaluation(error, min(1.0, density * (self.drift if rung >= 2 else 1.0)), 0.1, None, score, score and [score])  # type: ignore[arg-type]
+        return evaluation(error, min(1.0, density * (self.drift if rung >= 2 else 1.0)), 0.1, **scored)
 
 
 @pytest.mark.parametrize("drift", [1.0, 1.01, 1.03, 1.1])
@@ -300,7 +332,7 @@ def test_a_level_that_loses_its_finalists_confirms_others(tmp_path: Path, drift:
         assert best.meets_budget and best.confirmed and best.budget is not None
         fits = [t.rungs[0].error for t in study.trials if 0 in t.rungs and t.rungs[0].density * drift <= best.budget]
         assert study.trials[best.trial].last.error <= 1.1 * min(fits)
-    confirmed = study.progress("")["rungs"][3]
+    confirmed = study.progress("").rungs[3]
     assert confirmed == 6 if drift == 1.0 else confirmed <= 6 + 3 * 4
 
 
@@ -331,7 +363,7 @@ def test_significantly_worse_scores_lose_against_a_larger_error(tmp_path: Path) 
         def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
             found = super().figures(config, rung)
             if rung == 3 and config.masker_configs[1].window_size < 0.009:
-                return Evaluation(found.error, found.density, 0.0, None, 0.0, [0.0] * 8)
+                return evaluation(found.error, found.density, score=0.0, sample_scores=[0.0] * 8)
             return found
 
     study = run(make_study(tmp_path / "j", Tempting(), (10,)))
@@ -350,7 +382,9 @@ def test_without_a_budget_the_objective_decides(tmp_path: Path) -> None:
     run(study)
     (best,) = study.best()
     confirmed = [t for t in study.trials if 3 in t.rungs]
-    assert study.trials[best.trial] is min(confirmed, key=lambda t: objective_value("sparsity_10", t.last))
+    assert study.trials[best.trial] is min(
+        confirmed, key=lambda t: objective_value("sparsity_10", t.last.error, t.last.density)
+    )
 
 
 @pytest.mark.parametrize(
@@ -368,7 +402,7 @@ def test_without_a_budget_the_objective_decides(tmp_path: Path) -> None:
         (tune.uniform(0.1, 0.9), 2.0, 0.9),
     ],
 )
-def test_templates_are_held_to_the_space(domain: object, value: object, expected: object) -> None:
+def test_templates_are_clipped_to_the_space(domain: object, value: object, expected: object) -> None:
     assert nearest(domain, value) == expected
 
 
