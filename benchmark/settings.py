@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparse_attention_hub.errors import UserError
 
@@ -25,7 +25,7 @@ class Settings:
     phases: tuple[int, ...] = (1, 2)
     debug: bool = False
     seed: int = 0
-    sparse_from: str = "question"
+    sparse_from: Literal["question", "decode"] = "question"
     device: str = "auto"
     dtype: str = "auto"
     dense_backend: str = "auto"
@@ -108,11 +108,6 @@ def as_sparse_configs(
             raise UserError(f"configuration {name!r} is given twice; names must differ")
         configs.append(SparseConfig(name, config, tuple(classes) if classes else None))
     return configs
-
-
-def combination_name(classes: list[type[MaskerConfig]]) -> str:
-    """The maskers' names in snake case, joined: [SinkMaskerConfig, OracleTopKConfig] -> "sink_oracle_top_k"."""
-    return "_".join(snake_case(entry.__name__) for entry in classes)
 
 
 def snake_case(class_name: str) -> str:

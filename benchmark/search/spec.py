@@ -13,7 +13,7 @@ from benchmark.search.trial import Evaluator, Level, Progress
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.fingerprints import behind_config, weights_stamp
 from benchmark.storage.records import StudyOutcome, write_record
-from benchmark.storage.results import Journal, environment, fingerprint, result_key
+from benchmark.storage.results import Journal, fingerprint, result_key
 from sparse_attention_hub.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,14 +37,13 @@ class StudySpec:
         return CombinationSpace(self.levels[0].template, self.task)
 
     def journal_identity(self, settings: Settings, samples: str) -> str:
-        """A hash of everything that determines an evaluation, apart from its parameters; includes the maskers' code.
+        """A hash of everything that determines an evaluation, apart from its parameters; the versions of engine and maskers too.
 
         samples: `evaluator.samples_key`. Searches that differ only in levels, number of trials or objective share a journal.
         """
         return fingerprint(
             {
                 "format": FORMAT,
-                "version": environment()["sparse-attention-hub"],
                 "model": self.model,
                 "weights": weights_stamp(self.model),
                 "task": self.task,

@@ -16,7 +16,7 @@ import benchmark.report.__main__ as report
 from benchmark.raytune import analyze_trials, run_full_benchmark
 from benchmark.raytune.plan import choose_configs, make_settings
 from benchmark.raytune.run_full_benchmark import get_all_sparse_configs, main, parse_arguments
-from benchmark.settings import Settings, as_sparse_configs, combination_name, snake_case
+from benchmark.settings import Settings, as_sparse_configs, snake_case
 from sparse_attention_hub import OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
 from tests.search.search_files import best_config
 
@@ -185,7 +185,8 @@ def test_configurations_are_named_after_their_maskers() -> None:
     assert configs[0].name == "dense" and len({config.name for config in configs}) == len(configs)
     for config in configs[1:]:
         assert config.masker_classes is not None and config.budget is not None
-        assert config.name == f"{combination_name(list(config.masker_classes))}_{round(config.budget * 100)}pct"
+        maskers = "_".join(snake_case(masker.__name__) for masker in config.masker_classes)
+        assert config.name == f"{maskers}_{round(config.budget * 100)}pct"
     assert {config.budget for config in configs[1:]} == {0.05, 0.1, 0.25, 0.5}
 
 
