@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from datetime import datetime
@@ -80,6 +80,7 @@ def run_benchmarks(
     notes: Sequence[str] = (),
     failures: Sequence[Failure] = (),
     in_process: bool | None = None,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
 ) -> BenchmarkOutcome:
     """Answer what is not yet answered, then write every result file and the summary.
 
@@ -89,6 +90,7 @@ def run_benchmarks(
     config_run: name of the search run that found the configurations, for the records.
     notes, failures: notes and failures of the search, for the summary.
     in_process: answer in this process, without workers. Default: only where pebble is not installed.
+    tokenizers: of all models in units, where they are loaded already.
 
     Raises UserError, before anything is written, for a model without a tokenizer, an unknown task, another run in the same
     results folder, or --rescore without any recorded answer.
@@ -98,8 +100,8 @@ def run_benchmarks(
     twice = [unit for i, unit in enumerate(units) if any((o.model, o.task) == (unit.model, unit.task) for o in units[:i])]
     if twice:
         raise UserError(f"{twice[0].task} on {twice[0].model} is listed twice")
-    tokenizers = _load_tokenizers(units, settings)
-    run = _Run(units, settings, tokenizers, config_run, list(notes), list(failures), in_process)
+    loaded = dict(tokenizers) if tokenizers is not None else _load_tokenizers(units, settings)
+    run = _Run(units, settings, loaded, config_run, list(notes), list(failures), in_process)
     if settings.rescore:
         run.check_recorded()
     with results_lock(settings.benchmark_results_dir):

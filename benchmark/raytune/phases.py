@@ -16,6 +16,8 @@ from benchmark.storage.records import Failure
 from benchmark.storage.rerun import ForcedRun
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from benchmark.execution.runner import BenchmarkOutcome
     from benchmark.raytune.plan import SampleCheck
 
@@ -213,14 +215,14 @@ def benchmark(
     notes: list[str],
     named: frozenset[str],
     search: SearchResult | None,
+    tokenizers: dict[str, PreTrainedTokenizerBase],
 ) -> BenchmarkOutcome:
     """Run Phase 2 with the configurations of `search`, even if some are missing; None = of --config-run or the newest run.
 
-    named: as check_found.
+    named: as check_found. tokenizers: by model.
     """
     from benchmark.execution.runner import run_benchmarks
     from benchmark.execution.search_results import find_units, load_units
-    from benchmark.report.page import write_report
     from benchmark.report.table import closing_table
 
     if search is None:
@@ -234,7 +236,9 @@ def benchmark(
     pairs = sum(len(unit.configs) for unit in units)
     print(f"\nPhase 2: {pairs} (task, configuration) pairs, settings from {name or 'no search (dense only)'}")
     failures = [] if search is None else search.failures
-    outcome = run_benchmarks(units, settings, config_run=name, notes=[*notes, *left_out], failures=failures)
+    outcome = run_benchmarks(
+        units, settings, config_run=name, notes=[*notes, *left_out], failures=failures, tokenizers=tokenizers
+    )
     if search is not None and search.forced is not None and not outcome.interrupted:
         search.forced.end()
     print("\n" + closing_table(outcome.summary))
@@ -243,6 +247,8 @@ def benchmark(
             print(f"FAILED {record.task} on {record.model}: {record.problem}")
     print(f"files: {settings.benchmark_results_dir}, summary: {settings.benchmark_results_dir / 'benchmark_summary.json'}")
     if outcome.summary.results:
+        from benchmark.report.page import write_report  # loads matplotlib
+
         print(f"report: {write_report(settings.benchmark_results_dir)}")
     return outcome
 

@@ -165,7 +165,7 @@ def run(options: argparse.Namespace) -> int:
             return 130
         failed = failed or bool(search.failures)
     if 2 in settings.phases:
-        outcome = phases.benchmark(settings, configs, samples.tasks, notes, named, search)
+        outcome = phases.benchmark(settings, configs, samples.tasks, notes, named, search, tokenizers)
         if outcome.interrupted:
             return 130
         failed = failed or bool(outcome.failures)

@@ -166,7 +166,7 @@ def _error_density(panel: Axes, run: Run, studies: list[Study]) -> None:
             kept += points
             panel.scatter([x for x, _ in points], [y for _, y in points], marker=marker, **style)  # type: ignore[arg-type]
         for level in study.levels:
-            at = [float(level.record["density"])], [float(level.record["error"])]
+            at = [level.best.density], [level.best.error]
             panel.scatter(*at, marker="o", s=95, facecolors="none", edgecolors="#333333", linewidths=1.0, zorder=5)
     for points, colour, width, order in ((replayed, "#999999", 1.1, 2), (confirmed, "#000000", 1.3, 3)):
         front = pareto_front(points)
@@ -199,17 +199,17 @@ def _best_error(panel: Axes, run: Run, studies: list[Study]) -> None:
         for number, (name, level) in enumerate(bars):
             panel.bar(
                 index + (number + 0.5 - len(bars) / 2) * width,
-                float(level.record["error"]),
+                level.best.error,
                 width * 0.92,
                 color=_look(run, name)[0],
-                hatch=None if level.record["meets_budget"] else "////",
+                hatch=None if level.best.meets_budget else "////",
                 edgecolor="white",
                 linewidth=0.5,
             )
     panel.set_xticks(range(len(budgets)), ["none" if budget is None else f"{100 * budget:g}%" for budget in budgets])
     panel.set_xlim(-0.6, len(budgets) - 0.4)
     panel.grid(axis="x", visible=False)
-    missed = any(not level.record["meets_budget"] for study in studies for level in study.levels)
+    missed = any(not level.best.meets_budget for study in studies for level in study.levels)
     panel.set_xlabel("density budget" + (" (hatched: not met)" if missed else ""))
     panel.set_ylabel("relative output error")
 
@@ -248,7 +248,7 @@ def _by_layer(panel: Axes, run: Run, pairs: Pairs, figure: str, scale: float) ->
     for study, level in pairs:
         rungs = level.trial.rungs if level.trial is not None else {}
         values: list[float] = next((found for rung in (1, 0) if rung in rungs and (found := getattr(rungs[rung], figure))), [])
-        layers = level.record.get("provenance", {}).get("layers") or []
+        layers = level.best.provenance.layers
         layers = layers if len(layers) == len(values) else list(range(len(values)))
         colour, marker, dash = _look(run, study.combination)
         shown = [scale * value for value in values]

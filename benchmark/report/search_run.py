@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from benchmark.settings import SparseConfig
-from benchmark.storage.records import FORCED, BestConfig, TrialRow, TrialsFile, read_record, to_json
+from benchmark.storage.records import FORCED, BestConfig, TrialRow, TrialsFile, read_record
 from sparse_attention_hub.errors import UserError
 
 __all__ = ["FORCED", "Level", "Run", "Study", "Trial", "choose_run", "read_run"]
@@ -32,11 +31,6 @@ class Level:
     @property
     def budget(self) -> float | None:
         return self.best.budget
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """`best` as plain values."""
-        return to_json(self.best)
 
     @property
     def label(self) -> str:

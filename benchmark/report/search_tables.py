@@ -74,12 +74,12 @@ def best_table(run: Run) -> str:
         return [
             [
                 level.name,
-                number(level.record["error"]),
-                percent(level.record["density"]),
-                number(level.record.get("score")),
-                percent(level.record.get("kv_fraction")),
-                percent(level.record.get("confirmation", {}).get("answers_reproduced"), 0),
-                "yes" if level.record.get("confirmation", {}).get("confirmed") else "no",
+                number(level.best.error),
+                percent(level.best.density),
+                number(level.best.score),
+                percent(level.best.kv_fraction),
+                percent(level.best.confirmation.answers_reproduced, 0),
+                "yes" if level.best.confirmation.confirmed else "no",
             ]
             for level in study.levels
         ]
@@ -96,9 +96,9 @@ def _leaders(run: Run) -> Iterable[str]:
     for model, task in run.pairs:
         for budget in (budget for budget in run.budgets if budget is not None):
             levels = [level for study in run.of(model, task) for level in study.levels if level.budget == budget]
-            met = [level for level in levels if level.record["meets_budget"]]
-            best = min(met, key=lambda level: float(level.record["error"]), default=None)
-            found = f"{best.name}, error {number(best.record['error'])}" if best else "no configuration met this budget"
+            met = [level for level in levels if level.best.meets_budget]
+            best = min(met, key=lambda level: level.best.error, default=None)
+            found = f"{best.name}, error {number(best.best.error)}" if best else "no configuration met this budget"
             yield shorten(f"{task} at {100 * budget:g}%: {found}", WIDTH)
 
 
@@ -110,14 +110,14 @@ def budget_table(run: Run) -> str:
         for level in study.levels:
             densities = [density for trial in study.trials if (density := trial.last("density")) is not None]
             within = sum(density <= (level.budget or 1.0) for density in densities)
-            used = None if level.budget is None else float(level.record["density"]) / level.budget
-            met = "-" if level.budget is None else ("yes" if level.record["meets_budget"] else "NO")
-            shown = [percent(level.record["density"]), percent(used, 0), f"{within} of {len(densities)}", met]
+            used = None if level.budget is None else level.best.density / level.budget
+            met = "-" if level.budget is None else ("yes" if level.best.meets_budget else "NO")
+            shown = [percent(level.best.density), percent(used, 0), f"{within} of {len(densities)}", met]
             found.append([level.name, level.label, *shown])
         return found
 
     levels = [level for study in run.studies for level in study.levels if level.budget is not None]
-    met = sum(bool(level.record["meets_budget"]) for level in levels)
+    met = sum(level.best.meets_budget for level in levels)
     legend = [f"{met} of {len(levels)} budgets are met; used = density of the best / budget"]
     return _section("How well budgets are met", _by_task(run, head, rows), legend)
 
@@ -319,7 +319,7 @@ def compare_rows(first: Run, second: Run) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"model": model, "task": task, "configuration": name}
         for letter, level in zip("ab", pair, strict=True):
             for figure in ("error", "density", "score", "meets_budget", "num_trials"):
-                row[f"{figure}_{letter}"] = None if level is None else level.record.get(figure)
+                row[f"{figure}_{letter}"] = None if level is None else getattr(level.best, figure)
         rows.append(row)
     return rows
 
@@ -355,10 +355,10 @@ def _differences(first: Run, second: Run) -> dict[str, tuple[Any, Any]]:
     )  # fmt: skip
     found = []
     for run in (first, second):
-        records = [level.record.get("provenance", {}) for study in run.studies for level in study.levels]
-        values = {name: ", ".join(sorted({repr(record.get(name)) for record in records})) for name in names}
-        for package in sorted({package for record in records for package in record.get("versions", {})}):
-            values[package] = ", ".join(sorted({str(record.get("versions", {}).get(package)) for record in records}))
+        records = [level.best.provenance for study in run.studies for level in study.levels]
+        values = {name: ", ".join(sorted({repr(getattr(record, name)) for record in records})) for name in names}
+        for package in sorted({package for record in records for package in record.versions}):
+            values[package] = ", ".join(sorted({str(record.versions.get(package)) for record in records}))
         found.append(values)
     a, b = found
     return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}

@@ -37,7 +37,7 @@ class StudySpec:
         return CombinationSpace(self.levels[0].template, self.task)
 
     def journal_identity(self, settings: Settings, samples: str) -> str:
-        """A hash of everything that determines an evaluation, apart from its parameters; the versions of engine and maskers too.
+        """A hash of everything but its parameters that determines an evaluation, with the versions of engine and maskers.
 
         samples: `evaluator.samples_key`. Searches that differ only in levels, number of trials or objective share a journal.
         """

@@ -1,18 +1,19 @@
-"""Kill Phase 2 again and again, and see whether anything was lost.
+"""Kill Phase 2 repeatedly and check that nothing is lost.
 
     python benchmark/speed/fault_run.py --kills 100 --json
 
-A run over a tiny random model is started as a process group of its own and killed with SIGKILL at random moments: one
-of its workers, the parent, or the whole group. Whenever it ended it is started again, until it ends by itself. Its
-files are then compared with those of an undisturbed run, and its journals with each other: no answer may be there
-twice.
+A run over a tiny random model is killed with SIGKILL at random moments: one of its workers, the parent and the whole process
+group in turn. It is started again until it ends by itself. Its files are then compared with those of an undisturbed run, and no
+answer may be in its journals twice. Exit code 1 if a goal does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
+import math
 import os
 import random
 import signal
@@ -24,40 +25,26 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__" and str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmark.speed.common import Figures, new_parser, report, run_phase2
+from benchmark.speed.toy import ToyTask, save_tiny_model, toy_configs
+from benchmark.storage.results import Journal
 
 TARGETS = ("worker", "parent", "group")
 #: What may differ between two runs: times, and the commit if someone commits meanwhile.
-_MAY_DIFFER = {"seconds", "timestamp", "commit"}
-_TOLERANCE = 1e-5
+MAY_DIFFER = {"seconds", "timestamp", "commit"}
+TOLERANCE = 1e-5
 
 
 def run_once(model: str, results: Path, samples: int, workers: int) -> int:
-    """One Phase 2 run over the toy task; the exit code. workers 0 = in this process."""
-    import benchmark.execution.jobs
-    from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
-    from benchmark.settings import Settings
-    from benchmark.speed.toy import ToyTask, toy_configs
-
+    """One Phase 2 run over the toy task; the exit code. workers: 0 = in this process."""
     task = ToyTask(total=samples, context=400, answer=24)
-    settings = Settings(
-        models=(model,),
-        tasks=(task.name,),
-        device="cpu",
-        max_new_tokens=24,
-        max_context_length=1024,
-        max_concurrent_benchmarks=max(1, workers),
-        benchmark_results_dir=results,
-    )
-    find, benchmark.execution.jobs.get_task = benchmark.execution.jobs.get_task, lambda name: task
-    try:
-        unit = BenchmarkUnit(model, task.name, tuple(toy_configs()))
-        outcome = run_benchmarks([unit], settings, in_process=workers == 0)
-    finally:
-        benchmark.execution.jobs.get_task = find
+    sizes = {"max_new_tokens": 24, "max_context_length": 1024}
+    with mock.patch("benchmark.execution.jobs.get_task", lambda name: task):
+        outcome = run_phase2(model, task.name, toy_configs(), results, workers=workers, **sizes)
     return 130 if outcome.interrupted else int(bool(outcome.failures))
 
 
@@ -70,15 +57,12 @@ def fault_run(
     pause: tuple[float, float] = (0.2, 8.0),
     workers: int = 2,
     calm_workers: int = 2,
-) -> dict[str, float]:
-    """Kill a run `kills` times and compare it with an undisturbed one. pause: seconds between two kills, from and to;
-    calm_workers: of the undisturbed run, 0 = in this process.
+) -> Figures:
+    """Kill a run `kills` times and compare it with an undisturbed one.
 
-    Kills of the parent and of the group come only after something was journalled since the last start, so that the run
-    gets on; the moments are random all the same.
+    pause: least and greatest number of seconds between two kills. Each kill also waits until another sample is journalled, so
+    that the run makes progress. calm_workers: workers of the undisturbed run, 0 = in this process.
     """
-    from benchmark.speed.toy import save_tiny_model
-
     model = str(save_tiny_model(folder / "tiny-llama"))
     calm, wild = folder / "calm", folder / "wild"
     started = time.monotonic()
@@ -88,76 +72,73 @@ def fault_run(
     calm_seconds = time.monotonic() - started
     chosen = random.Random(seed)
     counts: Counter[str] = Counter()
-    seen: set[int] = set()
-    starts, process = 1, _start(model, wild, samples, workers)
-    while sum(counts.values()) < kills:
+    process = _start(model, wild, samples, workers)
+    leaders = [process.pid]
+    while counts.total() < kills:
         before = _journalled(wild)
-        target = TARGETS[sum(counts.values()) % len(TARGETS)]
+        target = TARGETS[counts.total() % len(TARGETS)]
         wait_until = time.monotonic() + chosen.uniform(*pause)
         while process.poll() is None and (time.monotonic() < wait_until or _journalled(wild) == before):
             time.sleep(0.02)
-            seen |= _group(process.pid)
         if process.poll() is not None:
-            break  # it was done before it was killed often enough
-        seen |= _group(process.pid)
-        if _kill(process, target, chosen):
+            break  # it ended before the last kill
+        if _kill(process.pid, target, chosen):
             counts[target] += 1
-            print(f"{sum(counts.values())} of {kills} kills, {_journalled(wild)} journalled", file=sys.stderr, flush=True)
+            print(f"{counts.total()} of {kills} kills, {_journalled(wild)} journalled", file=sys.stderr, flush=True)
         if target != "worker":
             process.wait()
             time.sleep(0.2)  # orphaned workers end with their parent
-            starts, process = starts + 1, _start(model, wild, samples, workers)
-    while process.poll() is None:
-        time.sleep(0.1)
-        seen |= _group(process.pid)
+            process = _start(model, wild, samples, workers)
+            leaders.append(process.pid)
+    process.wait()
     if process.returncode not in (0, 1):
         raise RuntimeError(f"the run ended with exit code {process.returncode}")
-    time.sleep(1.5)
-    records = _records(wild)
-    answered = Counter(
-        (record["sample_id"], key)
-        for record in records
+    time.sleep(1.5)  # its last processes end
+    answers = Counter(
+        (record["sample_id"], key, answer["status"])
+        for path in _journals(wild)
+        for record in Journal(path).read()
         for key, answer in record["answers"].items()
-        if answer["status"] == "ok"
     )
     unlike = differences(calm, wild)
     for line in unlike[:10]:
         print(line, file=sys.stderr)
-    failures = sum(answer["status"] != "ok" for record in records for answer in record["answers"].values())
     return {
-        "kills": sum(counts.values()),
+        "kills": counts.total(),
         **{f"kills_{target}": counts[target] for target in TARGETS},
-        "starts": starts,
+        "starts": len(leaders),
         "samples": samples,
-        "answered_twice": sum(count > 1 for count in answered.values()),
-        "failures": failures,
+        "answered_twice": sum(count > 1 for (*_, status), count in answers.items() if status == "ok"),
+        "failures": sum(count for (*_, status), count in answers.items() if status != "ok"),
         "files_equal": int(not unlike),
-        "processes_left": sum(_is_alive(pid) for pid in seen),
+        "processes_left": sum(len(_group(leader)) for leader in leaders),
         "undisturbed_seconds": round(calm_seconds, 1),
         "seconds": round(time.monotonic() - started - calm_seconds, 1),
     }
 
 
 def _start(model: str, results: Path, samples: int, workers: int) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).resolve()), "--run", model, str(results), str(samples), str(workers)]
+    """A process group of its own for `run_once`; its output goes to a log beside the results."""
+    command = [sys.executable, __file__, "--run", model, str(results), str(samples), str(workers)]
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.with_suffix(".log").open("ab") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def _kill(process: subprocess.Popen[bytes], target: str, chosen: random.Random) -> bool:
+def _kill(leader: int, target: str, chosen: random.Random) -> bool:
+    """Kill one worker, the parent or the group. False if there is none."""
     try:
-        if target == "parent":
-            os.kill(process.pid, signal.SIGKILL)
-        elif target == "group":
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            workers = sorted(pid for pid in _group(process.pid) if pid != process.pid and _is_worker(pid))
+        if target == "worker":
+            workers = sorted(pid for pid in _group(leader) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
             if not workers:
                 return False
             os.kill(chosen.choice(workers), signal.SIGKILL)
-    except ProcessLookupError:
+        elif target == "parent":
+            os.kill(leader, signal.SIGKILL)
+        else:
+            os.killpg(leader, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
         return False
     return True
 
@@ -165,32 +146,12 @@ def _kill(process: subprocess.Popen[bytes], target: str, chosen: random.Random) 
 def _group(leader: int) -> set[int]:
     """Live processes of a process group."""
     found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            fields = _stat(int(entry.name))
-            if fields and int(fields[2]) == leader and fields[0] != "Z":
-                found.add(int(entry.name))
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _, group, *_ = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+            if state != "Z" and int(group) == leader:
+                found.add(int(name))
     return found
-
-
-def _stat(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on: state, parent, group, ..."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def _is_worker(pid: int) -> bool:
-    try:
-        return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def _is_alive(pid: int) -> bool:
-    fields = _stat(pid)
-    return fields is not None and fields[0] != "Z"
 
 
 def _journals(results: Path) -> list[Path]:
@@ -201,20 +162,16 @@ def _journalled(results: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in _journals(results))
 
 
-def _records(results: Path) -> list[dict[str, Any]]:
-    from benchmark.storage.results import Journal
-
-    return [record for path in _journals(results) for record in Journal(path).read()]
-
-
 def differences(one: Path, other: Path) -> list[str]:
-    """Where two results trees differ: in their files, answers or scores. Texts must be equal, floats to 1e-5, times apart."""
-    first, second = _result_files(one), _result_files(other)
-    lone = [f"{name} is there once" for name in sorted(set(first) ^ set(second))]
-    return lone + [line for name in first if name in second for line in _differences(first[name], second[name], name)]
+    """Where the files of two results folders differ. Texts must be equal, numbers to 1e-5; MAY_DIFFER is left out."""
+    first, second = _values(one), _values(other)
+    lone = [f"{where} is in one of them only" for where in sorted(first.keys() ^ second.keys())]
+    unlike = [where for where in first if where in second and not _close(first[where], second[where])]
+    return lone + [f"{where}: {str(first[where])[:60]!r} and {str(second[where])[:60]!r}" for where in unlike]
 
 
-def _result_files(base: Path) -> dict[str, Any]:
+def _values(base: Path) -> dict[str, Any]:
+    """File and path in its content -> number or text, of all result files."""
     found: dict[str, Any] = {}
     for path in sorted(base.rglob("*")):
         name = path.relative_to(base)
@@ -222,72 +179,48 @@ def _result_files(base: Path) -> dict[str, Any]:
             continue
         if path.suffix == ".csv":
             with path.open(newline="") as stream:
-                found[str(name)] = list(csv.DictReader(stream))
+                content: Any = list(csv.DictReader(stream))
         elif path.suffix == ".jsonl":
-            found[str(name)] = [json.loads(line) for line in path.read_text().splitlines()]
+            content = [json.loads(line) for line in path.read_text().splitlines()]
         else:
-            found[str(name)] = json.loads(path.read_text())
+            content = json.loads(path.read_text())
+        found.update(_flatten(content, str(name)))
     return found
 
 
-def _differences(one: Any, other: Any, where: str) -> Iterator[str]:
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        for key in one.keys() - _MAY_DIFFER:
-            yield from _differences(one[key], other[key], f"{where}: {key}")
-    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        for number, (a, b) in enumerate(zip(one, other, strict=True)):
-            yield from _differences(a, b, f"{where}[{number}]")
-    elif one != other and not _close(one, other):
-        yield f"{where}: {str(one)[:60]!r} and {str(other)[:60]!r}"
+def _flatten(content: Any, where: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(content, dict) and content:
+        for key in content.keys() - MAY_DIFFER:
+            yield from _flatten(content[key], f"{where}: {key}")
+    elif isinstance(content, list) and content:
+        for number, entry in enumerate(content):
+            yield from _flatten(entry, f"{where}[{number}]")
+    else:
+        yield where, content
 
 
 def _close(one: Any, other: Any) -> bool:
     try:
-        return not isinstance(one, bool) and abs(float(one) - float(other)) <= _TOLERANCE * max(1.0, abs(float(one)))
+        return one == other or math.isclose(float(one), float(other), rel_tol=TOLERANCE, abs_tol=TOLERANCE)
     except (TypeError, ValueError):
         return False
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill Phase 2 again and again, and see whether anything was lost.")
-    parser.add_argument("--kills", type=int, default=100, help="how many (default 100)")
-    parser.add_argument("--samples", type=int, help="samples of the run (default: 12 a kill)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser = new_parser(__doc__)
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (default: %(default)s)")
+    parser.add_argument("--samples", type=int, help="samples of the run (default: 12 per kill)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the processes killed (default: %(default)s)")
     parser.add_argument("--run", nargs=4, metavar=("MODEL", "RESULTS", "SAMPLES", "WORKERS"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.run:
-        model, results, samples, workers = arguments.run
+    options = parser.parse_args()
+    if options.run:
+        model, results, samples, workers = options.run
         return run_once(model, Path(results), int(samples), int(workers))
-    samples = arguments.samples or 12 * arguments.kills  # fewer, and the run may end before the last kill
+    samples = options.samples or 12 * options.kills  # with fewer the run may end before the last kill
     with tempfile.TemporaryDirectory() as folder:
-        figures = fault_run(Path(folder), kills=arguments.kills, samples=samples, seed=arguments.seed)
-    goals = [
-        {"name": "kills", "value": figures["kills"], "at_least": arguments.kills},
-        {"name": "files_equal", "value": figures["files_equal"], "at_least": 1},
-        {"name": "answered_twice", "value": figures["answered_twice"], "at_most": 0},
-        {"name": "failures", "value": figures["failures"], "at_most": 0},
-        {"name": "processes_left", "value": figures["processes_left"], "at_most": 0},
-    ]
-    return report(figures, goals, arguments.json)
-
-
-def report(figures: dict[str, float], goals: list[dict[str, Any]], as_json: bool) -> int:
-    """Print figures and goals; 1 if a goal does not hold."""
-    import platform
-
-    for goal in goals:
-        goal["holds"] = goal["value"] >= goal["at_least"] if "at_least" in goal else goal["value"] <= goal["at_most"]
-    if as_json:
-        machine = {"cores": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}
-        print(json.dumps({"figures": figures, "goals": goals, "machine": machine}))
-    else:
-        for name, value in figures.items():
-            print(f"{name:<48} {value:>12g}")
-        for goal in goals:
-            bound = f"at least {goal['at_least']:g}" if "at_least" in goal else f"at most {goal['at_most']:g}"
-            print(f"{'holds' if goal['holds'] else 'FAILS':<6} {goal['name']} {goal['value']:g}, {bound}")
-    return int(not all(goal["holds"] for goal in goals))
+        figures = fault_run(Path(folder), kills=options.kills, samples=samples, seed=options.seed)
+    at_most = {"answered_twice": 0, "failures": 0, "processes_left": 0}
+    return report(figures, options.json, at_least={"kills": options.kills, "files_equal": 1}, at_most=at_most)
 
 
 if __name__ == "__main__":

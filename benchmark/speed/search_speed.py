@@ -3,144 +3,114 @@
     python benchmark/speed/search_speed.py [--trials 100 480] [--baseline-trials 1] [--json]
 
 CPU seconds (user and system of whole process trees) with one thread on both sides, embedded model, one retrieval task.
-- the baseline, a trial at a time: a new process, load the model, for every request prefill its context with the LM head over
-  all of it, then question and answer under sparse attention, density and error computed at every attention call;
-- ours: the same configurations by replay of recorded traces, full and on the cheapest rung: the marginal cost, what each of 8
-  further configurations in a pass of 16 adds to one of 8, and, as `in_a_batch`, an eighth of a pass of 8, with the scores and
-  their sorting that a pass shares; and whole searches, each in a new process that loads, records, replays and confirms.
-  `--trials` names their numbers of trials; the first is searched again on the traces that it left.
-Both sides share the tuning samples. The baseline is honest only if a request of it costs 1.4 to 1.8 x our own prefill of that
-request, which is timed after it, in the same process, and held like a goal. Exit code 1 if a goal does not hold.
+- The baseline, per trial: a new process loads the model, prefills each request's context with the LM head over all of it, then
+  answers the question under sparse attention and computes density and error at every attention call.
+- Ours: the same configurations by replay of recorded traces, full and on the cheapest rung. The marginal cost is what each of
+  8 further configurations adds to a pass of 8. `in_a_batch`: an eighth of a pass of 8, including the scores and their sorting
+  that the pass shares.
+- Whole searches, each in a new process that loads, records, replays and confirms. `--trials` gives their numbers of trials;
+  the first search is repeated on the traces that it left.
+Both sides use the same tuning samples. As a check of the baseline, its time per request must be 1.4 to 1.8 times our prefill of
+that request, timed right after it in the same process. Exit code 1 if a goal does not hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import itertools
+import math
 import os
-import resource
-import subprocess
+import re
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__" and str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import torch
+from transformers import DynamicCache
 
-MODEL = "embedded/SmolLM2-135M-Instruct"
-LEVELS = (5, 10, 25, 50)
-BATCH = 8
-#: family -> least ratio of the baseline to the marginal cost on full replay and on the cheapest rung
-MARGINAL_GOALS = {"oracle_top_k": (140.0, 1800.0), "adaptive_sampling": (60.0, 850.0)}
-#: trials of a whole search -> least ratio of the baseline to it
-SEARCH_GOALS = {100: 60.0, 480: 200.0}
-MEMORY_GOAL = 1.5
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmark.search.evaluator import ErrorMeter, TraceEvaluator, tuning_samples
+from benchmark.speed.common import Figures, in_process, report
+from benchmark.speed.search_setup import BATCH, LEVELS, new_study, random_configs, search_parser, search_settings, template
+from sparse_attention_hub import ResearchAttention
+from sparse_attention_hub.maskers.call_cache import CallCache
+from sparse_attention_hub.maskers.inputs import AttentionInputs
+from sparse_attention_hub.models import LanguageModel, answer, load_model, prefill, sparse_attention
+from sparse_attention_hub.models.model_files import complete
+
+FAMILIES = ("oracle_top_k", "adaptive_sampling")
+#: Least ratios of the baseline to ours.
+GOALS = {
+    "oracle_top_k_full_replay_ratio": 140.0,
+    "oracle_top_k_cheapest_rung_ratio": 1800.0,
+    "adaptive_sampling_full_replay_ratio": 60.0,
+    "adaptive_sampling_cheapest_rung_ratio": 850.0,
+    "search_100_ratio": 60.0,
+    "search_480_ratio": 200.0,
+}
 OUR_PREFILL = "our_prefill"
-# Passes of the cheapest rung and of full replay: what a pass of 16 adds to one of 8 is lost in the noise of a single cheap one.
+#: Passes of the cheapest rung and of full replay: the marginal cost of a single cheap pass is lost in the noise.
 REPEATS = (5, 1)
-
-
-def template(family: str, budget: float) -> Any:
-    """What a search of this family starts from at a density budget."""
-    import sparse_attention_hub as hub
-    from sparse_attention_hub.maskers.hat_weights import hat_config_fields, hat_weights_for
-
-    ends = [hub.SinkMaskerConfig(sink_size=0.01), hub.LocalMaskerConfig(window_size=0.01)]
-    rest = budget - 0.02
-    sampler = hub.AdaptiveSamplingMaskerConfig(
-        base_rate_sampling=rest / 3, epsilon=0.2, delta=0.2, init_offset=0, local_offset=0
-    )
-    tails: dict[str, list[Any]] = {
-        "oracle_top_k": [hub.OracleTopKConfig(heavy_size=rest)],
-        "adaptive_sampling": [hub.OracleTopKConfig(heavy_size=rest / 3), sampler],
-        "random_sampling": [hub.RandomSamplingMaskerConfig(sampling_rate=rest)],
-        "oracle_top_p": [hub.OracleTopPMaskerConfig(top_p=min(0.9, 0.3 + 1.5 * budget))],
-        "quest": [hub.QuestTopKMaskerConfig(heavy_size=rest, page_size=16)],
-        "double_sparsity": [hub.DoubleSparsityTopKMaskerConfig(rest, sorted_channel_file=None)],
-        "hash_attention": [hub.HashAttentionTopKMaskerConfig(heavy_size=rest, **hat_config_fields(hat_weights_for(MODEL)))],
-        "pq_cache": [hub.PQCacheConfig(rest, 4, 6, 10, 4, "euclidean")],
-        "magic_pig": [hub.MagicPigConfig(lsh_l=32, lsh_k=8)],
-    }
-    return hub.ResearchAttentionConfig([*ends, *tails[family]])
-
-
-def random_configs(family: str, count: int, seed: int) -> list[Any]:
-    """Configurations drawn from the family's search space, the same for the same seed."""
-    import numpy as np
-
-    from benchmark.search.space import CombinationSpace
-
-    space = CombinationSpace(template(family, 0.25), "task")
-    domains = space.ray_space()
-    state = np.random.RandomState(seed)
-    return [space.build({name: domain.sample(random_state=state) for name, domain in domains.items()}) for _ in range(count)]
-
-
-def settings_of(options: argparse.Namespace) -> Any:
-    from benchmark.settings import Settings
-
-    return Settings(
-        models=(options.model,),
-        tasks=(options.task,),
-        device="cpu",
-        search_max_requests=options.requests,
-        search_max_context_length=options.length,
-        search_max_new_tokens=options.tokens,
-    )
-
-
-def cpu_seconds() -> float:
-    """User and system seconds of this process."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+STAGES = ("replay of some rows and layers", "full replay", "confirmation", "confirmation")
 
 
 class Parts:
-    """CPU seconds by what they were spent on."""
+    """CPU seconds of this process by part."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = 0.0  # from the start of the process
+        self.seconds: Figures = {}
+        self._last = 0.0  # the start of the process
 
     def done(self, name: str) -> float:
-        """All since the last call was spent on `name`."""
-        now = cpu_seconds()
+        """Count the time since the last call as `name`."""
+        now = time.process_time()
         spent, self._last = now - self._last, now
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
         return spent
 
 
-# -- what the processes do -------------------------------------------------------------------------------------------
+class Memory:
+    """Peak memory of each stage in bytes, without what the process had when this was made."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+        self._reset()
+        self._start = _status("VmRSS")
+
+    def done(self, stage: str) -> None:
+        self.peaks[stage] = max(self.peaks.get(stage, 0), _status("VmHWM") - self._start)
+        self._reset()
+
+    @staticmethod
+    def _reset() -> None:
+        """Reset the high-water mark. Where the system forbids it, a stage also shows the peaks of earlier ones."""
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
-def baseline_trial(options: argparse.Namespace) -> dict[str, Any]:
-    """One configuration tried the plain way; means of its error and density beside its cost in parts."""
-    import torch
-    from transformers import DynamicCache
+def _status(name: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    (kilobytes,) = re.findall(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(kilobytes)
 
-    from benchmark.search.evaluator import ErrorMeter, tuning_samples
-    from sparse_attention_hub import ResearchAttention
-    from sparse_attention_hub.models import load_model, prefill, sparse_attention
-    from sparse_attention_hub.models.model_files import complete
 
-    torch.set_num_threads(1)
-    parts = Parts()
-    parts.done("start")
-    lm = load_model(options.model, device="cpu")
-    parts.done("load")
-    family, number = options.part[1], int(options.part[2])
+def baseline_trial(options: argparse.Namespace, family: str, number: int) -> dict[str, Any]:
+    """CPU seconds of one configuration tried the plain way, and its mean error."""
+    parts, lm = _start(options)
     config = complete(random_configs(family, BATCH, options.seed)[number], lm)
-    samples = tuning_samples(lm.tokenizer, options.task, settings_of(options))
+    samples = tuning_samples(lm.tokenizer, options.task, search_settings(options))
     parts.done("samples")
     meter = ErrorMeter()
 
-    class Logged(ResearchAttention):
-        """Density and error of every call are computed as it happens."""
-
+    class Measured(ResearchAttention):
         def __call__(self, queries: Any, *args: Any, **kwargs: Any) -> Any:
             result = super().__call__(queries, *args, **kwargs)
             meter(result=result, queries=queries)
@@ -152,7 +122,7 @@ def baseline_trial(options: argparse.Namespace) -> dict[str, Any]:
             lm.model(input_ids=torch.tensor([entry.prompt.context_ids]), past_key_values=cache, use_cache=True)
             parts.done("prefill")
             ids = torch.tensor([entry.prompt.question_ids])
-            with sparse_attention(lm.model, Logged(config), seed=entry.seed):
+            with sparse_attention(lm.model, Measured(config), seed=entry.seed):
                 for _ in range(entry.max_new_tokens):
                     logits = lm.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
                     ids = logits[:, -1:].argmax(-1)
@@ -161,286 +131,151 @@ def baseline_trial(options: argparse.Namespace) -> dict[str, Any]:
         del cache, logits
         parts.done("ask")
         prefill(lm, entry.prompt.context_ids, len(entry.prompt.question_ids) + entry.max_new_tokens)
-        parts.done(OUR_PREFILL)  # no part of the trial: what its request is compared with, at a moment of the same speed
-    return {"parts": parts.seconds, "requests": len(samples), "error": meter.error, "density": meter.density}
+        parts.done(OUR_PREFILL)  # not part of the trial; timed here, since the machine's speed varies
+    return {"parts": parts.seconds, "error": meter.error}
 
 
 def marginal_costs(options: argparse.Namespace) -> dict[str, Any]:
-    """CPU seconds a configuration by replay, and what all trials share: recording a request."""
-    import torch
-
-    from benchmark.search.evaluator import TraceEvaluator
-    from sparse_attention_hub.models import load_model
-
-    torch.set_num_threads(1)
-    parts = Parts()
-    parts.done("start")
-    lm = load_model(options.model, device="cpu")
-    parts.done("load")
-    evaluator = TraceEvaluator(lm, options.task, settings_of(options), Path(options.folder) / "traces")
-    prompt = evaluator.samples[0].prompt
+    """CPU seconds per configuration by replay, and what all trials share: recording a request."""
+    parts, lm = _start(options)
+    evaluator = TraceEvaluator(lm, options.task, search_settings(options), options.folder / "traces")
     parts.done("samples")
-    found: dict[str, Any] = {"context": len(prompt.context_ids)}
-    for _ in evaluator.record():
-        pass
+    found: dict[str, Any] = {"context": len(evaluator.samples[0].prompt.context_ids)}
+    list(evaluator.record())
     found["capture"] = parts.done("capture") / len(evaluator.traces)
-    found["rows"] = sum(trace.rows for trace in evaluator.traces) / len(evaluator.traces)
+    found["rows"] = fmean(trace.rows for trace in evaluator.traces)
     for family in options.families:
         configs = random_configs(family, 2 * BATCH, options.seed)
-        # Once without the clock: calibration, code that is loaded when first needed.
-        evaluator.evaluate(configs[:1], 0, 1e9)
+        evaluator.evaluate(configs[:1], 0, 1e9)  # calibrates, and loads code on first use
         parts.done("warm up")
         found[family] = {}
         for rung, repeats in enumerate(REPEATS):
             batch = both = 0.0
             for _ in range(repeats):
-                few = evaluator.evaluate(configs[:BATCH], rung, 1e9)
+                evaluations = evaluator.evaluate(configs[:BATCH], rung, 1e9)
                 batch += parts.done("replay") / repeats
                 evaluator.evaluate(configs, rung, 1e9)
                 both += parts.done("replay") / repeats
             found[family][f"rung_{rung}"] = {"batch": batch / BATCH, "further": (both - batch) / BATCH}
-            found[family]["error"] = few[0].error
+            found[family]["error"] = evaluations[0].error
     return found
 
 
-def whole_search(options: argparse.Namespace) -> dict[str, Any]:
-    """A whole study, from the start of the process to the confirmed best of every level; its cost in parts."""
-    import torch
-    from ray.tune.search import optuna  # noqa: F401  (its code is no memory of a search: loaded before the watch begins)
+def whole_search(options: argparse.Namespace, family: str, trials: int) -> dict[str, Any]:
+    """CPU seconds of a whole study, from the start of the process to the confirmed best of every level."""
+    from ray.tune.search import optuna  # noqa: F401  (its code is not memory of a search: loaded before `Memory` starts)
 
-    from benchmark.search.evaluator import TraceEvaluator
-    from benchmark.search.space import CombinationSpace
-    from benchmark.search.study import Study
-    from benchmark.search.trial import Level
-    from benchmark.storage.results import Journal
-    from sparse_attention_hub.models import answer, load_model, prefill
-
-    torch.set_num_threads(1)
-    parts = Parts()
-    parts.done("start")
-    lm = load_model(options.model, device="cpu")
-    parts.done("load")
-    family, trials, folder = options.part[1], int(options.part[2]), Path(options.folder)
-    evaluator = TraceEvaluator(lm, options.task, settings_of(options), folder / "traces")
-    # Compiled kernels are code, and weights are read from the file when first used, the LM head's too: neither is memory of a
-    # search, so both are loaded before the watch begins.
+    parts, lm = _start(options)
+    evaluator = TraceEvaluator(lm, options.task, search_settings(options), options.folder / "traces")
+    # Nor are compiled kernels, or the weights (the LM head's too), which are read from the file on first use.
     load_kernels()
-    few = prefill(lm, evaluator.samples[0].prompt.context_ids[:64], 2)
-    answer(lm, few, evaluator.samples[0].prompt.context_ids[1:2], None, 1)
+    context_ids = evaluator.samples[0].prompt.context_ids
+    answer(lm, prefill(lm, context_ids[:64], 2), context_ids[1:2], None, 1)
     parts.done("samples")
     memory = Memory()
-    for _ in evaluator.record():
-        pass
+    list(evaluator.record())
     parts.done("capture")
     memory.done("capture")
-    levels = [Level(f"{family}_{level}pct", level / 100, template(family, level / 100)) for level in LEVELS]
-    space = CombinationSpace(levels[0].template, options.task)
-    journal = Journal(folder / f"{family}_{trials}_{time.time_ns()}.jsonl")
-    evaluate = evaluator.evaluate
 
-    def timed(configs: list[Any], rung: int, timeout: float) -> Any:
+    def evaluate(configs: list[Any], rung: int, timeout: float) -> Any:
         parts.done("sampler and journal")
         try:
-            return evaluate(configs, rung, timeout)
+            return evaluator.evaluate(configs, rung, timeout)
         finally:
-            names = ("replay of some rows and layers", "full replay", "confirmation", "confirmation")
-            parts.done(names[rung])
-            memory.done(names[rung])
+            parts.done(STAGES[rung])
+            memory.done(STAGES[rung])
 
-    evaluator.evaluate = timed  # type: ignore[method-assign]
-    per_level = -(-trials // len(levels))
-    study = Study(space, levels, evaluator, journal, num_samples=per_level, timeout=1e9, seed=options.seed)
-    for _ in study.run():
-        pass
-    best = study.best()
+    timed = SimpleNamespace(key=evaluator.key, evaluate=evaluate)
+    journal = options.folder / f"{family}_{trials}_{time.time_ns()}.jsonl"
+    study = new_study(family, timed, journal, num_samples=math.ceil(trials / len(LEVELS)), seed=options.seed)
+    list(study.run())
+    study.best()
     parts.done("sampler and journal")
-    return {
-        "parts": parts.seconds,
-        "trials": len(study.trials),
-        "rungs": study.progress("")["rungs"],
-        "failed": study.progress("")["failed"],
-        "best": {b.level: [study.trials[b.trial].last.error, study.trials[b.trial].last.density] for b in best},
-        "trace_bytes": evaluator.traces[0].nbytes,
-        "memory": memory.peaks,
-    }
+    trace_bytes = evaluator.traces[0].nbytes
+    return {"parts": parts.seconds, "trials": len(study.trials), "trace_bytes": trace_bytes, "memory": memory.peaks}
 
 
-def load_kernels(options: argparse.Namespace | None = None) -> dict[str, Any]:
+def load_kernels() -> None:
     """Use each compiled kernel that a trial, a replay or a search uses. The first process that does so compiles them."""
-    import itertools
-
-    import torch
-
-    from sparse_attention_hub import ResearchAttention
-    from sparse_attention_hub.maskers.call_cache import CallCache
-    from sparse_attention_hub.maskers.inputs import AttentionInputs
-
-    for family, budget, rows, shared in itertools.product(MARGINAL_GOALS, (0.05, 0.5), (1, 8), (False, True)):
+    for family, budget, rows, shared in itertools.product(FAMILIES, (0.05, 0.5), (1, 8), (False, True)):
         tensors = [torch.zeros(1, heads, length, 8) for heads, length in ((4, rows), (2, 64), (2, 64))]
         inputs = AttentionInputs(*tensors, cache=CallCache(keeps_order=shared))
         if shared:
             inputs.exponentials()
         result = ResearchAttention(template(family, budget)).attend_inputs(inputs)
         assert result.density > 0 and result.kv_fraction > 0
-    return {}
 
 
-class Memory:
-    """Peaks of this process's memory beside what it had when the watch began, in bytes, stage by stage."""
-
-    def __init__(self) -> None:
-        self.peaks: dict[str, int] = {}
-        self._reset()
-        self._start = _status("VmRSS")
-
-    def done(self, stage: str) -> None:
-        peak = _status("VmHWM") - self._start
-        self.peaks[stage] = max(self.peaks.get(stage, 0), peak)
-        self._reset()
-
-    @staticmethod
-    def _reset() -> None:
-        """Forget the highest mark so far, where the system lets us; else later stages show at least what earlier ones had."""
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+def _start(options: argparse.Namespace) -> tuple[Parts, LanguageModel]:
+    torch.set_num_threads(1)
+    parts = Parts()
+    parts.done("start")
+    lm = load_model(options.model, device="cpu")
+    parts.done("load")
+    return parts, lm
 
 
-def _status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
-
-
-# -- running them ----------------------------------------------------------------------------------------------------
-
-
-def in_process(options: argparse.Namespace, *part: str) -> tuple[dict[str, Any], float]:
-    """(what a new process for this part found, the CPU seconds of it and of all that it started)."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--part", *part, "--folder", options.folder]
-    for name in ("model", "task", "requests", "length", "tokens", "seed"):
-        command += [f"--{name}", str(getattr(options, name))]
-    command += ["--families", *options.families]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(part)} failed with exit code {done.returncode}")
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{' '.join(part)}: {spent:.1f} CPU s", file=sys.stderr, flush=True)
-    return json.loads(done.stdout.splitlines()[-1]), spent
-
-
-def measure(options: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    figures: dict[str, float] = {}
-    goals: list[dict[str, Any]] = []
-    in_process(options, "compile")  # once for a machine, and no part of either side
-    ours, _ = in_process(options, "marginal")
-    figures |= {"context_tokens": ours["context"], "rows": ours["rows"]}
-    figures["capture_a_request_s"] = ours["capture"]
-    costs: dict[str, float] = {}
+def measure(options: argparse.Namespace) -> Figures:
+    in_process(load_kernels)  # once per machine, and not part of either side
+    ours, _ = in_process(marginal_costs, options)
+    figures: Figures = {"context_tokens": ours["context"], "rows": ours["rows"], "capture_a_request_s": ours["capture"]}
+    baselines: Figures = {}  # CPU seconds of a trial, by family
     for family in options.families:
-        trials = [in_process(options, "baseline", family, str(i)) for i in range(options.baseline_trials)]
-        costs[family] = _mean(seconds - found["parts"][OUR_PREFILL] for found, seconds in trials)
-        figures[f"{family}_baseline_trial_s"] = costs[family]
-        for part in trials[0][0]["parts"]:
-            side = "" if part == OUR_PREFILL else "baseline_"
-            figures[f"{family}_{side}{part}_s"] = _mean(found["parts"][part] for found, _ in trials)
-        request = _mean(f["parts"]["prefill"] + f["parts"]["ask"] for f, _ in trials)
-        check = f"{family}_baseline_request_over_prefill"
-        figures[check] = request / _mean(f["parts"][OUR_PREFILL] for f, _ in trials)
-        if options.length == 4096:
-            goals += [{"name": check, "at_least": 1.4}, {"name": check, "at_most": 1.8}]
-        for rung, name in enumerate(("full_replay", "cheapest_rung")):
-            cost = ours[family][f"rung_{1 - rung}"]
+        trials = [in_process(baseline_trial, options, family, number) for number in range(options.baseline_trials)]
+        parts = {name: fmean(found["parts"][name] for found, _ in trials) for name in trials[0][0]["parts"]}
+        our_prefill = parts.pop(OUR_PREFILL)
+        baselines[family] = fmean(seconds for _, seconds in trials) - our_prefill
+        figures |= {f"{family}_our_prefill_s": our_prefill, f"{family}_baseline_trial_s": baselines[family]}
+        figures |= {f"{family}_baseline_{name}_s": seconds for name, seconds in parts.items()}
+        figures[f"{family}_baseline_request_over_prefill"] = (parts["prefill"] + parts["ask"]) / our_prefill
+        for rung, name in ((1, "full_replay"), (0, "cheapest_rung")):
+            cost = ours[family][f"rung_{rung}"]
             figures[f"{family}_{name}_s"] = cost["further"]
             figures[f"{family}_{name}_in_a_batch_s"] = cost["batch"]
-            figures[f"{family}_{name}_in_a_batch_ratio"] = costs[family] / cost["batch"]
-            figures[f"{family}_{name}_ratio"] = costs[family] / cost["further"]
-            if family in MARGINAL_GOALS:
-                goals.append({"name": f"{family}_{name}_ratio", "at_least": MARGINAL_GOALS[family][rung]})
-        # Both sides looked at the same configurations; they differ by what compounds through the layers.
+            figures[f"{family}_{name}_in_a_batch_ratio"] = baselines[family] / cost["batch"]
+            figures[f"{family}_{name}_ratio"] = baselines[family] / cost["further"]
+        # Errors of the same configuration on both sides: they differ by what compounds through the layers.
         figures[f"{family}_baseline_error"] = trials[0][0]["error"]
         figures[f"{family}_replayed_error"] = ours[family]["error"]
     family = options.families[0]
-    for place, trials_wanted in enumerate(options.trials):
-        _forget_traces(options)
-        figures |= _search(options, family, trials_wanted, f"search_{trials_wanted}", costs[family])
-        if trials_wanted in SEARCH_GOALS:
-            goals.append({"name": f"search_{trials_wanted}_ratio", "at_least": SEARCH_GOALS[trials_wanted]})
-        goals.append({"name": f"search_{trials_wanted}_memory_over_trace", "at_most": MEMORY_GOAL})
-        if place == 0:
-            figures |= _search(options, family, trials_wanted, f"search_{trials_wanted}_again", costs[family])
-    for goal in goals:
-        goal["value"] = figures[goal["name"]]
-    return figures, goals
+    for number, trials in enumerate(options.trials):
+        shutil.rmtree(options.folder / "traces", ignore_errors=True)
+        figures |= _search(options, family, trials, f"search_{trials}", baselines[family])
+        if number == 0:
+            figures |= _search(options, family, trials, f"search_{trials}_again", baselines[family])
+    return figures
 
 
-def _search(options: argparse.Namespace, family: str, trials: int, name: str, baseline: float) -> dict[str, float]:
-    found, seconds = in_process(options, "search", family, str(trials))
+def _search(options: argparse.Namespace, family: str, trials: int, name: str, baseline: float) -> Figures:
+    found, seconds = in_process(whole_search, options, family, trials)
     figures = {f"{name}_trials": float(found["trials"]), f"{name}_s": seconds}
     figures |= {f"{name}_{part.replace(' ', '_')}_s": spent for part, spent in found["parts"].items()}
     figures[f"{name}_ratio"] = found["trials"] * baseline / seconds
     figures[f"{name}_memory_over_trace"] = max(found["memory"].values()) / found["trace_bytes"]
-    for stage, peak in found["memory"].items():
-        figures[f"{name}_memory_{stage.replace(' ', '_')}_mb"] = peak / 1e6
+    figures |= {f"{name}_memory_{stage.replace(' ', '_')}_mb": peak / 1e6 for stage, peak in found["memory"].items()}
     figures[f"{name}_trace_mb"] = found["trace_bytes"] / 1e6
     return figures
 
 
-def _forget_traces(options: argparse.Namespace) -> None:
-    import shutil
-
-    shutil.rmtree(Path(options.folder) / "traces", ignore_errors=True)
-
-
-def _mean(values: Any) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL, help="model id (default: %(default)s)")
-    parser.add_argument("--task", help="task (default: ruler/LENGTH/niah_single_1)")
+def main(argv: list[str] | None = None) -> int:
+    parser = search_parser(__doc__, task="niah_single_1", requests=5)
     parser.add_argument("--length", type=int, default=4096, help="context length in tokens (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=5, help="tuning samples (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=20, help="new tokens at most (default: %(default)s)")
-    parser.add_argument("--baseline-trials", type=int, default=1, help="trials of the baseline a family (default: 1)")
-    parser.add_argument(
-        "--families",
-        nargs="+",
-        default=list(MARGINAL_GOALS),
-        help="masker families, the first is searched (default: %(default)s)",
-    )
-    parser.add_argument("--trials", type=int, nargs="*", default=[100], help="whole searches of so many trials (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of configurations and searches (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--baseline-trials", type=int, default=1, help="baseline trials per family (default: %(default)s)")
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), help="masker families; the first is searched")
+    parser.add_argument("--trials", type=int, nargs="*", default=[100], help="trials of each whole search (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of configurations and searches (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.baseline_trials < 1 or options.baseline_trials > BATCH:
         parser.error(f"--baseline-trials must be 1 to {BATCH}, got {options.baseline_trials}")
     options.task = options.task or f"ruler/{options.length}/niah_single_1"
-    return options
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = parse_arguments(argv)
-    if options.part:
-        part = {"compile": load_kernels, "baseline": baseline_trial, "marginal": marginal_costs, "search": whole_search}[
-            options.part[0]
-        ]
-        print(json.dumps(part(options)))
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        options.folder = folder
-        figures, goals = measure(options)
-    from benchmark.speed.fault_run import report
-
-    return report({name: float(f"{value:.4g}") for name, value in figures.items()}, goals, options.json)
+    one_thread = mock.patch.dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    with one_thread, tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
+        figures = measure(options)
+    checks = [f"{family}_baseline_request_over_prefill" for family in options.families if options.length == 4096]
+    at_most = {f"search_{trials}_memory_over_trace": 1.5 for trials in options.trials} | dict.fromkeys(checks, 1.8)
+    return report(figures, options.json, at_least=GOALS | dict.fromkeys(checks, 1.4), at_most=at_most, precision=".4g")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The benchmarks: where samples come from, how they are asked, how answers are scored.
+"""The benchmarks: their samples, prompts and scores.
 
     from benchmark.tasks import get_task, available_tasks, expand_task, score_prediction
     score_prediction("ruler/4096/vt", "ABCDE FGHIJ", ["ABCDE", "QWERT"])      # {"string_match": 0.5}
 
-Benchmark modules are imported when one of their names is asked for; base.py says what such a module defines.
+A benchmark's module is imported when one of its names is used; base.py says what such a module defines.
 """
 
 from __future__ import annotations
@@ -67,34 +67,27 @@ def _check_benchmark(name: str) -> str:
 
 
 def get_task(name: str) -> Task:
-    """The leaf task of this name. UserError with near names for an unknown one, or what it expands to for a group."""
+    """The leaf task of this name. UserError, with names to use instead, for an unknown name or a group."""
     benchmark = _check_benchmark(name)
     listed = _listed(benchmark)
-    if name in listed:
-        return listed[name]
-    module = _module(benchmark)
-    found: Task | None = module.find_task(name) if hasattr(module, "find_task") else None
-    if found is not None:
-        return found
-    members = [task for task in listed if task.startswith(name + "/")]
+    find_task = getattr(_module(benchmark), "find_task", lambda name: None)
+    task: Task | None = listed.get(name) or find_task(name)
+    if task is not None:
+        return task
+    members = [member for member in listed if member.startswith(name + "/")]
     if members:
         raise UserError(
             f"{name!r} is a group of {len(members)} tasks: name one of them, such as {members[0]}, or expand_task it"
         )
-    near = difflib.get_close_matches(name, listed, n=3, cutoff=0.4)
-    near = near or list(listed)[:3]
+    near = difflib.get_close_matches(name, listed, n=3, cutoff=0.4) or list(listed)[:3]
     raise UserError(f"unknown task {name!r}: near names are {', '.join(near)}; `python -m benchmark.tasks list` shows all")
 
 
 def expand_task(name: str, data_dir: Path | None = None) -> TaskSelection:
-    """The leaf tasks behind a name: itself, or a group's members that can be had here, with a note if some cannot."""
-    benchmark = _check_benchmark(name)
-    module = _module(benchmark)
-    if hasattr(module, "expand"):
-        selection: TaskSelection | None = module.expand(name, data_dir)
-        if selection is not None:
-            return selection
-    return TaskSelection([get_task(name).name])
+    """The leaf tasks of a name: itself, or a group's members whose data are available, with a note if some are not."""
+    expand = getattr(_module(_check_benchmark(name)), "expand", lambda name, data_dir: None)
+    selection: TaskSelection | None = expand(name, data_dir)
+    return selection or TaskSelection([get_task(name).name])
 
 
 def score_prediction(
@@ -102,16 +95,12 @@ def score_prediction(
 ) -> dict[str, float]:
     """The original benchmark's scores of one answer, every value in 0..1.
 
-    `task_name`: also a benchmark alone, where all of its tasks are scored alike ("aime2024", "longbenchv2").
-    `prediction`: None counts as an empty answer. `references`: the gold answers, a list of texts or the value the
-    benchmark's own data hold (an int for infinite_bench/code_run); None is no reference, which scores 0. UserError for an
-    unknown name, ValueError for gold answers that the benchmark cannot have.
+    `task_name`: a task, or a benchmark whose tasks all have the same score ("aime2024", "longbenchv2").
+    `prediction`: None counts as an empty answer. `references`: the gold answers, a list of texts or the value in the
+    benchmark's own data (an int for infinite_bench/code_run); None is no reference, which scores 0. Raises UserError for
+    an unknown name and ValueError for gold answers that the benchmark cannot have.
     """
-    task = _alike(task_name) or get_task(task_name)
+    tasks = list(_listed(task_name).values()) if task_name in MODULES else []
+    alike = len({task.description.metric for task in tasks}) == 1
+    task = tasks[0] if alike else get_task(task_name)
     return task.score_answer(prediction or "", [] if references is None else references, all_classes)
-
-
-def _alike(benchmark: str) -> Task | None:
-    """Any task of a benchmark whose tasks are all scored alike; None if they are not, or the name is not a benchmark's."""
-    tasks = list(_listed(benchmark).values()) if benchmark in MODULES else []
-    return tasks[0] if len({task.description.metric for task in tasks}) == 1 else None

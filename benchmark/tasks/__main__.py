@@ -1,9 +1,9 @@
 """Look at the benchmarks.
 
-python -m benchmark.tasks list                                            every task: samples, length, source, metric
-python -m benchmark.tasks show ruler/4096/vt --model embedded/SmolLM2-135M-Instruct
-                                                                          one sample exactly as the model sees it; of a
-                                                                          group, one of its first task
+Every task with its samples, length, source and metric:
+    python -m benchmark.tasks list
+One sample, of the first task if the name is a group, exactly as the model sees it:
+    python -m benchmark.tasks show ruler/4096/vt --model embedded/SmolLM2-135M-Instruct
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from benchmark.tasks.limits import fitted
 
 
 def list_tasks() -> None:
-    header = ("task", "samples", "length", "answer tokens", "source", "metric")
-    rows = [header]
+    rows = [("task", "samples", "length", "answer tokens", "source", "metric")]
     for name in available_tasks():
         about = get_task(name).description
         samples = "all" if about.num_samples is None else str(about.num_samples)
         rows.append((name, samples, about.length, str(about.max_new_tokens), about.source, about.metric))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
@@ -51,23 +50,22 @@ def show(options: argparse.Namespace) -> None:
     if options.index >= len(samples):
         raise UserError(f"--index {options.index}: {task.name} has {len(samples)} samples here")
     sample = samples[options.index]
-    room = sample.max_new_tokens
     prompt = build_prompt(
         sample,
         tokenizer,
         max_context_length=request.max_context_length,
-        max_new_tokens=room,
+        max_new_tokens=sample.max_new_tokens,
         use_chat_template=task.use_chat_template,
     )
     print(tokenizer.decode(prompt.context_ids + prompt.question_ids, skip_special_tokens=False))
     total = len(prompt.context_ids) + len(prompt.question_ids)
     print(
-        f"\n--- {sample.sample_id}: {len(prompt.context_ids)} context + {len(prompt.question_ids)} question tokens "
-        f"= {total}, cut {prompt.truncated_tokens}, answer up to {room} tokens; references: {sample.references}",
+        f"\n--- {sample.sample_id}: {len(prompt.context_ids)} context + {len(prompt.question_ids)} question tokens = {total}, "
+        f"cut {prompt.truncated_tokens}, answer up to {sample.max_new_tokens} tokens; references: {sample.references}",
         file=sys.stderr,
     )
     if len(selection.names) > 1:
-        print(f"--- {options.task} is a group, this is its first: {', '.join(selection.names)}", file=sys.stderr)
+        print(f"--- {options.task} is a group, its first task is shown: {', '.join(selection.names)}", file=sys.stderr)
     if selection.note:
         print(f"--- {options.task}: {selection.note}", file=sys.stderr)
 

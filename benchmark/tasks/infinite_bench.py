@@ -1,16 +1,13 @@
 """InfiniteBench (OpenBMB, arXiv 2402.13718): 12 subsets.
 
-`infinite_bench/<subset>`: passkey, number_string, kv_retrieval, math_find, math_calc and code_run are generated, at the
-published size or to fill the context length asked for, whichever is smaller; the others take real data.
-`infinite_bench_hf/<subset>` takes the published data for all 12. Each looks for data in its own folder of
-`--data-dir DIR`, `DIR/infinite_bench/<subset>.jsonl` or `DIR/infinite_bench_hf/<subset>.jsonl`, then on the hub
-(xinrongzhang2022/InfiniteBench: id, context, input, answer, options; or MaxJeblick/InfiniteBench, prepared: context,
-question, answer_prefix, answer).
+`infinite_bench/<subset>` generates passkey, number_string, kv_retrieval, math_find, math_calc and code_run, of the context
+length or the published size, whichever is smaller, and reads the others. `infinite_bench_hf/<subset>` reads all 12.
+Data are read from `--data-dir DIR`, `DIR/infinite_bench/<subset>.jsonl` or `DIR/infinite_bench_hf/<subset>.jsonl`, else
+from the hub (xinrongzhang2022/InfiniteBench, or the copy MaxJeblick/InfiniteBench, which holds the prompts).
 
-Prompts are the authors' for plain completion (their yarn-mistral column), which end in the start of the answer; like
-theirs, they go to the model without a chat template. code_run asks with the data's own sentence and starts the answer
-with the ending that it names. With a chat template, SmolLM2-135M-Instruct repeats the question on one passkey in four
-at 1k tokens; without, it finds all of them.
+Prompts are the authors' for plain completion (their yarn-mistral column), which end in the start of the answer, and have
+no chat template. code_run asks with the data's own sentence and starts the answer with the ending that it names. With a
+chat template, SmolLM2-135M-Instruct repeats the question on one passkey in four at 1k tokens; without, it finds all.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from typing import Any
 from benchmark.tasks import ruler_generators as make
 from benchmark.tasks.base import (
     ContextTooShortError,
+    PromptParts,
     Sample,
     SampleRequest,
     Task,
@@ -30,10 +28,11 @@ from benchmark.tasks.base import (
     prompt_length,
     take_split,
 )
+from benchmark.tasks.data import Source
 from benchmark.tasks.infinite_bench_generators import GENERATORS, Row
 from benchmark.tasks.infinite_bench_scores import SCORES, label_of
 from benchmark.tasks.ruler import sample_seed
-from benchmark.tasks.sources import Form, Place, read_samples
+from benchmark.tasks.sources import PROMPT_COLUMNS, Form, as_texts, prompt_of, read_samples
 
 # subset -> (answer tokens, published samples, published length)
 SIZES: dict[str, tuple[int, int, str]] = {
@@ -51,73 +50,76 @@ SIZES: dict[str, tuple[int, int, str]] = {
     "longdialogue_qa_eng": (40, 200, "104k tokens"),
 }
 HUB = "xinrongzhang2022/InfiniteBench"
-PREPARED_HUB = "MaxJeblick/InfiniteBench"
 
-
-def prompt_parts(subset: str, context: str, question: str, options: list[str] | None) -> tuple[str, str, str]:
-    """(context, question, answer prefix) of one row, which join to the authors' prompt. `question`: column `input`."""
-    if subset == "passkey":
-        head = (
-            "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
-            "I will quiz you about the important information."
-        )
-        return f"{head}\n\n{context}", f"\n\n{question}", "\n\nThe pass key is"
-    if subset == "number_string":
-        head = (
-            "There is an important info hidden inside a lot of irrelevant text. Find it. "
-            "I will quiz you about the important information there."
-        )
-        return f"{head}\n\n{context}", f"\n\n{question}", "\n\nThe sequence of digits is"
-    if subset == "kv_retrieval":
-        head = "Extract the value corresponding to the specified key in the JSON object below."
-        question, prefix = _before(question, "The value associated with")
-        return f"{head}\n\n{context}", f"\n\n{question}", prefix
-    if subset == "math_find":
-        found = re.search(r"The .+ of", question)
-        target = found.group()[:-3].lower() if found else "the number"
-        question, prefix = _before(question, found.group() if found else "")
-        return f"What is {target} in the following list?\n\n{context}", f"\n\n{question}", prefix
-    if subset == "math_calc":
-        head = (
-            "Let us calculate the intermediate values of an expression.\n\n"
-            "Expression: 1 + 3 + 4\nValues: [1, 4, 8]\n\nExpression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\n"
-        )
-        return f"{head}Expression: {context}", "\n", "Values:"
-    if subset == "code_run":
-        called = re.search(r"func_\d+", question)
-        head = f"There is a function called {called.group() if called else 'func'} in the following Python code."
-        return f"{head}\n\n{context}", f"\n\n{question}", "\n\nThe return value is:"
-    if subset == "code_debug":
-        head = (
-            "Following is a Python code where exactly one of the functions/methods has a deliberate error that makes it crash."
-        )
-        return f"{head}\n\n{context}", f"\n\nOptions:{_options(options)}", "\n\nThe correct option is:"
-    if subset == "longbook_choice_eng":
-        head = "Read the book and answer the question."
-        asked = f"\n\nQuestion: {question}{_options(options)}"
-        return f"{head}\n\n{context}", asked, "\n\nThe letter of the correct answer is"
-    if subset == "longbook_qa_eng":
-        head = "Read the book and answer the question. Be very concise in your answer."
-        return f"{head}\n\n{context}", f"\n\nQuestion: {question}", "\nAnswer:"
-    if subset == "longbook_qa_chn":
-        return f"阅读以下书籍然后回答问题。\n\n{context}", f"\n\n问题：{question}", "\n答案："
-    if subset == "longbook_sum_eng":
-        return f"Summarize the book below.\n\n{context}", "\n\n", "Summary:"
-    head = (
+# subset -> (context, question, answer prefix), in the authors' words; {subject} comes from the question
+PROMPTS: dict[str, PromptParts] = {
+    "passkey": (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+        "I will quiz you about the important information.\n\n{context}",
+        "\n\n{question}", "\n\nThe pass key is",
+    ),
+    "number_string": (
+        "There is an important info hidden inside a lot of irrelevant text. Find it. "
+        "I will quiz you about the important information there.\n\n{context}",
+        "\n\n{question}", "\n\nThe sequence of digits is",
+    ),
+    "kv_retrieval": (
+        "Extract the value corresponding to the specified key in the JSON object below.\n\n{context}", "\n\n{question}", "",
+    ),
+    "math_find": ("What is {subject} in the following list?\n\n{context}", "\n\n{question}", ""),
+    "math_calc": (
+        "Let us calculate the intermediate values of an expression.\n\nExpression: 1 + 3 + 4\nValues: [1, 4, 8]\n\n"
+        "Expression: 8 - 3 + 2 - 4\nValues: [8, 5, 7, 3]\n\nExpression: {context}",
+        "\n", "Values:",
+    ),
+    "code_run": (
+        "There is a function called {subject} in the following Python code.\n\n{context}",
+        "\n\n{question}", "\n\nThe return value is:",
+    ),
+    "code_debug": (
+        "Following is a Python code where exactly one of the functions/methods has a deliberate error that makes it crash."
+        "\n\n{context}",
+        "\n\nOptions:{options}", "\n\nThe correct option is:",
+    ),
+    "longbook_choice_eng": (
+        "Read the book and answer the question.\n\n{context}",
+        "\n\nQuestion: {question}{options}", "\n\nThe letter of the correct answer is",
+    ),
+    "longbook_qa_eng": (
+        "Read the book and answer the question. Be very concise in your answer.\n\n{context}",
+        "\n\nQuestion: {question}", "\nAnswer:",
+    ),
+    "longbook_qa_chn": ("阅读以下书籍然后回答问题。\n\n{context}", "\n\n问题：{question}", "\n答案："),
+    "longbook_sum_eng": ("Summarize the book below.\n\n{context}", "\n\n", "Summary:"),
+    "longdialogue_qa_eng": (
         'Below is a dialogue script where one random occurrence of a character name is replaced with "$$MASK$$", '
-        "and you should try to guess who that character is."
-    )
-    return f"{head}\n\n{context}", "\n\n", "The name that has been replaced with $$MASK$$ is likely"
+        "and you should try to guess who that character is.\n\n{context}",
+        "\n\n", "The name that has been replaced with $$MASK$$ is likely",
+    ),
+}  # fmt: skip
 
 
-def _before(text: str, start: str) -> tuple[str, str]:
-    """Text up to the last `start`, and from there on: the input's own beginning of the answer."""
-    position = text.rfind(start) if start else -1
-    return (text, "") if position < 0 else (text[:position], text[position:])
+def prompt_parts(subset: str, context: str, question: str, options: list[str] | None) -> PromptParts:
+    """(context, question, answer prefix) of one row, which join to the authors' prompt. `question`: column `input`."""
+    before, asked, prefix = PROMPTS[subset]
+    subject = ""
+    if subset == "kv_retrieval":
+        question, prefix = _split_at_last(question, "The value associated with")
+    elif subset == "math_find":
+        found = re.search(r"The .+ of", question)
+        subject = found.group()[:-3].lower() if found else "the number"
+        question, prefix = _split_at_last(question, found.group()) if found else (question, "")
+    elif subset == "code_run":
+        called = re.search(r"func_\d+", question)
+        subject = called.group() if called else "func"
+    listed = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options or [], strict=False))
+    return before.format(context=context, subject=subject), asked.format(question=question, options=listed), prefix
 
 
-def _options(options: list[str] | None) -> str:
-    return "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options or [], strict=False))
+def _split_at_last(text: str, start: str) -> tuple[str, str]:
+    """Text up to the last `start`, and the rest: the input's own start of the answer."""
+    before, found, after = text.rpartition(start)
+    return (before, found + after) if found else (text, "")
 
 
 class _InfiniteBenchTask(Task):
@@ -131,7 +133,7 @@ class _InfiniteBenchTask(Task):
         self.max_new_tokens, self.num_samples, self.length = SIZES[subset]
 
     def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
-        """ValueError for a gold answer that cannot be one, such as a text where a number is needed."""
+        """Raises ValueError for an impossible gold answer, such as a text where a number is needed."""
         return {self.metric: float(self._score(prediction, references)) if references not in ([], ()) else 0.0}
 
     def _description(self, source: str, length: str) -> TaskDescription:
@@ -156,94 +158,76 @@ class GeneratedTask(_InfiniteBenchTask):
         mark = "" if request.split == "test" else "tuning-"
 
         def sample(n: int) -> Sample:
-            return self._sample(f"{self.name}:{mark}{index}@{length}", generator.build(n), request.tokenizer)
+            return self._sample(f"{mark}{index}@{length}", generator.build(n), request.tokenizer)
 
         def measure(made: Sample) -> int:
             return prompt_length(made, request.tokenizer, self.use_chat_template) + made.max_new_tokens
 
         try:
-            return make.fill(sample, measure, length, generator.smallest, generator.published)
+            return make.fill(sample, measure, length, generator.smallest, generator.largest)
         except make.TooShort as error:
             raise ContextTooShortError(
                 f"{self.name}: a context length of {length} tokens is too short: the smallest prompt and its answer "
                 f"need {error}; raise the context length"
             ) from None
 
-    def _sample(self, sample_id: str, row: Row, tokenizer: Any) -> Sample:
-        context, question, prefix = prompt_parts(self.subset, row.context, row.input, None)
+    def _sample(self, identity: str, row: Row, tokenizer: Any) -> Sample:
+        prompt = prompt_parts(self.subset, row.context, row.input, None)
         text = f"{row.answer:g}" if isinstance(row.answer, float) else str(row.answer)
         tokens = self.max_new_tokens
-        if self.subset == "math_calc":  # a smaller expression has a shorter answer; the prompt leaves room for it
+        if self.subset == "math_calc":  # a shorter expression has a shorter answer, which leaves room for the prompt
             tokens = min(tokens, len(tokenizer.encode(" " + text, add_special_tokens=False)) + 8)
-        columns = {"context": context, "question": question, "answer_prefix": prefix, "answer": text}
-        return Sample(
-            sample_id=sample_id,
-            task=self.name,
-            context=context,
-            question=question,
-            answer_prefix=prefix,
-            references=[text],
-            max_new_tokens=tokens,
-            columns={**columns, "task": self.subset, "max_new_tokens": tokens},
-            label=row.answer,
-        )
+        columns = {
+            **dict(zip(PROMPT_COLUMNS, prompt, strict=True)),
+            "answer": text,
+            "task": self.subset,
+            "max_new_tokens": tokens,
+        }
+        return self.make_sample(identity, prompt, [text], max_new_tokens=tokens, columns=columns, label=row.answer)
 
 
 class PublishedTask(_InfiniteBenchTask):
-    """A subset of published rows, in the authors' columns or in the prepared ones."""
+    """A subset of published rows, in the authors' columns or those of the copy."""
 
     @property
     def description(self) -> TaskDescription:
         return self._description(HUB, self.length)
 
     def samples(self, request: SampleRequest) -> list[Sample]:
-        places = [Place(HUB, None, self.subset), Place(PREPARED_HUB, self.subset, "test")]
+        sources = [
+            Source(self.benchmark, self.subset, HUB, split=self.subset),
+            Source(self.benchmark, self.subset, "MaxJeblick/InfiniteBench", config=self.subset),
+        ]
         original = {"context": "text", "input": "text", "answer": "anything", "options": "?list of texts"}
-        prepared = {"context": "text", "question": "text", "answer_prefix": "text", "answer": "anything"}
-        forms = [Form(original, self._from_original), Form(prepared, self._from_prepared)]
-        rows = read_samples(self.benchmark, self.subset, places, forms, request.data_dir)
-        # By context, since several questions are asked on one book.
+        forms = [Form(original, self._original), Form({**PROMPT_COLUMNS, "answer": "anything"}, self._copy)]
+        # By context: several questions are asked on one book.
+        rows = read_samples(sources, forms, request.data_dir)
         chosen = take_split(rows, request, lambda sample: f"{self.subset}:{sample.context}")
         if not chosen and request.max_samples != 0:
             raise UserError(f"{self.name}: its data hold no rows of the {request.split} split")
         return chosen
 
-    def _from_original(self, row: dict[str, Any], number: int) -> Iterator[Sample]:
+    def _original(self, row: dict[str, Any], number: int) -> Iterator[Sample]:
         options = row.get("options") or None
-        parts = prompt_parts(self.subset, row["context"], row["input"], options)
-        yield self._sample(row, number, parts, options)
+        yield self._sample(row, number, prompt_parts(self.subset, row["context"], row["input"], options), options)
 
-    def _from_prepared(self, row: dict[str, Any], number: int) -> Iterator[Sample]:
-        # The prepared rows list the options in the question, one a line.
+    def _copy(self, row: dict[str, Any], number: int) -> Iterator[Sample]:
+        # The copy lists the options in the question, one per line.
         options = re.findall(r"^[A-D]\. (.*)$", row["question"], re.MULTILINE) or None
-        yield self._sample(row, number, (row["context"], row["question"], row["answer_prefix"]), options)
+        yield self._sample(row, number, prompt_of(row), options)
 
-    def _sample(self, row: dict[str, Any], number: int, parts: tuple[str, str, str], options: list[str] | None) -> Sample:
+    def _sample(self, row: dict[str, Any], number: int, prompt: PromptParts, options: list[str] | None) -> Sample:
         try:
             label = label_of(self.subset, row["answer"], options)
         except ValueError as error:
             raise ValueError(f"column 'answer': {error}") from error
-        if self.subset == "math_calc":
-            references = [str(label)]
-        else:
-            references = [str(item) for item in label] if isinstance(label, list) else [str(label)]
-        return Sample(
-            sample_id=f"{self.name}:{number}",
-            task=self.name,
-            context=parts[0],
-            question=parts[1],
-            answer_prefix=parts[2],
-            references=references,
-            max_new_tokens=self.max_new_tokens,
-            columns=dict(row),
-            label=label,
-        )
+        references = as_texts(str(label) if self.subset == "math_calc" else label)
+        return self.make_sample(number, prompt, references, columns=dict(row), label=label)
 
 
 def make_tasks() -> dict[str, Task]:
     tasks: list[Task] = []
     for subset in SIZES:
         made = GeneratedTask if subset in GENERATORS else PublishedTask
-        tasks.append(made("infinite_bench", subset))
-        tasks.append(PublishedTask("infinite_bench_hf", subset))
+        tasks += [made("infinite_bench", subset), PublishedTask("infinite_bench_hf", subset)]
     return {task.name: task for task in tasks}

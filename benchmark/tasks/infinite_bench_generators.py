@@ -1,28 +1,22 @@
 """How InfiniteBench's six synthetic subsets are made (OpenBMB, arXiv 2402.13718; MIT), at most at their published size.
 
-Each function takes a seed and a sample's index and gives a `build(n) -> Row` with the data's own columns. The
-published sets go through depths, keys or targets in order; here the index goes through them in a fixed scattered order,
-so that the first few samples already cover them.
+Each function takes a seed and a sample's index; its `build(n)` gives the data's own columns, and its `largest` is the
+published size. The published sets go through depths, keys or targets in order. Here the order is scattered, so that the
+first few samples cover them.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmark.tasks.ruler_generators import NOISE, draw_item
+from benchmark.tasks.ruler_generators import NOISE, Generator, draw_item, draw_new
 
-TARGETS = (
-    "largest",
-    "second largest",
-    "third largest",
-    "smallest",
-    "second smallest",
-    "third smallest",
-    "median",
-)
+TARGETS = ("largest", "second largest", "third largest", "smallest", "second smallest", "third smallest", "median")
 CODE_DEPTHS = (2, 4, 6, 8, 10)
 
 
@@ -35,36 +29,29 @@ class Row:
     answer: Any
 
 
-@dataclass(frozen=True)
-class Generator:
-    build: Callable[[int], Row]
-    smallest: int
-    published: int  # units in the published set
-
-
 def _scattered(index: int, count: int, stride: int) -> int:
     """A permutation of 0..count-1 that starts in the middle and jumps by about 0.62 of the whole."""
     return (index * stride + count // 2) % count
 
 
-def _hidden_line(seed: int, index: int, line: str, key: str, question: str) -> Generator:
+def _hidden_line(seed: int, index: int, line: str, key: str, question: str) -> Generator[Row]:
     depth = _scattered(index, 590, 363) // 10  # 59 depths, ten samples each
 
     def build(n: int) -> Row:
-        before = n * depth // 58
-        noise = NOISE + "\n"
-        return Row(noise * before + line.format(key=key) + noise * (n - before), question, key)
+        lines = [NOISE + "\n"] * n
+        lines.insert(n * depth // 58, line.format(key=key))
+        return Row("".join(lines), question, key)
 
-    return Generator(build, smallest=1, published=5220)
+    return Generator(build, smallest=1, largest=5220)
 
 
-def passkey(seed: int, index: int) -> Generator:
+def passkey(seed: int, index: int) -> Generator[Row]:
     key = "".join(random.Random(seed).choices("0123456789", k=5))
     line = "The pass key is {key}. Remember it. {key} is the pass key.\n"
     return _hidden_line(seed, index, line, key, "What is the pass key?")
 
 
-def number_string(seed: int, index: int) -> Generator:
+def number_string(seed: int, index: int) -> Generator[Row]:
     rng = random.Random(seed)
     digits = rng.choices("0123456789", k=5)
     for _ in range(5):  # duplicate a digit in place: ten digits with runs
@@ -74,17 +61,14 @@ def number_string(seed: int, index: int) -> Generator:
     return _hidden_line(seed, index, line, "".join(digits), "What is the sequence of digits?")
 
 
-def kv_retrieval(seed: int, index: int) -> Generator:
+def kv_retrieval(seed: int, index: int) -> Generator[Row]:
     rng = random.Random(seed)
     slot = _scattered(index, 500, 309)
     seen: set[str] = set()
     pairs: list[tuple[str, str]] = []
 
     def draw() -> str:
-        while (item := draw_item(rng, "uuids")) in seen:
-            pass
-        seen.add(item)
-        return item
+        return draw_new(lambda: draw_item(rng, "uuids"), seen)
 
     def build(n: int) -> Row:
         while len(pairs) < n:
@@ -94,10 +78,10 @@ def kv_retrieval(seed: int, index: int) -> Generator:
         question = f'\nKey: "{key}"\nThe value associated with the specified key is: '
         return Row(f"JSON data:\n{{{shown}}}", question, value)
 
-    return Generator(build, smallest=1, published=2500)
+    return Generator(build, smallest=1, largest=2500)
 
 
-def math_find(seed: int, index: int) -> Generator:
+def math_find(seed: int, index: int) -> Generator[Row]:
     rng = random.Random(seed)
     target = TARGETS[index % len(TARGETS)]
     low = rng.randint(0, 19) if "smallest" in target or (target == "median" and rng.random() < 0.5) else 0
@@ -111,18 +95,17 @@ def math_find(seed: int, index: int) -> Generator:
         question = f"You should answer with only one number, no other words. The {target} number of the list is: "
         return Row(str(numbers), question, _find(numbers, target))
 
-    return Generator(build, smallest=32, published=60000)
+    return Generator(build, smallest=32, largest=60000)
 
 
 def _find(numbers: list[int], target: str) -> int | float:
     if target == "median":
-        ordered = sorted(numbers)
-        return (ordered[len(ordered) // 2 - 1] + ordered[len(ordered) // 2]) / 2
+        return statistics.median(numbers)
     distinct = sorted(set(numbers), reverse="largest" in target)
     return distinct[("second" in target) + 2 * ("third" in target)]
 
 
-def math_calc(seed: int, index: int) -> Generator:
+def math_calc(seed: int, index: int) -> Generator[Row]:
     def build(n: int) -> Row:
         draw = random.Random(seed)
         value = draw.randint(0, 99)
@@ -135,48 +118,37 @@ def math_calc(seed: int, index: int) -> Generator:
             values.append(value)
         return Row(" ".join(terms), "", values)
 
-    return Generator(build, smallest=2, published=30000)
+    return Generator(build, smallest=2, largest=30000)
 
 
-def code_run(seed: int, index: int) -> Generator:
+def code_run(seed: int, index: int) -> Generator[Row]:
     depth = CODE_DEPTHS[index % len(CODE_DEPTHS)]
 
     def build(n: int) -> Row:
         draw = random.Random(seed)
         ids = draw.sample(range(1, 2 * n + 1), n)
         layers = [ids[n * i // depth : n * (i + 1) // depth] for i in range(depth)]
-        callee: dict[int, int | None] = {}
         addend = {i: draw.randint(-12, 17) for i in ids}
-        for layer, below in zip(layers, [*layers[1:], None], strict=True):
-            for i in layer:
-                callee[i] = draw.choice(below) if below is not None else None
+        callee = {i: draw.choice(below) for layer, below in itertools.pairwise(layers) for i in layer}
         functions = []
         for i in sorted(ids):
-            inner = "x" if callee[i] is None else f"func_{callee[i]}(x)"
+            inner = f"func_{callee[i]}(x)" if i in callee else "x"
             plus = "" if addend[i] == 0 else f" {'+' if addend[i] > 0 else '-'} {abs(addend[i])}"
             functions.append(f"def func_{i}(x):\n    return {inner}{plus}\n")
         start, x = draw.choice(layers[0]), draw.randint(-10, 10)
-        result, at = x, start
-        while True:
+        result, at = x + addend[start], start
+        while at in callee:
+            at = callee[at]
             result += addend[at]
-            following = callee[at]
-            if following is None:
-                break
-            at = following
         question = (
             f"Please give me the exact number of the return value of func_{start}({x}). "
             "Your response should end with the sentence 'The return value is:'."
         )
         return Row("\n".join(functions), question, result)
 
-    return Generator(build, smallest=depth, published=550)
+    return Generator(build, smallest=depth, largest=550)
 
 
-GENERATORS: dict[str, Callable[[int, int], Generator]] = {
-    "passkey": passkey,
-    "number_string": number_string,
-    "kv_retrieval": kv_retrieval,
-    "math_find": math_find,
-    "math_calc": math_calc,
-    "code_run": code_run,
+GENERATORS: dict[str, Callable[[int, int], Generator[Row]]] = {
+    make.__name__: make for make in (passkey, number_string, kv_retrieval, math_find, math_calc, code_run)
 }

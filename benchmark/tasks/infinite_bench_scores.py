@@ -1,7 +1,7 @@
-"""InfiniteBench's scores (OpenBMB, arXiv 2402.13718), formula for formula as its authors compute them.
+"""InfiniteBench's scores (OpenBMB, arXiv 2402.13718), as its authors compute them.
 
-A label is the text, number or list of the data; `label_of` makes it from the several ways in which copies of the data
-write an answer. One formula is wider than the original, which stops with an error there: math_find takes "88.0" for 88.
+A label is the gold answer: a text, number or list. `label_of` makes it from an answer as the copies of the data write it.
+One score is more lenient than the original, which raises there: math_find takes "88.0" for 88.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import numbers
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from benchmark.tasks import metrics
@@ -17,7 +18,6 @@ from benchmark.tasks.data import shown
 from benchmark.tasks.sources import as_texts
 
 LETTERS = "ABCD"
-NUMBER = re.compile(r"\d+\.\d+|\d+")  # of any script, as float() reads them
 Scorer = Callable[[str, Any], float]
 
 
@@ -25,13 +25,10 @@ def _first(label: Any) -> Any:
     return label[0] if isinstance(label, list) and label else label
 
 
-def _blank(text: str, characters: tuple[str, ...] | str) -> str:
-    for character in characters:
-        text = text.replace(character, " ")
-    return text
-
-
-def _collapse(text: str) -> str:
+def _blank(text: str, marks: Sequence[str]) -> str:
+    """The text with blanks for the marks, and single ones for several."""
+    for mark in marks:
+        text = text.replace(mark, " ")
     return re.sub(" {2,}", " ", text)
 
 
@@ -48,12 +45,12 @@ def kv_retrieval(prediction: str, label: Any) -> float:
 
 def code_run(prediction: str, label: Any) -> float:
     """The last word is the integer."""
-    words = _blank(prediction.strip(), "\n.`'\":").split()
+    words = _blank(prediction, "\n.`'\":").split()
+    expected = _integer(label)
     try:
-        answer = int(words[-1]) if words else None
-    except ValueError:
-        answer = None
-    return float(answer == _integer(label))
+        return float(int(words[-1]) == expected)
+    except (IndexError, ValueError):
+        return 0.0
 
 
 def code_debug(prediction: str, label: Any) -> float:
@@ -62,17 +59,17 @@ def code_debug(prediction: str, label: Any) -> float:
     prediction = prediction.strip()
     if prediction[:2] in (f"{letter}.", f"{letter}:"):
         return 1.0
-    text = _collapse(_blank(prediction, ("\n", "`", "'", '"', "-", "*", "Option", "option")))
+    text = _blank(prediction, ("\n", "`", "'", '"', "-", "*", "Option", "option"))
     for lead in ("answer is:", "is:", "answer:", "correct option is:"):
-        position = text.find(lead)
-        if position >= 0:
-            return float(text[position + len(lead) + 1 :].startswith((letter, function)))
+        _, found, rest = text.partition(lead)
+        if found:
+            return float(rest[1:].startswith((letter, function)))
     return 0.0
 
 
 def math_find(prediction: str, label: Any) -> float:
     """The first number, without its sign, equals the label."""
-    match = NUMBER.search(prediction)
+    match = re.search(r"\d+\.\d+|\d+", prediction)  # digits of any script, as for float()
     return float(match is not None and float(match.group()) == _number(label))
 
 
@@ -81,7 +78,7 @@ def math_calc(prediction: str, label: Any) -> float:
     values = _values(label)
     correct = 0
     for number, value in zip(re.findall(r"[0-9]+", prediction), values, strict=False):
-        if (number.lstrip("0") or "0") != str(value):  # as text: a model may write more digits than int() takes
+        if (number.lstrip("0") or "0") != str(value):  # as text: int() refuses very many digits
             break
         correct += 1
     return correct / len(values)
@@ -89,12 +86,11 @@ def math_calc(prediction: str, label: Any) -> float:
 
 def longdialogue(prediction: str, label: Any) -> float:
     """Only the first name counts, as written, among the upper-cased words."""
-    words = _blank(prediction.strip(), "\n:\"'.,?!{}").split()
-    return float(str(_first(label)) in [word.upper() for word in words])
+    return float(str(_first(label)) in _blank(prediction, "\n:\"'.,?!{}").upper().split())
 
 
 def longbook_choice(prediction: str, label: Any) -> float:
-    """Label [option text, letter]: the first letter, the whole text, after a lead-in, or the first A-D word."""
+    """Label [option text, letter], tested in turn: first letter, whole text, text after a lead-in, first A-D word."""
     text, label = prediction.strip(), as_texts(label)
     if not text:
         return 0.0
@@ -102,28 +98,19 @@ def longbook_choice(prediction: str, label: Any) -> float:
         return float(text[0] in label)
     if text in label:
         return 1.0
-    text = _collapse(_blank(text, "\n\"'.,?!{}"))
+    text = _blank(text, "\n\"'.,?!{}")
     for lead in ("answer is:", "answer:", "answer is", "option is"):
-        position = text.find(lead)
-        if position >= 0:
-            rest = text[position + len(lead) + 1 :]
-            return float(any(rest.startswith(item) for item in label))
+        _, found, rest = text.partition(lead)
+        if found:
+            return float(rest[1:].startswith(tuple(label)))
     for word in text.split():
-        if word in LETTERS:  # as a substring: "BC" counts as a word too
+        if word in LETTERS:  # a substring: "BC" counts too
             return float(word in label)
     return 0.0
 
 
-def longbook_qa(prediction: str, label: Any) -> float:
-    return max((metrics.word_f1(prediction, text) for text in as_texts(label)), default=0.0)
-
-
-def longbook_qa_chn(prediction: str, label: Any) -> float:
-    return max((metrics.character_f1_zh(prediction, text) for text in as_texts(label)), default=0.0)
-
-
-def longbook_sum(prediction: str, label: Any) -> float:
-    return max((metrics.rouge_lsum(prediction, text) for text in as_texts(label)), default=0.0)
+def _best(measure: Callable[[str, str], float], prediction: str, label: Any) -> float:
+    return metrics.best(measure, prediction, as_texts(label))
 
 
 # subset -> (metric's name, formula)
@@ -136,18 +123,15 @@ SCORES: dict[str, tuple[str, Scorer]] = {
     "code_run": ("accuracy", code_run),
     "code_debug": ("accuracy", code_debug),
     "longbook_choice_eng": ("accuracy", longbook_choice),
-    "longbook_qa_eng": ("qa_f1", longbook_qa),
-    "longbook_qa_chn": ("character_f1", longbook_qa_chn),
-    "longbook_sum_eng": ("rouge_lsum", longbook_sum),
+    "longbook_qa_eng": ("qa_f1", partial(_best, metrics.word_f1)),
+    "longbook_qa_chn": ("character_f1", partial(_best, metrics.character_f1_zh)),
+    "longbook_sum_eng": ("rouge_lsum", partial(_best, metrics.rouge_lsum)),
     "longdialogue_qa_eng": ("accuracy", longdialogue),
 }
 
 
 def label_of(subset: str, answer: Any, options: list[str] | None) -> Any:
-    """The label as the formulas want it, from an answer that a copy of the data may hold as a text or a list of texts.
-
-    Raises ValueError, saying what is wrong, when that cannot be.
-    """
+    """The label, from an answer that a copy of the data may hold as a value or as a list. Raises ValueError if impossible."""
     if subset == "code_run":
         return _integer(answer)
     if subset == "math_find":
@@ -178,7 +162,7 @@ def _number(answer: Any) -> int | float:
 
 
 def _values(answer: Any) -> list[int]:
-    """A list, its JSON text, or a list holding either."""
+    """The integers of a list, of its JSON text, or of a list that holds one of them."""
     values = answer
     try:
         while isinstance(values, str) or (len(values) == 1 and isinstance(values[0], (str, list))):
@@ -192,7 +176,7 @@ def _values(answer: Any) -> list[int]:
 
 
 def _choice(answer: list[str], options: list[str] | None) -> list[str]:
-    """[option text, letter] from either of them."""
+    """[option text, letter], from both or one of them."""
     if len(answer) == 2 and answer[1] in list(LETTERS):
         return answer
     if len(answer) != 1:

@@ -1,4 +1,4 @@
-"""How long a prompt may be: as long as was asked for, and no longer than the model has positions."""
+"""The longest prompt: the context length of the request, but no more tokens than the model has positions."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from benchmark.tasks.base import ContextTooShortError, SampleRequest, Task
 
 
 def within_model(request: SampleRequest) -> SampleRequest:
-    """The request with its context length lowered to the positions of the model, where the model says how many it has."""
+    """The request, its context length lowered to the model's positions if its configuration gives their number."""
     positions = _positions(request)
     return request if positions is None else replace(request, max_context_length=min(positions, request.max_context_length))
 
 
 def fitted(request: SampleRequest, task: Task, model: str) -> SampleRequest:
-    """`within_model`, for samples that must be whole.
-
-    ContextTooShortError, one line, if the task's fixed length does not fit: its samples, cut, would have lost what they
-    ask for, and made shorter they would not be of that name.
-    """
+    """`within_model`, but ContextTooShortError if the task has a fixed length that does not fit: it is never truncated."""
     length, positions = task.fixed_length, _positions(request)
     if length is not None and positions is not None and length > positions:
         raise ContextTooShortError(
@@ -34,7 +30,7 @@ def fitted(request: SampleRequest, task: Task, model: str) -> SampleRequest:
 
 
 def _positions(request: SampleRequest) -> int | None:
-    # The configuration lies where the tokenizer came from. A tokenizer's own model_max_length is often not set.
+    # The configuration is where the tokenizer came from. A tokenizer's own model_max_length is often not set.
     return _positions_of(getattr(request.tokenizer, "name_or_path", ""), request.trust_remote_code)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from benchmark.tasks import metrics
-from benchmark.tasks.base import Sample, SampleRequest, Task, TaskDescription, UserError, take_split
-from benchmark.tasks.data import Row
-from benchmark.tasks.sources import Form, Place, as_texts, read_samples
+from benchmark.tasks.base import PromptParts, Sample, SampleRequest, Task, TaskDescription, UserError, take_split
+from benchmark.tasks.data import Row, Source
+from benchmark.tasks.sources import PROMPT_COLUMNS, Form, as_texts, prompt_of, read_samples
 
 _PASSAGES = "Answer the question based on the given passages. Only give me the answer and do not output any other words."
 _STORY = "as concisely as you can, using a single phrase if possible. Do not provide any explanation."
@@ -27,142 +28,112 @@ _MULTI_DOCUMENT = (
 
 @dataclass(frozen=True)
 class Subset:
-    """The authors' prompt in three parts (their concatenation is the published one), answer length and metric."""
+    """The authors' prompt in three parts, which join to the published one, and how an answer is scored."""
 
-    prompt: tuple[str, str, str]  # context, question, answer prefix
+    context: str
+    question: str
+    answer_prefix: str
     max_new_tokens: int
     metric: str
     num_samples: int = 200
     num_samples_e: int | None = None  # of LongBench-E; None = not in it
-    plain: bool = False  # asked without a chat template: few-shot examples and code go on as text
-    first_line: bool = False  # only the answer's first line counts
+    plain: bool = False  # no chat template: the model continues few-shot examples or code
+    first_line: bool = False  # only the first line of an answer is scored
 
 
 SUBSETS: dict[str, Subset] = {
     "narrativeqa": Subset(
-        (
-            "You are given a story, which can be either a novel or a movie script, and a question. Answer the question "
-            + _STORY + "\n\nStory: {context}\n\nNow, answer the question based on the story " + _STORY + "\n\n",
-            "Question: {input}\n\n", "Answer:",
-        ), 128, "qa_f1",
+        "You are given a story, which can be either a novel or a movie script, and a question. Answer the question "
+        + _STORY + "\n\nStory: {context}\n\nNow, answer the question based on the story " + _STORY + "\n\n",
+        "Question: {input}\n\n", "Answer:", 128, "qa_f1",
     ),
     "qasper": Subset(
-        (
-            "You are given a scientific article and a question. Answer the question " + _ARTICLE
-            + "\n\nArticle: {context}\n\n Answer the question based on the above article " + _ARTICLE + "\n\n",
-            "Question: {input}\n\n", "Answer:",
-        ), 128, "qa_f1", num_samples_e=224,
+        "You are given a scientific article and a question. Answer the question " + _ARTICLE
+        + "\n\nArticle: {context}\n\n Answer the question based on the above article " + _ARTICLE + "\n\n",
+        "Question: {input}\n\n", "Answer:", 128, "qa_f1", num_samples_e=224,
     ),
     "multifieldqa_en": Subset(
-        (
-            "Read the following text and answer briefly.\n\n{context}\n\nNow, answer the following question based on "
-            "the above text, only give me the answer and do not output any other words.\n\n",
-            "Question: {input}\n", "Answer:",
-        ), 64, "qa_f1", num_samples=150, num_samples_e=150,
+        "Read the following text and answer briefly.\n\n{context}\n\nNow, answer the following question based on "
+        "the above text, only give me the answer and do not output any other words.\n\n",
+        "Question: {input}\n", "Answer:", 64, "qa_f1", num_samples=150, num_samples_e=150,
     ),
     "multifieldqa_zh": Subset(
-        (
-            "阅读以下文字并用中文简短回答：\n\n{context}\n\n现在请基于上面的文章回答下面的问题，"
-            "只告诉我答案，不要输出任何其他字词。\n\n",
-            "问题：{input}\n", "回答：",
-        ), 64, "qa_f1_zh",
+        "阅读以下文字并用中文简短回答：\n\n{context}\n\n现在请基于上面的文章回答下面的问题，"
+        "只告诉我答案，不要输出任何其他字词。\n\n",
+        "问题：{input}\n", "回答：", 64, "qa_f1_zh",
     ),
-    "hotpotqa": Subset(_MULTI_DOCUMENT, 32, "qa_f1", num_samples_e=300),
-    "2wikimqa": Subset(_MULTI_DOCUMENT, 32, "qa_f1", num_samples_e=300),
-    "musique": Subset(_MULTI_DOCUMENT, 32, "qa_f1"),
+    "hotpotqa": Subset(*_MULTI_DOCUMENT, 32, "qa_f1", num_samples_e=300),
+    "2wikimqa": Subset(*_MULTI_DOCUMENT, 32, "qa_f1", num_samples_e=300),
+    "musique": Subset(*_MULTI_DOCUMENT, 32, "qa_f1"),
     "dureader": Subset(
-        (
-            "请基于给定的文章回答下述问题。\n\n文章：{context}\n\n请基于上述文章回答下面的问题。\n\n",
-            "问题：{input}\n", "回答：",
-        ),
-        128, "rouge_zh",
+        "请基于给定的文章回答下述问题。\n\n文章：{context}\n\n请基于上述文章回答下面的问题。\n\n",
+        "问题：{input}\n", "回答：", 128, "rouge_zh",
     ),
     "gov_report": Subset(
-        (
-            "You are given a report by a government agency. Write a one-page summary of the report.\n\n"
-            "Report:\n{context}\n\n",
-            "Now, write a one-page summary of the report.\n\n", "Summary:",
-        ), 512, "rouge", num_samples_e=300,
+        "You are given a report by a government agency. Write a one-page summary of the report.\n\nReport:\n{context}\n\n",
+        "Now, write a one-page summary of the report.\n\n", "Summary:", 512, "rouge", num_samples_e=300,
     ),
     "qmsum": Subset(
-        (
-            "You are given a meeting transcript and a query containing a question or instruction. Answer the query in "
-            "one or more sentences.\n\nTranscript:\n{context}\n\nNow, answer the query based on the above meeting "
-            "transcript in one or more sentences.\n\n",
-            "Query: {input}\n", "Answer:",
-        ), 512, "rouge",
+        "You are given a meeting transcript and a query containing a question or instruction. Answer the query in "
+        "one or more sentences.\n\nTranscript:\n{context}\n\nNow, answer the query based on the above meeting "
+        "transcript in one or more sentences.\n\n",
+        "Query: {input}\n", "Answer:", 512, "rouge",
     ),
     "multi_news": Subset(
-        (
-            "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n{context}\n\n",
-            "Now, write a one-page summary of all the news.\n\n", "Summary:",
-        ), 512, "rouge", num_samples_e=294,
+        "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n{context}\n\n",
+        "Now, write a one-page summary of all the news.\n\n", "Summary:", 512, "rouge", num_samples_e=294,
     ),
     "vcsum": Subset(
-        ("下面有一段会议记录，请你阅读后，写一段总结，总结会议的内容。\n会议记录：\n{context}\n\n", "", "会议总结："),
-        512, "rouge_zh",
+        "下面有一段会议记录，请你阅读后，写一段总结，总结会议的内容。\n会议记录：\n{context}\n\n", "", "会议总结：", 512, "rouge_zh",
     ),
     "trec": Subset(
-        (
-            "Please determine the type of the question below. Here are some examples of questions.\n\n{context}\n",
-            "{input}", "Type:",
-        ), 64, "classification", num_samples_e=300, plain=True, first_line=True,
+        "Please determine the type of the question below. Here are some examples of questions.\n\n{context}\n",
+        "{input}", "Type:", 64, "classification", num_samples_e=300, plain=True, first_line=True,
     ),
     "triviaqa": Subset(
-        (
-            "Answer the question based on the given passage. Only give me the answer and do not output any other "
-            "words. The following are some examples.\n\n{context}\n\n",
-            "{input}", "Answer:",
-        ), 32, "qa_f1", num_samples_e=300, plain=True, first_line=True,
+        "Answer the question based on the given passage. Only give me the answer and do not output any other "
+        "words. The following are some examples.\n\n{context}\n\n",
+        "{input}", "Answer:", 32, "qa_f1", num_samples_e=300, plain=True, first_line=True,
     ),
     "samsum": Subset(
-        (
-            "Summarize the dialogue into a few short sentences. The following are some examples.\n\n{context}\n\n",
-            "{input}", "Summary:",
-        ), 128, "rouge", num_samples_e=300, plain=True, first_line=True,
+        "Summarize the dialogue into a few short sentences. The following are some examples.\n\n{context}\n\n",
+        "{input}", "Summary:", 128, "rouge", num_samples_e=300, plain=True, first_line=True,
     ),
     "lsht": Subset(
-        ("请判断给定新闻的类别，下面是一些例子。\n\n{context}\n", "{input}", ""),
-        64, "classification", plain=True, first_line=True,
+        "请判断给定新闻的类别，下面是一些例子。\n\n{context}\n", "{input}", "", 64, "classification", plain=True, first_line=True,
     ),
     "passage_count": Subset(
-        (
-            "There are some paragraphs below sourced from Wikipedia. Some of them may be duplicates. Please carefully "
-            "read these paragraphs and determine how many unique paragraphs there are after removing duplicates. In "
-            "other words, how many non-repeating paragraphs are there in total?\n\n{context}\n\n",
-            "Please enter the final count of unique paragraphs after removing duplicates. The output format should "
-            "only contain the number, such as 1, 2, 3, and so on.\n\n",
-            "The final answer is: ",
-        ), 32, "count", num_samples_e=300,
+        "There are some paragraphs below sourced from Wikipedia. Some of them may be duplicates. Please carefully "
+        "read these paragraphs and determine how many unique paragraphs there are after removing duplicates. In "
+        "other words, how many non-repeating paragraphs are there in total?\n\n{context}\n\n",
+        "Please enter the final count of unique paragraphs after removing duplicates. The output format should "
+        "only contain the number, such as 1, 2, 3, and so on.\n\n",
+        "The final answer is: ", 32, "count", num_samples_e=300,
     ),
     "passage_retrieval_en": Subset(
-        (
-            "Here are 30 paragraphs from Wikipedia, along with an abstract. Please determine which paragraph the "
-            "abstract is from.\n\n{context}\n\nThe following is an abstract.\n\n",
-            "{input}\n\nPlease enter the number of the paragraph that the abstract is from. The answer format must be "
-            'like "Paragraph 1", "Paragraph 2", etc.\n\n',
-            "The answer is: ",
-        ), 32, "retrieval", num_samples_e=300,
+        "Here are 30 paragraphs from Wikipedia, along with an abstract. Please determine which paragraph the "
+        "abstract is from.\n\n{context}\n\nThe following is an abstract.\n\n",
+        "{input}\n\nPlease enter the number of the paragraph that the abstract is from. The answer format must be "
+        'like "Paragraph 1", "Paragraph 2", etc.\n\n',
+        "The answer is: ", 32, "retrieval", num_samples_e=300,
     ),
     "passage_retrieval_zh": Subset(
-        (
-            "以下是若干段落文字，以及其中一个段落的摘要。请确定给定的摘要出自哪一段。\n\n{context}\n\n下面是一个摘要\n\n",
-            '{input}\n\n请输入摘要所属段落的编号。答案格式必须是"段落1"，"段落2"等格式\n\n',
-            "答案是：",
-        ), 32, "retrieval_zh",
+        "以下是若干段落文字，以及其中一个段落的摘要。请确定给定的摘要出自哪一段。\n\n{context}\n\n下面是一个摘要\n\n",
+        '{input}\n\n请输入摘要所属段落的编号。答案格式必须是"段落1"，"段落2"等格式\n\n',
+        "答案是：", 32, "retrieval_zh",
     ),
     "lcc": Subset(
-        ("Please complete the code given below. \n{context}", "", "Next line of code:\n"), 64, "code_sim",
+        "Please complete the code given below. \n{context}", "", "Next line of code:\n", 64, "code_sim",
         num_samples=500, num_samples_e=300, plain=True,
     ),
     "repobench-p": Subset(
-        ("Please complete the code given below. \n{context}", "{input}", "Next line of code:\n"), 64, "code_sim",
+        "Please complete the code given below. \n{context}", "{input}", "Next line of code:\n", 64, "code_sim",
         num_samples=500, num_samples_e=300, plain=True,
     ),
 }  # fmt: skip
 
 METRICS: dict[str, Callable[[str, str], float]] = {
-    "qa_f1": metrics.qa_f1,
+    "qa_f1": metrics.word_f1,
     "qa_f1_zh": metrics.qa_f1_zh,
     "rouge": metrics.rouge,
     "rouge_zh": metrics.rouge_zh,
@@ -181,10 +152,7 @@ def length_bucket(length: int) -> str:
 
 
 class LongBenchTask(Task):
-    """longbench/<subset> and longbench/<subset>_e.
-
-    Asked with the authors' prompts, answer lengths and (where they use one) chat template.
-    """
+    """longbench/<subset> and longbench/<subset>_e."""
 
     def __init__(self, subset: str) -> None:
         self.name = f"longbench/{subset}"
@@ -209,55 +177,44 @@ class LongBenchTask(Task):
         }
         forms = [
             Form({"input": "text", "context": "text", **shared}, self._original),
-            Form({"context": "text", "question": "text", "answer_prefix": "text", **shared}, self._prompted),
+            Form(PROMPT_COLUMNS | shared, self._copy),
         ]
-        places = [
-            Place("THUDM/LongBench", archive="data.zip", member=f"{self.subset}.jsonl"),
-            Place("Xnhyacinth/LongBench", self.subset),
-            Place("xAlg-AI/att-hub-longbench", self.subset),
+        sources = [
+            Source("longbench", self.subset, "THUDM/LongBench", archive="data.zip", member=f"{self.subset}.jsonl"),
+            Source("longbench", self.subset, "Xnhyacinth/LongBench", config=self.subset),
+            Source("longbench", self.subset, "xAlg-AI/att-hub-longbench", config=self.subset),
         ]
-        samples = read_samples("longbench", self.subset, places, forms, request.data_dir)
-        return take_split(samples, request, lambda sample: sample.context)
+        return take_split(read_samples(sources, forms, request.data_dir), request, lambda sample: sample.context)
 
     def _original(self, row: Row, number: int) -> Iterator[Sample]:
-        context, question, prefix = self.spec.prompt
-        text = row["input"]
-        if self.spec.first_line:  # the few-shot tasks: the label that starts the answer ("Type:") is the end of the input
+        prefix, text = self.spec.answer_prefix, row["input"]
+        if self.spec.first_line:  # few-shot: the input may end in the label that starts the answer ("Type:")
             prefix = prefix if text.endswith(prefix) else ""
             text = text.removesuffix(prefix)
-        context, question = context.replace("{context}", row["context"]), question.replace("{input}", text)
-        yield self._sample(row, number, context, question, prefix)
+        context = self.spec.context.replace("{context}", row["context"])
+        yield self._sample(row, number, (context, self.spec.question.replace("{input}", text), prefix))
 
-    def _prompted(self, row: Row, number: int) -> Iterator[Sample]:
-        yield self._sample(row, number, row["context"], row["question"], row["answer_prefix"])
+    def _copy(self, row: Row, number: int) -> Iterator[Sample]:
+        yield self._sample(row, number, prompt_of(row))
 
-    def _sample(self, row: Row, number: int, context: str, question: str, prefix: str) -> Sample:
-        classes = row.get("all_classes")
+    def _sample(self, row: Row, number: int, prompt: PromptParts) -> Sample:
+        classes = list(row.get("all_classes") or []) or None
         if self.metric == "classification" and not classes:
             raise ValueError("column 'all_classes' is empty; it must name the classes")
-        return Sample(
-            sample_id=f"{self.name}:{row.get('_id') or number}",
-            task=self.name,
-            context=context,
-            question=question,
-            answer_prefix=prefix,
-            references=as_texts(row["answers"]),
-            max_new_tokens=self.spec.max_new_tokens,
-            columns=dict(row),
-            all_classes=list(classes) if classes else None,
-        )
+        references = as_texts(row["answers"])
+        return self.make_sample(row.get("_id") or number, prompt, references, columns=dict(row), all_classes=classes)
 
     def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
         """The best score over the references; `all_classes` is needed for trec and lsht (UserError without)."""
         if self.spec.first_line:
             prediction = prediction.lstrip("\n").split("\n")[0]
-        if self.metric == "classification":
-            if not all_classes:
-                raise UserError(f"{self.name} is scored against its classes: all_classes is needed, got {all_classes}")
-            values = [metrics.classification(prediction, reference, all_classes) for reference in as_texts(references)]
+        if self.metric != "classification":
+            measure = METRICS[self.metric]
+        elif all_classes:
+            measure = functools.partial(metrics.classification, all_classes=all_classes)
         else:
-            values = [METRICS[self.metric](prediction, reference) for reference in as_texts(references)]
-        return {self.metric: max(values, default=0.0)}
+            raise UserError(f"{self.name} is scored against its classes: all_classes is needed, got {all_classes}")
+        return {self.metric: metrics.best(measure, prediction, as_texts(references))}
 
     def aggregate(self, scores: list[dict[str, float]], samples: list[Sample]) -> dict[str, Any]:
         """LongBench-E: mean score and size of each length bucket; an empty bucket has no mean."""
@@ -267,12 +224,7 @@ class LongBenchTask(Task):
         for score, sample in zip(scores, samples, strict=True):
             if self.metric in score:
                 buckets[length_bucket(sample.columns["length"])].append(score[self.metric])
-        return {
-            "length_buckets": {
-                name: {"n": len(values), **({self.metric: sum(values) / len(values)} if values else {})}
-                for name, values in buckets.items()
-            }
-        }
+        return {"length_buckets": metrics.group_means(buckets, self.metric)}
 
 
 def make_tasks() -> dict[str, Task]:

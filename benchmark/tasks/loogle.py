@@ -1,7 +1,7 @@
 """LooGLE (arXiv 2311.04939, github.com/bigai-nlco/LooGLE): questions, clozes, summaries on texts of over 24k tokens.
 
-A document has many questions; all of them are asked on one context. BERTScore needs the extra `bertscore`, METEOR needs
-nltk's WordNet data: without them these two metrics are absent.
+All questions on a document share one context. Without the extra `bertscore`, BERTScore is absent; without nltk's WordNet
+data, METEOR.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmark.tasks import metrics
-from benchmark.tasks.base import Sample, SampleRequest, Task, TaskDescription, UserError, take_split
-from benchmark.tasks.data import Row, shown
-from benchmark.tasks.sources import Form, Place, as_texts, read_samples
+from benchmark.tasks.base import PromptParts, Sample, SampleRequest, Task, TaskDescription, UserError, take_split
+from benchmark.tasks.data import Row, Source, shown
+from benchmark.tasks.sources import PROMPT_COLUMNS, Form, as_texts, prompt_of, read_samples
 
 _ANSWER = ("Please answer the question based on the long texts below. \n{input}", "\nQuestion: {Q}\n", "Answer: ")
 
@@ -25,28 +25,26 @@ _ANSWER = ("Please answer the question based on the long texts below. \n{input}"
 class Subset:
     """The authors' prompt in three parts, answer length in tokens, hub configurations, number of samples."""
 
-    prompt: tuple[str, str, str]  # context, question, answer prefix
+    context: str
+    question: str
+    answer_prefix: str
     max_new_tokens: int
     configs: tuple[str, ...]
     num_samples: int
 
 
 SUBSETS: dict[str, Subset] = {
-    "shortdep_qa": Subset(_ANSWER, 300, ("shortdep_qa",), 1951),
-    "longdep_qa": Subset(_ANSWER, 500, ("longdep_qa",), 1101),
+    "shortdep_qa": Subset(*_ANSWER, 300, ("shortdep_qa",), 1951),
+    "longdep_qa": Subset(*_ANSWER, 500, ("longdep_qa",), 1101),
     "shortdep_cloze": Subset(
-        (
-            "Please fill in the clozes based on the given long texts below. Each of the placeholder '<mask-n>' in the "
-            "question could be an entity of Person, Location or Organiocation. The same masks represent the same "
-            "entity. Output a json format answer, for example: {'<mask-0>': 'Bob', '<mask-1>': 'Gorrosion Magazine',"
-            "'<mask-2>': 'Bethel Horizon'}\n{input}",
-            "\n Question: {Q} What are the masked entities? \n",
-            "Answer:",
-        ),
-        50, ("shortdep_cloze",), 2880,
+        "Please fill in the clozes based on the given long texts below. Each of the placeholder '<mask-n>' in the "
+        "question could be an entity of Person, Location or Organiocation. The same masks represent the same "
+        "entity. Output a json format answer, for example: {'<mask-0>': 'Bob', '<mask-1>': 'Gorrosion Magazine',"
+        "'<mask-2>': 'Bethel Horizon'}\n{input}",
+        "\n Question: {Q} What are the masked entities? \n", "Answer:", 50, ("shortdep_cloze",), 2880,
     ),
     "longdep_summarization": Subset(
-        ("Please generate a summary of the below paper. \n{input}", "\n ", "Summarization: "),
+        "Please generate a summary of the below paper. \n{input}", "\n ", "Summarization: ",
         500, ("summarization", "longdep_summarization"), 516,
     ),
 }  # fmt: skip
@@ -54,23 +52,36 @@ SUBSETS: dict[str, Subset] = {
 MAX_LITERAL = 20_000  # characters of an answer that are parsed; the authors' answers have at most 50 tokens
 
 
-def parse_literal_dict(text: str) -> dict[Any, Any] | None:
-    """The dict that `text` writes as a Python literal, and nothing but it, else None. Nothing is evaluated."""
-    if len(text) > MAX_LITERAL:
-        return None
+def _parse_literal(text: str) -> Any:
+    """The value that `text` writes as a Python literal, and nothing but it, else None. Nothing is evaluated."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd escapes in a model's text
-            value = ast.literal_eval(text.strip())
+            warnings.simplefilter("ignore")  # invalid escapes in a model's text
+            return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
+
+
+def parse_literal_dict(text: str) -> dict[Any, Any] | None:
+    """The dict that an answer writes as a Python literal, and nothing but it, else None."""
+    value = _parse_literal(text) if len(text) <= MAX_LITERAL else None
     return value if isinstance(value, dict) else None
 
 
-def cloze_hits(prediction: str, reference: dict[str, Any]) -> tuple[int, int, int]:
-    """(masks with the very same value, masks that share a word with it, masks).
+def _parse_data(value: Any) -> Any:
+    """A value of the data, which may be written as JSON or as a Python literal."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return _parse_literal(value)
 
-    An answer that is not a dict hits none; a value that is not a text shares with its equal alone.
+
+def cloze_hits(prediction: str, reference: dict[str, Any]) -> tuple[int, int, int]:
+    """(masks with the same value, masks with a word in common, all masks).
+
+    An answer that is not a dict hits none. A value that is not a text must be equal in both counts.
     """
     answer = parse_literal_dict(prediction) or {}
     exact = partial = 0
@@ -85,20 +96,14 @@ def cloze_hits(prediction: str, reference: dict[str, Any]) -> tuple[int, int, in
 def _masks(references: Any) -> dict[str, Any]:
     """The gold masks from a dict, its JSON text or a list holding either. UserError for anything else."""
     masks = references[0] if isinstance(references, (list, tuple)) and len(references) == 1 else references
-    if isinstance(masks, str):
-        try:
-            masks = json.loads(masks)
-        except json.JSONDecodeError:
-            masks = parse_literal_dict(masks)
+    masks = _parse_data(masks)
     if not isinstance(masks, dict) or not masks:
         raise UserError(f"a cloze reference must be a dict of masks such as {{'<mask-0>': 'Bob'}}, got {shown(references)}")
     return {str(mask): value for mask, value in masks.items()}
 
 
 class LoogleTask(Task):
-    """loogle/<subset>: bleu1, bleu4 (4-grams alone), ROUGE recalls, and METEOR and BERTScore where they can be had; the
-    cloze: exact_match and partial_match.
-    """
+    """loogle/<subset>. Scores: bleu1, bleu4, ROUGE recalls, METEOR, BERTScore; of the cloze exact_match and partial_match."""
 
     def __init__(self, subset: str) -> None:
         self.name = f"loogle/{subset}"
@@ -115,85 +120,54 @@ class LoogleTask(Task):
     def samples(self, request: SampleRequest) -> list[Sample]:
         answer = "anything" if self.cloze else "text"
         forms = [
-            Form({"context": "text", "question": "text", "answer_prefix": "text", "answer": "text"}, self._prompted),
+            Form({**PROMPT_COLUMNS, "answer": "text"}, self._copy),
             Form({"context": "text", "question": "?text", "answer": answer}, self._one_question),
             Form({"input": "text", "qa_pairs": "anything", "output": "?anything"}, self._document),
         ]
-        places = [Place("bigainlco/LooGLE", config) for config in self.spec.configs]
-        places.append(Place("simonjegou/loogle", self.subset))
-        samples = read_samples("loogle", self.subset, places, forms, request.data_dir)
-        return take_split(samples, request, lambda sample: sample.context)
+        sources = [Source("loogle", self.subset, "bigainlco/LooGLE", config=config) for config in self.spec.configs]
+        sources.append(Source("loogle", self.subset, "simonjegou/loogle", config=self.subset))
+        return take_split(read_samples(sources, forms, request.data_dir), request, lambda sample: sample.context)
+
+    def _copy(self, row: Row, number: int) -> Iterator[Sample]:
+        yield self._sample(prompt_of(row), row["answer"], number, dict(row))
 
     def _one_question(self, row: Row, number: int) -> Iterator[Sample]:
-        yield self._asked(row["context"], row.get("question") or "", row["answer"], f"{number}", dict(row))
+        yield self._sample(self._prompt(row["context"], row.get("question") or ""), row["answer"], number, dict(row))
 
     def _document(self, row: Row, number: int) -> Iterator[Sample]:
         columns = {name: value for name, value in row.items() if name not in ("input", "qa_pairs", "output")}
         columns["context"] = row["input"]
-        pairs = row["qa_pairs"]
-        if pairs == "none":
-            yield self._asked(row["input"], "", row["output"], f"{number}", columns)
+        if row["qa_pairs"] == "none":
+            yield self._sample(self._prompt(row["input"], ""), row["output"], number, columns)
             return
-        for index, pair in enumerate(self._pairs(pairs)):
-            asked = {**columns, "question": pair["Q"], "answer": pair["A"]}
-            yield self._asked(row["input"], pair["Q"], pair["A"], f"{number}.{index}", asked, "qa_pairs")
-
-    @staticmethod
-    def _pairs(column: Any) -> list[dict[str, Any]]:
-        """The questions of a document: a list, or its text as JSON or as a Python literal."""
-        pairs = column
-        if isinstance(pairs, str):
-            try:
-                pairs = json.loads(pairs)
-            except json.JSONDecodeError:
-                try:
-                    pairs = ast.literal_eval(pairs)
-                except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                    pairs = None
+        pairs = _parse_data(row["qa_pairs"])
         if not isinstance(pairs, list) or not all(isinstance(pair, dict) and "Q" in pair and "A" in pair for pair in pairs):
-            raise ValueError(f"column 'qa_pairs' must be a list of questions with Q and A, got {shown(column)}")
-        return pairs
+            raise ValueError(f"column 'qa_pairs' must be a list of questions with Q and A, got {shown(row['qa_pairs'])}")
+        for index, pair in enumerate(pairs):
+            asked = {**columns, "question": pair["Q"], "answer": pair["A"]}
+            yield self._sample(self._prompt(row["input"], pair["Q"]), pair["A"], f"{number}.{index}", asked, "qa_pairs")
 
-    def _prompted(self, row: Row, number: int) -> Iterator[Sample]:
-        parts = (row["context"], row["question"], row["answer_prefix"])
-        yield self._sample(parts, row["answer"], f"{number}", dict(row))
-
-    def _asked(
-        self, text: str, question: str, answer: Any, identity: str, columns: dict[str, Any], column: str = "answer"
-    ) -> Sample:
-        context, asked, prefix = self.spec.prompt
-        # The list of a cloze's answers is in the order of its masks.
-        if self.cloze and isinstance(answer, list):
-            answer = {f"<mask-{index}>": value for index, value in enumerate(answer)}
-        return self._sample(
-            (context.replace("{input}", text), asked.replace("{Q}", question), prefix), answer, identity, columns, column
-        )
+    def _prompt(self, text: str, question: str) -> PromptParts:
+        spec = self.spec
+        return spec.context.replace("{input}", text), spec.question.replace("{Q}", question), spec.answer_prefix
 
     def _sample(
-        self, parts: tuple[str, str, str], answer: Any, identity: str, columns: dict[str, Any], column: str = "answer"
+        self, prompt: PromptParts, answer: Any, identity: object, columns: Row, answer_column: str = "answer"
     ) -> Sample:
-        """`column`: where the answer stands, for a message."""
         references = as_texts(answer)
         if self.cloze:
+            if isinstance(answer, list):  # the answers in the order of the masks
+                answer = {f"<mask-{index}>": value for index, value in enumerate(answer)}
             try:
                 references = [json.dumps(_masks(answer), ensure_ascii=False, default=str)]
             except UserError as error:
-                raise ValueError(f"column {column!r}: {error}") from None
-        return Sample(
-            sample_id=f"{self.name}:{identity}",
-            task=self.name,
-            context=parts[0],
-            question=parts[1],
-            answer_prefix=parts[2],
-            references=references,
-            max_new_tokens=self.spec.max_new_tokens,
-            columns=columns,
-        )
+                raise ValueError(f"column {answer_column!r}: {error}") from None
+        return self.make_sample(identity, prompt, references, columns=columns)
 
     def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
-        """Scores against the reference (the best over several; with none, as against an empty one).
+        """Each score is the best over the references; without any, that of an empty one.
 
-        An empty prediction counts as the word "None", as the authors have it.
+        As in the authors' code, an empty prediction is scored as the word "None".
         """
         prediction = prediction or "None"
         if self.cloze:
@@ -216,14 +190,13 @@ class LoogleTask(Task):
         """The cloze's micro-average: hits of all samples over masks of all samples."""
         if not self.cloze:
             return {}
-        masks = [len(_masks(sample.references)) for sample in samples]
-        total = sum(count for count, score in zip(masks, scores, strict=True) if "exact_match" in score)
+        pairs = zip(scores, samples, strict=True)
+        graded = [(score, len(_masks(sample.references))) for score, sample in pairs if "exact_match" in score]
+        total = sum(masks for _, masks in graded)
         if not total:
             return {}
-        micro = {
-            name: sum(round(score[name] * count) for count, score in zip(masks, scores, strict=True) if name in score) / total
-            for name in ("exact_match", "partial_match")
-        }
+        names = ("exact_match", "partial_match")
+        micro = {name: sum(round(score[name] * masks) for score, masks in graded) / total for name in names}
         return {"micro_average": {**micro, "masks": total}}
 
 

@@ -1,8 +1,7 @@
 """Text metrics as the original benchmarks compute them. Every function returns a float in 0..1.
 
-The odd corners (what counts as punctuation, which exceptions mean 0, which library's notion of similarity) are the
-originals': they decide whether a score can be compared with published ones. Packages that take time to import are
-imported inside the functions that need them.
+Details such as what counts as punctuation and which exceptions score 0 are the originals': without them, scores are not
+comparable with published ones. Packages that are slow to import are imported by the functions that need them.
 """
 
 from __future__ import annotations
@@ -18,27 +17,36 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 ASCII_PUNCTUATION = frozenset(string.punctuation)
-# LongBench's and InfiniteBench's list. The opening book-title mark is missing there (the closing one is not), and has
-# to be missing here.
+# LongBench's and InfiniteBench's list, which lacks the opening book-title mark (but has the closing one).
 CHINESE_PUNCTUATION = ASCII_PUNCTUATION | frozenset(
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 )
+
+
+def best(measure: Callable[[str, str], float], prediction: str, references: Iterable[str]) -> float:
+    """The highest score over the references; 0 without any."""
+    return max((measure(prediction, reference) for reference in references), default=0.0)
+
+
+def group_means(groups: dict[str, list[float]], metric: str) -> dict[str, dict[str, float]]:
+    """Size (`n`) and mean score of each group; an empty group has no mean."""
+    return {
+        name: {"n": len(values), **({metric: sum(values) / len(values)} if values else {})} for name, values in groups.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------- words
 
 
 def normalise(text: str) -> str:
-    """SQuAD normalisation: lower case, no ASCII punctuation, articles a/an/the blanked, white space collapsed.
-
-    "U.S.A." -> "usa"; non-ASCII punctuation stays.
-    """
+    """SQuAD normalisation: lower case, no ASCII punctuation, no articles, single blanks. "The U.S.A." -> "usa"."""
     text = "".join(character for character in text.lower() if character not in ASCII_PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -62,9 +70,6 @@ def word_f1(prediction: str, reference: str) -> float:
     return multiset_f1(normalise(prediction).split(), normalise(reference).split())
 
 
-qa_f1 = word_f1
-
-
 def word_f1_ascii(prediction: str, reference: str) -> float:
     """Word F1 after transliteration to ASCII and SQuAD normalisation (ZeroSCROLLS, arXiv 2305.14196)."""
     return word_f1(to_ascii(prediction), to_ascii(reference))
@@ -73,9 +78,8 @@ def word_f1_ascii(prediction: str, reference: str) -> float:
 # Letters and marks that do not decompose into an ASCII letter and an accent.
 _TRANSLITERATION = str.maketrans({
     "ß": "ss", "ẞ": "SS", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "đ": "d", "Đ": "D", "ð": "d",
-    "Ð": "D", "þ": "th", "Þ": "Th", "ł": "l", "Ł": "L", "ı": "i", "‘": "'", "’": "'", "‚": ",", "“": '"', "”": '"',
-    "„": '"', "‐": "-", "‑": "-", "–": "-", "—": "--", "…": "...",
-    "×": "x", "€": "EUR", "£": "PS", "©": "(c)", "®": "(r)",
+    "Ð": "D", "þ": "th", "Þ": "Th", "ł": "l", "Ł": "L", "ı": "i", "‘": "'", "’": "'", "‚": ",", "“": '"', "”": '"', "„": '"',
+    "‐": "-", "‑": "-", "–": "-", "—": "--", "…": "...", "×": "x", "€": "EUR", "£": "PS", "©": "(c)", "®": "(r)",
 })  # fmt: skip
 
 
@@ -101,34 +105,30 @@ def chinese_words(text: str) -> list[str]:
 
 def qa_f1_zh(prediction: str, reference: str) -> float:
     """F1 over jieba words, each normalised, empty ones dropped (LongBench's multifieldqa_zh)."""
-    tokens = [[word for word in map(normalise_zh, chinese_words(text)) if word] for text in (prediction, reference)]
-    return multiset_f1(tokens[0], tokens[1])
+    words, gold = ([word for word in map(normalise_zh, chinese_words(text)) if word] for text in (prediction, reference))
+    return multiset_f1(words, gold)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ROUGE
 
-# The `rouge` package rebuilds the longest common subsequence by recursion, one level a word. LongBench ran it under
-# Python's default limit and counts the resulting RecursionError as 0; LooGLE does not expect it, so there the recursion
-# has room.
+# The `rouge` package rebuilds the longest common subsequence by recursion, one level per word. LongBench ran it under
+# Python's default limit and scores a RecursionError as 0; LooGLE has no such rule, so its limit is never reached.
 PUBLISHED_RECURSION_LIMIT = 1000
 AMPLE_RECURSION_LIMIT = 100_000
 _recursion_lock = threading.Lock()
 
 
 def _with_recursion_limit(limit: int, call: Callable[[], Any]) -> Any:
-    """Run `call` at the bottom of a fresh stack under `limit`, so that whether it overflows does not depend on who
-    called.
-    """
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
+    """Call under `limit` in a new thread: the depth of the caller's stack must not decide whether it overflows."""
+    result: Future[Any] = Future()
 
     def work() -> None:
         before = sys.getrecursionlimit()
         sys.setrecursionlimit(limit)
         try:
-            outcome.append(call())
-        except Exception as error:  # handed to the caller's thread
-            failure.append(error)
+            result.set_result(call())
+        except Exception as error:
+            result.set_exception(error)
         finally:
             sys.setrecursionlimit(before)
 
@@ -136,24 +136,20 @@ def _with_recursion_limit(limit: int, call: Callable[[], Any]) -> Any:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join()
-    if failure:
-        raise failure[0]
-    return outcome[0]
+    return result.result()
 
 
 def rouge(prediction: str, reference: str) -> float:
     """ROUGE-L F of the PyPI package `rouge` 1.0.1, as LongBench uses it.
 
-    Texts are split at full stops, case counts, words are sets. 0 where the package raises: nothing but full stops in a
-    text, or a piece without a full stop of about a thousand words (RecursionError).
+    Texts are split at full stops, case matters, repeated words count once. 0 where the package raises: for a text of
+    nothing but full stops, or with about a thousand words without one (RecursionError).
     """
     from rouge import Rouge
 
     scorer = Rouge(metrics=["rouge-l"])
     try:
-        scores = _with_recursion_limit(
-            PUBLISHED_RECURSION_LIMIT, lambda: scorer.get_scores([prediction], [reference], avg=True)
-        )
+        scores = _with_recursion_limit(PUBLISHED_RECURSION_LIMIT, lambda: scorer.get_scores([prediction], [reference])[0])
     except (ValueError, RecursionError):
         return 0.0
     return float(scores["rouge-l"]["f"])
@@ -205,36 +201,25 @@ def geometric_mean(values: Sequence[float]) -> float:
 def classification(prediction: str, reference: str, all_classes: Sequence[str]) -> float:
     """1 / (number of classes named in the prediction) if the right one is among them, else 0.
 
-    Classes that are part of the right label's own name do not count. The original removes them from the list that it
-    walks through, so that the neighbour of a removed one is not looked at; published scores have that in them, so it is
-    kept.
+    Classes that are part of the right class's name do not count.
     """
     named = [name for name in all_classes if name in prediction]
-    position = 0
-    while position < len(named):
-        name = named[position]
+    for name in named:  # removing skips the next class: published scores have this quirk of the original
         if name in reference and name != reference:
             named.remove(name)
-        position += 1
     return 1 / len(named) if reference in named else 0.0
-
-
-def _share_of_numbers(prediction: str, number: str) -> float:
-    numbers = re.findall(r"\d+", prediction)
-    return numbers.count(number) / len(numbers) if numbers else 0.0
 
 
 def count(prediction: str, reference: str) -> float:
     """Share of the numbers in the prediction that equal the reference, compared as strings."""
-    return _share_of_numbers(prediction, reference)
+    numbers = re.findall(r"\d+", prediction)
+    return numbers.count(reference) / len(numbers) if numbers else 0.0
 
 
 def retrieval(prediction: str, reference: str, pattern: str = r"Paragraph (\d+)") -> float:
-    """Share of the numbers in the prediction that are the reference's paragraph number; 0 if the reference names no
-    paragraph.
-    """
+    """Share of the numbers in the prediction that are the reference's paragraph number; 0 if the reference has none."""
     wanted = re.search(pattern, reference)
-    return _share_of_numbers(prediction, wanted[1]) if wanted else 0.0
+    return count(prediction, wanted[1]) if wanted else 0.0
 
 
 def retrieval_zh(prediction: str, reference: str) -> float:
@@ -242,29 +227,23 @@ def retrieval_zh(prediction: str, reference: str) -> float:
     return retrieval(prediction, reference, r"段落(\d+)")
 
 
-def similarity_percent(first: str, second: str) -> int:
-    """fuzzywuzzy's `ratio` with its pure-Python backend, difflib: a whole percent, 100 for equal texts, empty ones too."""
-    if first == second:  # difflib finds nothing in long texts of few different characters
-        return 100
-    return int(round(100 * difflib.SequenceMatcher(None, first, second).ratio()))
-
-
 def code_sim(prediction: str, reference: str) -> float:
-    """Similarity of the first line that has neither a backtick nor a comment mark to the reference (a blank line is a
-    line).
+    """Similarity to the reference of the first line, blank or not, without a backtick or a comment mark.
+
+    A whole percent: fuzzywuzzy's `ratio` with its pure-Python backend, difflib.
     """
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if "`" not in line and "#" not in line and "//" not in line), "")
-    return similarity_percent(line, reference) / 100
+    if line == reference:  # difflib finds no similarity in long texts of few different characters
+        return 1.0
+    return round(100 * difflib.SequenceMatcher(None, line, reference).ratio()) / 100
 
 
 # ------------------------------------------------------------------------------------- BLEU, METEOR, BERTScore (LooGLE)
 
 
 def bleu(prediction: str, reference: str) -> dict[str, float]:
-    """bleu1 (1-grams alone) and bleu4 (4-grams alone, not the usual mean), words by white space, case-sensitive, no
-    smoothing.
-    """
+    """bleu1 (1-grams only) and bleu4 (4-grams only, not the usual mean): words by white space, case matters, no smoothing."""
     from nltk.translate.bleu_score import sentence_bleu
 
     words, reference_words = prediction.split(), reference.split()
@@ -273,13 +252,13 @@ def bleu(prediction: str, reference: str) -> dict[str, float]:
         warnings.simplefilter("ignore")  # nltk warns at every zero count
         for name, weights in (("bleu1", (1, 0, 0, 0)), ("bleu4", (0, 0, 0, 1))):
             value = float(sentence_bleu([reference_words], words, weights=weights))
-            scores[name] = 0.0 if value < 1e-50 else min(value, 1.0)  # nltk writes a zero count as the smallest float there is
+            scores[name] = 0.0 if value < 1e-50 else min(value, 1.0)  # nltk scores a zero count as the smallest float
     return scores
 
 
 @lru_cache(maxsize=1)
 def wordnet() -> Any | None:
-    """nltk's WordNet if its data is installed, else None (with one log line). Nothing is downloaded."""
+    """nltk's WordNet if its data are installed, else None (with one log line). Nothing is downloaded."""
     from nltk.corpus import wordnet as corpus
 
     try:
@@ -291,10 +270,10 @@ def wordnet() -> Any | None:
 
 
 def meteor(prediction: str, reference: str, synonyms: Any | None = None) -> float | None:
-    """nltk's METEOR over the distinct words of each text, in order of first occurrence.
+    """nltk's METEOR over the distinct words of each text; `synonyms` defaults to WordNet, None without it.
 
-    None without WordNet, which `synonyms` defaults to. LooGLE passes sets, whose order, and with it the score, changes
-    from run to run; the order of first occurrence makes it one of those values, always the same.
+    LooGLE passes sets, whose order, and with it the score, changes from run to run. Here the order is that of first
+    occurrence: one of LooGLE's values, always the same.
     """
     from nltk.translate.meteor_score import single_meteor_score
 
@@ -314,15 +293,13 @@ def _bert_scorer() -> Any | None:
         return None
     try:
         return BERTScorer(lang="en")
-    except Exception as error:  # no weights, no network: whatever the hub client raises
+    except Exception as error:  # no weights or no network: of many types
         logger.warning("BERTScore is not reported: its model could not be loaded (%s)", error)
         return None
 
 
 def bert(prediction: str, reference: str) -> float | None:
-    """BERTScore as LooGLE reports it: recall of (reference as candidate, prediction as reference), that is, precision
-    of the prediction. None if not installed.
-    """
+    """BERTScore as LooGLE reports it: recall with the texts swapped, that is, precision. None if not installed."""
     scorer = _bert_scorer()
     if scorer is None:
         return None

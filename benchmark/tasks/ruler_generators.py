@@ -1,11 +1,10 @@
 """How the samples of the 13 RULER tasks are made (RULER: NVIDIA, arXiv 2404.06654; Apache-2.0).
 
-A generator takes a seed and gives `build(n) -> Parts` for a haystack of size n: lines, words, documents. `fill` finds
-the n whose prompt fills a token budget. Differences to the original, all of them on purpose:
-- every sample has its own seed, so it does not depend on how many samples are asked for;
-- draws that would make the answer ambiguous are redrawn: keys, values and names are unique in a sample, and the counts
-  that fwe asks for are strictly decreasing;
-- the haystack grows by single lines, words or documents, so that a prompt is filled closer than the original's steps;
+A generator takes a seed and gives `build(n) -> Parts` for a haystack of n lines, words or documents. `fill` finds the n
+whose prompt fills a token budget. Deliberate differences from the original:
+- every sample has its own seed, so it does not depend on the number of samples;
+- no answer is ambiguous: keys, values and names are unique in a sample, and the counts that fwe asks for all differ;
+- the haystack grows by single lines, words or documents, so that fewer tokens stay unused;
 - a length that is too short for the smallest haystack is an error.
 """
 
@@ -18,8 +17,9 @@ import random
 import string
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, replace
+from itertools import accumulate, cycle, pairwise
+from typing import Generic, Literal, TypeVar
 
 from sparse_attention_hub.errors import UserError
 
@@ -28,7 +28,7 @@ ItemType = Literal["numbers", "words", "uuids"]
 Haystack = Literal["noise", "needle", "essay"]
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-SHORT = 4096  # below this length cwe repeats its words less often
+SHORT = 4096  # tokens: below this length cwe repeats its words less often
 
 
 @dataclass(frozen=True)
@@ -40,34 +40,33 @@ class Parts:
     answer_prefix: str
     answers: list[str]
 
+    @property
+    def prompt(self) -> str:
+        return self.context + self.question + self.answer_prefix
+
 
 @dataclass(frozen=True)
-class Generator:
-    """`build(n)` for n in smallest..largest; answers do not depend on n."""
+class Generator(Generic[Item]):
+    """`build(n)` for n in smallest..largest."""
 
-    build: Callable[[int], Parts]
+    build: Callable[[int], Item]
     smallest: int
     largest: int = 2**40
-    slack: int = 32  # tokens that may stay unused where a unit has fewer
+    slack: int = 32  # tokens that may stay unused where a line, word or document has fewer
 
 
 class TooShort(Exception):
-    """The smallest haystack is over the budget; the argument is its size in tokens."""
+    """The smallest haystack exceeds the budget. The argument is its size in tokens."""
 
 
 def fill(
-    build: Callable[[int], Item],
-    measure: Callable[[Item], int],
-    budget: int,
-    smallest: int,
-    largest: int,
-    slack: int = 32,
+    build: Callable[[int], Item], measure: Callable[[Item], int], budget: int, smallest: int, largest: int, slack: int = 32
 ) -> Item:
     """The item with the largest n found whose measure is at most `budget`.
 
-    Every measure encodes the whole text, so few are made: sizes grow almost linearly with n, and the search follows the
-    secant, keeping a bracket. It stops when one more unit would not fit, or when what is left is less than about one
-    unit, or than `slack` tokens (never more than 1/128 of the budget) where a unit is a single word.
+    Measuring encodes the whole text, so it is done rarely: sizes grow almost linearly with n, and the search follows the
+    secant within a bracket. It stops when one more unit (line, word, document) would not fit, or when fewer tokens are
+    unused than about one unit has, or than `slack` (at most 1/128 of the budget).
     """
     low, best = smallest, build(smallest)
     low_size = first_size = measure(best)
@@ -85,24 +84,20 @@ def fill(
             low, low_size, best = n, size, item
         else:
             high = n
-        if low == largest or (high is not None and high - low <= 1):
-            break
-        if budget - low_size < max(slope, min(slack, budget // 128)):
+        filled = budget - low_size < max(slope, min(slack, budget // 128))
+        if filled or low == largest or (high is not None and high - low <= 1):
             break
         n = low + max(1, math.floor((budget - low_size) / slope))
         if high is not None:
             n = (low + high) // 2 if attempt >= 6 else min(n, high - 1)
-        n = min(n, largest, 64 * (low + 1))  # a bad first slope must not build a text of gigabytes
+        n = min(n, largest, 64 * (low + 1))  # a bad first slope must not lead to gigabytes of text
     return best
-
-
-# ---- words, keys and values --------------------------------------------------------------------------------
 
 
 @functools.cache
 def _word_file(name: str) -> tuple[str, ...]:
     text = (importlib.resources.files("wonderwords") / "assets" / name).read_text(encoding="utf-8")
-    # "wet" is there with and without a trailing blank: each word counts once.
+    # "wet" is listed twice, once with a trailing blank.
     return tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
 
 
@@ -120,31 +115,24 @@ def draw_item(rng: random.Random, kind: ItemType) -> str:
     if kind == "numbers":
         return str(rng.randint(10**6, 10**7 - 1))
     if kind == "words":
-        # Drawing both words is drawing from the set of all pairs: they are all different.
         return f"{rng.choice(_word_file('adjectivelist.txt'))}-{rng.choice(_word_file('nounlist.txt'))}"
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def _unique(draw: Callable[[], str], seen: set[str]) -> str:
-    while True:
-        item = draw()
-        if item not in seen:
-            seen.add(item)
-            return item
+def draw_new(draw: Callable[[], str], seen: set[str]) -> str:
+    """The first drawn item that is not in `seen`; it is added to them."""
+    while (item := draw()) in seen:
+        pass
+    seen.add(item)
+    return item
 
 
 def _insert(lines: list[str], positions: list[int], items: list[str]) -> list[str]:
-    """`items[i]` before `lines[positions[i]]`; positions ascending."""
-    result: list[str] = []
-    last = 0
-    for position, item in zip(positions, items, strict=True):
-        result += lines[last:position]
-        result.append(item)
-        last = position
-    return result + lines[last:]
-
-
-# ---- needles in a haystack ---------------------------------------------------------------------------------
+    """The lines with `items[i]` before `lines[positions[i]]`; positions ascending."""
+    result = list(lines)
+    for position, item in reversed(list(zip(positions, items, strict=True))):
+        result.insert(position, item)
+    return result
 
 
 @dataclass(frozen=True)
@@ -158,7 +146,7 @@ class NeedleTask:
 
 
 class Essays:
-    """A long text cut in words and sentences, the latter by punkt's rules alone: its trained form needs data files."""
+    """A long text in words and sentences. The sentences are those of an untrained punkt: a trained one needs data files."""
 
     def __init__(self, text: str) -> None:
         from nltk.tokenize.punkt import PunktSentenceTokenizer
@@ -166,27 +154,25 @@ class Essays:
         self.words = text.split()
         if not self.words:
             raise UserError("the essays are empty: give a text with words in it")
-        self._starts: list[int] = []
-        start = 0
-        for sentence in PunktSentenceTokenizer().tokenize(" ".join(self.words)):
-            self._starts.append(start)
-            start += len(sentence.split())
+        sentences = PunktSentenceTokenizer().tokenize(" ".join(self.words))
+        self._starts = list(accumulate((len(sentence.split()) for sentence in sentences[:-1]), initial=0))
 
     def sentences(self, count: int) -> list[str]:
         """The sentences of the first `count` words; the essays repeat when they end."""
         total = len(self.words)
-        words = (self.words * -(-count // total))[:count]
-        starts = [round_ * total + start for round_ in range(-(-count // total)) for start in self._starts]
-        starts = [start for start in starts if start < count]
-        return [" ".join(words[a:b]) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+        rounds = math.ceil(count / total)
+        words = self.words * rounds
+        starts = [total * round_ + start for round_ in range(rounds) for start in self._starts]
+        ends = [start for start in starts if start < count] + [count]
+        return [" ".join(words[start:end]) for start, end in pairwise(ends)]
 
 
-def niah(seed: int, task: NeedleTask, essays: Essays | None = None) -> Generator:
+def niah(seed: int, task: NeedleTask, essays: Essays | None = None) -> Generator[Parts]:
     rng = random.Random(seed)
     hay_seed, place_seed = rng.getrandbits(64), rng.getrandbits(64)
     seen: set[str] = set()
-    keys = [_unique(lambda: draw_item(rng, task.key_type), seen) for _ in range(max(task.keys, task.queries))]
-    values = [[_unique(lambda: draw_item(rng, task.value_type), seen) for _ in range(task.values)] for _ in keys]
+    keys = [draw_new(lambda: draw_item(rng, task.key_type), seen) for _ in range(max(task.keys, task.queries))]
+    values = [[draw_new(lambda: draw_item(rng, task.value_type), seen) for _ in range(task.values)] for _ in keys]
     needles = [_needle(task, key, value) for key, own in zip(keys, values, strict=True) for value in own]
     rng.shuffle(needles)
     asked = rng.sample(range(len(keys)), task.queries)
@@ -203,7 +189,7 @@ def niah(seed: int, task: NeedleTask, essays: Essays | None = None) -> Generator
     question = f"What {are_all} the special magic {kind} for {query} mentioned in the provided text?"
     prefix = f" The special magic {kind} for {query} mentioned in the provided text {are}"
 
-    # A distractor shares neither key nor value with a needle or another distractor; the first n are the same for all n.
+    # A distractor shares no key or value with a needle or another distractor; the first n are the same for every n.
     hay_rng = random.Random(hay_seed)
     distractors: list[str] = []
 
@@ -211,8 +197,8 @@ def niah(seed: int, task: NeedleTask, essays: Essays | None = None) -> Generator
         if task.haystack == "noise":
             return [NOISE] * n
         while len(distractors) < n:
-            key = _unique(lambda: draw_item(hay_rng, task.key_type), seen)
-            distractors.append(_needle(task, key, _unique(lambda: draw_item(hay_rng, task.value_type), seen)))
+            key = draw_new(lambda: draw_item(hay_rng, task.key_type), seen)
+            distractors.append(_needle(task, key, draw_new(lambda: draw_item(hay_rng, task.value_type), seen)))
         return distractors[:n]
 
     def build(n: int) -> Parts:
@@ -233,15 +219,12 @@ def _needle(task: NeedleTask, key: str, value: str) -> str:
     return f"One of the special magic {task.value_type} for {key} is: {value}."
 
 
-# ---- variable tracking -------------------------------------------------------------------------------------
-
-
-def _chain(rng: random.Random, letters: int, value: str) -> Generator:
+def _chain(rng: random.Random, letters: int, value: str) -> Generator[Parts]:
     """One chain of 5 variables among n noise lines."""
     seen: set[str] = set()
-    names = [_unique(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)), seen) for _ in range(5)]
+    names = [draw_new(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)), seen) for _ in range(5)]
     links = [f"VAR {names[0]} = {value}"]
-    links += [f"VAR {name} = VAR {source} " for source, name in zip(names, names[1:], strict=False)]
+    links += [f"VAR {name} = VAR {source} " for source, name in pairwise(names)]
     place_seed = rng.getrandbits(64)
 
     def build(n: int) -> Parts:
@@ -259,37 +242,28 @@ def _chain(rng: random.Random, letters: int, value: str) -> Generator:
     return Generator(build, smallest=len(links))
 
 
-def variable_tracking(seed: int, count_tokens: Callable[[str], int]) -> Generator:
-    """One chain of 4 hops, after a worked example of at most 500 tokens, which counts in the budget."""
+def variable_tracking(seed: int, count_tokens: Callable[[str], int]) -> Generator[Parts]:
+    """One chain of 4 hops, after a worked example of at most 500 tokens, which is part of the prompt."""
     rng = random.Random(seed)
     seen: set[str] = set()
-    example_value, value = (_unique(lambda: str(rng.randint(10000, 99998)), seen) for _ in range(2))
+    example_value, value = (draw_new(lambda: str(rng.randint(10000, 99998)), seen) for _ in range(2))
     chain = _chain(rng, 3, example_value)
     try:
-        shown = fill(
-            chain.build,
-            lambda parts: count_tokens(parts.context + parts.question + parts.answer_prefix),
-            500,
-            chain.smallest,
-            chain.largest,
-        )
+        shown = fill(chain.build, lambda parts: count_tokens(parts.prompt), 500, chain.smallest, chain.largest)
     except TooShort as error:
         raise UserError(f"vt: the worked example needs {error} tokens with this tokenizer, more than its 500") from None
-    example = shown.context + shown.question + shown.answer_prefix + " " + " ".join(shown.answers) + "\n"
+    example = shown.prompt + " " + " ".join(shown.answers) + "\n"
     main = _chain(rng, 5, value)
 
     def build(n: int) -> Parts:
         parts = main.build(n)
-        return Parts(example + "\n" + parts.context, parts.question, parts.answer_prefix, parts.answers)
+        return replace(parts, context=example + "\n" + parts.context)
 
     return Generator(build, main.smallest)
 
 
-# ---- common and frequent words -----------------------------------------------------------------------------
-
-
-def common_words(seed: int, length: int) -> Generator:
-    """Ten words that appear more often than the n - 10 others, after a worked example with words of its own."""
+def common_words(seed: int, length: int) -> Generator[Parts]:
+    """Ten words that appear more often than the n - 10 others, after a worked example with other words."""
     rng = random.Random(seed)
     words = list(english_words())
     rng.shuffle(words)
@@ -298,17 +272,17 @@ def common_words(seed: int, length: int) -> Generator:
     example_size, example_common, example_uncommon = (20, 3, 1) if short else (40, 10, 3)
     order_seed = rng.getrandbits(64)
     shown = _word_list(words[-example_size:], example_common, example_uncommon, order_seed)
-    example = shown.context + shown.question + shown.answer_prefix + _numbered(" ", shown.answers) + "\n"
+    example = f"{shown.prompt} {_numbered(shown.answers)}\n"
 
     def build(n: int) -> Parts:
         parts = _word_list(words[:n], common, uncommon, order_seed)
-        return Parts(example + parts.context, parts.question, parts.answer_prefix, parts.answers)
+        return replace(parts, context=example + parts.context)
 
     return Generator(build, smallest=11, largest=len(words) - example_size)
 
 
-def _numbered(lead: str, words: list[str]) -> str:
-    return lead + " ".join(f"{i}. {word}" for i, word in enumerate(words, start=1))
+def _numbered(words: list[str]) -> str:
+    return " ".join(f"{i}. {word}" for i, word in enumerate(words, start=1))
 
 
 def _word_list(words: list[str], common: int, uncommon: int, order_seed: int) -> Parts:
@@ -316,18 +290,20 @@ def _word_list(words: list[str], common: int, uncommon: int, order_seed: int) ->
     random.Random(order_seed).shuffle(entries)
     return Parts(
         "Below is a numbered list of words. In these words, some appear more often than others. "
-        f"Memorize the ones that appear most often.\n{_numbered('', entries)}\n",
+        f"Memorize the ones that appear most often.\n{_numbered(entries)}\n",
         "Question: What are the 10 most common words in the above list?",
         " Answer: The top 10 words that appear most often in the list are:",
         words[:10],
     )
 
 
-def frequent_words(seed: int, budget: int) -> Generator:
+def frequent_words(seed: int, budget: int) -> Generator[Parts]:
     """n coded words with counts falling as the square of their rank; rank 1 is noise, ranks 2 to 4 are the answers."""
     rng = random.Random(seed)
     seen: set[str] = set()
-    vocabulary = [_unique(lambda: "".join(rng.choices(string.ascii_lowercase, k=6)), seen) for _ in range(max(budget // 50, 5))]
+    vocabulary = [
+        draw_new(lambda: "".join(rng.choices(string.ascii_lowercase, k=6)), seen) for _ in range(max(budget // 50, 5))
+    ]
     vocabulary[0] = "..."
     order_seed = rng.getrandbits(64)
     zeta = math.pi**2 / 6
@@ -346,12 +322,9 @@ def frequent_words(seed: int, budget: int) -> Generator:
             vocabulary[1:4],
         )
 
-    # From 74 words on the counts of ranks 2 to 5 differ by at least one, so the three answers are clear.
-    # Each n has its own order, hence not quite its own size: a search for the last token would not converge.
+    # From 74 words on, the counts of ranks 2 to 5 differ. The order of the words, and with it the number of tokens, varies
+    # with n: a search for the last token would not converge.
     return Generator(build, smallest=74, slack=2**40)
-
-
-# ---- question answering ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -374,15 +347,14 @@ class Corpus:
 QA_INSTRUCTION = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
 
 
-def question_answering(seed: int, corpus: Corpus, question: Question) -> Generator:
-    """The gold documents of one question among distractors; the distractors repeat when the corpus ends."""
+def question_answering(seed: int, corpus: Corpus, question: Question) -> Generator[Parts]:
+    """The gold documents of one question among distractors, which repeat when the corpus ends."""
     rng = random.Random(seed)
     order_seed = rng.getrandbits(64)
-    gold = set(question.gold)
-    near = [i for i in question.near if i not in gold]
+    near = [i for i in question.near if i not in question.gold]
     rng.shuffle(near)
     distractors: list[int] = []
-    source = _distractors(rng, near, len(corpus.documents), gold)
+    source = _distractors(rng, near, len(corpus.documents), {*question.gold, *near})
 
     def build(n: int) -> Parts:
         while len(distractors) < n - len(question.gold):
@@ -397,16 +369,13 @@ def question_answering(seed: int, corpus: Corpus, question: Question) -> Generat
             question.answers,
         )
 
-    spare = len(corpus.documents) > len(gold)
+    spare = len(corpus.documents) > len(question.gold)
     return Generator(build, len(question.gold), 2**40 if spare else len(question.gold))
 
 
-def _distractors(rng: random.Random, near: list[int], total: int, gold: set[int]) -> Iterator[int]:
+def _distractors(rng: random.Random, near: list[int], total: int, known: set[int]) -> Iterator[int]:
+    """`near`, then all others but `known` in random order, and both again, without end."""
     yield from near
-    known = gold | set(near)
-    first = [i for i in range(total) if i not in known]
-    rng.shuffle(first)
-    yield from first
-    while True:  # the corpus again
-        yield from near
-        yield from first
+    others = [i for i in range(total) if i not in known]
+    rng.shuffle(others)
+    yield from cycle(others + near)

@@ -1,9 +1,9 @@
-"""The texts that seven RULER tasks are made of, from `--data-dir DIR` or else the hub.
+"""The texts of seven RULER tasks, from `--data-dir DIR` or else the hub.
 
 - essays (niah_single_2, niah_single_3, niah_multikey_1, niah_multivalue, niah_multiquery):
   `DIR/ruler/PaulGrahamEssays.json` = {"text": "..."} as RULER's own download script writes it, or
   baber/paul_graham_essays on the hub. Essays of your own, `DIR/ruler/essays.txt` or `essays.json` ({"text": ...} or a
-  list of texts), make tasks of another name, `niah_single_2@own`: their scores cannot be compared with published ones;
+  list of texts), make tasks of another name, `niah_single_2@own`: their scores are not comparable with published ones;
 - qa_1: `DIR/ruler/squad.json` or `dev-v2.0.json` (SQuAD's own format), or rajpurkar/squad_v2 on the hub;
 - qa_2: `DIR/ruler/hotpotqa.json` or `hotpot_dev_distractor_v1.json` (HotpotQA's own format), or hotpotqa/hotpot_qa.
 """
@@ -12,24 +12,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmark.tasks.data import DataMissingError, Source, load_rows
+from benchmark.tasks.data import DataMissingError, Source, first_file, load_rows
 from benchmark.tasks.ruler_generators import Corpus, Essays, Question
 from sparse_attention_hub.errors import UserError
-
-
-def available(load: Callable[[Path | None], Any], data_dir: Path | None) -> bool:
-    """Whether the data can be had. A file that is there but malformed counts: its task then says what is wrong."""
-    try:
-        load(data_dir)
-    except UserError:
-        names = {load_essays: ESSAYS_FILES, load_squad: SQUAD_FILES, load_hotpotqa: HOTPOTQA_FILES}[load]  # type: ignore[index]
-        return _file(data_dir, names) is not None
-    return True
-
 
 ESSAYS_FILES = ("PaulGrahamEssays.json",)
 OWN_ESSAYS_FILES = ("essays.txt", "essays.json")
@@ -38,26 +27,26 @@ HOTPOTQA_FILES = ("hotpotqa.json", "hotpot_dev_distractor_v1.json")
 
 HUB_ESSAYS = Source("ruler", "essays_hub", "baber/paul_graham_essays", {"text": "text"}, split="train")
 HUB_SQUAD = Source(
-    "ruler",
-    "squad",
-    "rajpurkar/squad_v2",
-    {"id": "text", "title": "text", "context": "text", "question": "text", "answers": "dict"},
-    split="validation",
-)
+    "ruler", "squad", "rajpurkar/squad_v2",
+    {"id": "text", "title": "text", "context": "text", "question": "text", "answers": "dict"}, split="validation",
+)  # fmt: skip
 HUB_HOTPOTQA = Source(
-    "ruler",
-    "hotpotqa",
-    "hotpotqa/hotpot_qa",
-    {"id": "text", "question": "text", "answer": "text", "context": "dict"},
-    config="distractor",
-    split="validation",
-)
+    "ruler", "hotpotqa", "hotpotqa/hotpot_qa",
+    {"id": "text", "question": "text", "answer": "text", "context": "dict"}, config="distractor", split="validation",
+)  # fmt: skip
+
+
+def available(load: Callable[[Path | None], Any], files: tuple[str, ...], data_dir: Path | None) -> bool:
+    """Whether there are data to load. A malformed file counts: its task then says what is wrong."""
+    try:
+        load(data_dir)
+    except UserError:
+        return _file(data_dir, files) is not None
+    return True
 
 
 def _file(data_dir: Path | None, names: tuple[str, ...]) -> Path | None:
-    if data_dir is None:
-        return None
-    return next((path for path in (Path(data_dir) / "ruler" / name for name in names) if path.is_file()), None)
+    return first_file(data_dir, [f"ruler/{name}" for name in names])
 
 
 def own_essays_file(data_dir: Path | None) -> Path | None:
@@ -102,14 +91,14 @@ def _hub_rows(source: Source, data_dir: Path | None, files: tuple[str, ...]) -> 
         return list(load_rows(source, data_dir))
     except DataMissingError as error:
         raise UserError(
-            f"ruler needs {source.subset.removesuffix('_hub')}: hub data set {source.hub_id} cannot be had here. "
-            f"Either put {' or '.join(files)} under DIR/ruler and give --data-dir DIR, or run once where the hub"
-            " answers"
+            f"ruler needs {source.subset.removesuffix('_hub')}: hub data set {source.hub_id} cannot be read here. "
+            f"Either put {' or '.join(files)} under DIR/ruler and give --data-dir DIR, or run once where the hub answers"
         ) from error
 
 
 @functools.cache
 def load_squad(data_dir: Path | None) -> Corpus:
+    """A question's near distractors are the paragraphs of its article."""
     path = _file(data_dir, SQUAD_FILES)
     if path is not None:
         rows = _squad_file_rows(path)
@@ -118,17 +107,21 @@ def load_squad(data_dir: Path | None) -> Corpus:
             (row["id"], row["title"], row["context"], row["question"], list(row["answers"]["text"]))
             for row in _hub_rows(HUB_SQUAD, data_dir, SQUAD_FILES)
         ]
-    articles: dict[str, set[str]] = {}
+    index = _index(context for _, _, context, _, _ in rows)
+    articles: dict[str, set[int]] = {}
     for _, title, context, _, _ in rows:
-        articles.setdefault(title, set()).add(context)
-    documents = sorted({context for _, _, context, _, _ in rows})
-    index = {document: i for i, document in enumerate(documents)}
+        articles.setdefault(title, set()).add(index[context])
     questions = [
-        Question(row_id, question, answers, [index[context]], sorted(index[other] for other in articles[title]))
+        Question(row_id, question, answers, [index[context]], sorted(articles[title]))
         for row_id, title, context, question, answers in rows
         if answers  # a question without answers is one of SQuAD 2.0's impossible ones
     ]
-    return Corpus(documents, questions)
+    return Corpus(list(index), questions)
+
+
+def _index(documents: Iterable[str]) -> dict[str, int]:
+    """The distinct documents in order, each with its number."""
+    return {document: number for number, document in enumerate(sorted(set(documents)))}
 
 
 def _squad_file_rows(path: Path) -> list[tuple[str, str, str, str, list[str]]]:
@@ -146,25 +139,21 @@ def _squad_file_rows(path: Path) -> list[tuple[str, str, str, str, list[str]]]:
 
 @functools.cache
 def load_hotpotqa(data_dir: Path | None) -> Corpus:
+    """Distractors are drawn from the paragraphs of all questions: those of a question are all gold."""
     path = _file(data_dir, HOTPOTQA_FILES)
     rows: list[tuple[str, str, str, list[str]]] = []
     try:
-        if path is not None:
-            for row in _read_json(path):
-                paragraphs = [f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]]
-                rows.append((row["_id"], row["question"], row["answer"], paragraphs))
-        else:
-            for row in _hub_rows(HUB_HOTPOTQA, data_dir, HOTPOTQA_FILES):
-                pairs = zip(row["context"]["title"], row["context"]["sentences"], strict=True)
-                paragraphs = [f"{title}\n{''.join(sentences)}" for title, sentences in pairs]
-                rows.append((row["id"], row["question"], row["answer"], paragraphs))
+        for row in _hub_rows(HUB_HOTPOTQA, data_dir, HOTPOTQA_FILES) if path is None else _read_json(path):
+            context = row["context"]
+            titled = zip(context["title"], context["sentences"], strict=True) if path is None else context
+            paragraphs = [f"{title}\n{''.join(sentences)}" for title, sentences in titled]
+            rows.append((row["id" if path is None else "_id"], row["question"], row["answer"], paragraphs))
     except (KeyError, TypeError, AttributeError) as error:
         where = path or HUB_HOTPOTQA.hub_id
         raise UserError(f"{where} question {len(rows) + 1}: not in HotpotQA's distractor format ({error!r})") from error
-    documents = sorted({paragraph for *_, paragraphs in rows for paragraph in paragraphs})
-    index = {document: i for i, document in enumerate(documents)}
+    index = _index(paragraph for *_, paragraphs in rows for paragraph in paragraphs)
     questions = [
         Question(row_id, question, [answer], list(dict.fromkeys(index[p] for p in paragraphs)), [])
         for row_id, question, answer, paragraphs in rows
     ]
-    return Corpus(documents, questions)
+    return Corpus(list(index), questions)

@@ -1,23 +1,22 @@
 """ZeroSCROLLS (arXiv 2305.14196, huggingface.co/datasets/tau/zero_scrolls): ten tasks on long documents.
 
-The test references are private, so the validation data, about twenty rows a task with outputs, are asked and scored.
-`zero_scrolls/default` asks all ten: every sample is scored as its own task, and the benchmark's score is the mean over
-tasks.
+The test references are private, so the samples are the validation data, about twenty rows per task. `zero_scrolls/default`
+has the samples of all ten tasks, each scored as its own task; the benchmark's score is the mean over tasks.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from itertools import combinations
+from collections.abc import Callable, Iterator
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any
 
 from benchmark.tasks import metrics
-from benchmark.tasks.base import Sample, SampleRequest, Task, TaskDescription, TaskSelection, UserError, take_split
-from benchmark.tasks.data import DataMissingError, Row, Source, cannot_be_had, data_file
-from benchmark.tasks.sources import Form, Place, as_texts, read_samples
+from benchmark.tasks.base import PromptParts, Sample, SampleRequest, Task, TaskDescription, TaskSelection, UserError, take_split
+from benchmark.tasks.data import DataMissingError, Row, Source, data_file, missing_data
+from benchmark.tasks.sources import PROMPT_COLUMNS, Form, as_texts, prompt_of, read_samples
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +50,7 @@ def first_percentage(text: str) -> float | None:
 
 
 def exp_similarity(prediction: str, reference: str) -> float:
-    """2^(-10 |p - q|) for the first percentages p and q (fractions); 0 without one.
-
-    A reference may also be a plain number.
-    """
+    """2^(-10 |p - q|) for the first percentages p and q (fractions); 0 without one. A reference may be a plain number."""
     p, q = first_percentage(prediction), first_percentage(reference)
     if q is None:
         try:
@@ -65,13 +61,11 @@ def exp_similarity(prediction: str, reference: str) -> float:
 
 
 def _order(text: str) -> list[str]:
-    return re.findall(r"\d+", "".join(character for character in text if character in "0123456789," or character.isspace()))
+    return re.findall(r"\d+", re.sub(r"[^0-9,\s]", "", text))
 
 
 def concordance_index(prediction: str, reference: str) -> float:
-    """Share of the pairs that prediction and reference put in the same order; 0 if the prediction is not a permutation
-    of the reference.
-    """
+    """Share of pairs in the reference's order; 0 if the prediction is not a permutation of the reference."""
     guess, gold = _order(prediction), _order(reference)
     if not gold or len(set(gold)) != len(gold) or sorted(guess) != sorted(gold):
         return 0.0
@@ -80,35 +74,18 @@ def concordance_index(prediction: str, reference: str) -> float:
     return sum(place[first] < place[second] for first, second in pairs) / len(pairs) if pairs else 1.0
 
 
-def score_subset(subset: str, prediction: str, references: list[str]) -> dict[str, float]:
-    """One task's scores, the best over the references.
-
-    Summaries: `rouge` is the geometric mean of the best rouge1, rouge2 and rougeL.
-    """
-    name = SUBSETS[subset][1]
-    if name == "rouge":
-        triple = metrics.rouge_triple(prediction, references)
-        return {"rouge": metrics.geometric_mean(list(triple.values())), **triple}
-    if name == "f1":
-        values = [metrics.word_f1_ascii(prediction, reference) for reference in references]
-    elif name == "accuracy":
-        letter = first_letter(prediction)
-        values = [float(letter is not None and letter == first_letter(reference)) for reference in references]
-    else:
-        measure = exp_similarity if name == "exp_similarity" else concordance_index
-        values = [measure(prediction, reference) for reference in references]
-    return {name: max(values, default=0.0)}
+def same_letter(prediction: str, reference: str) -> float:
+    """1 if both texts have the same first standalone letter A to D."""
+    letter = first_letter(prediction)
+    return float(letter is not None and letter == first_letter(reference))
 
 
-def subset_score(subset: str, scores: list[dict[str, float]]) -> float:
-    """A task's score over its samples.
-
-    For summaries the geometric mean is taken of the mean rouge1, rouge2 and rougeL, as SCROLLS does.
-    """
-    name = SUBSETS[subset][1]
-    if name == "rouge":
-        return metrics.geometric_mean([_mean([score[kind] for score in scores]) for kind in ("rouge1", "rouge2", "rougeL")])
-    return _mean([score[name] for score in scores])
+MEASURES: dict[str, Callable[[str, str], float]] = {
+    "f1": metrics.word_f1_ascii,
+    "accuracy": same_letter,
+    "exp_similarity": exp_similarity,
+    "concordance_index": concordance_index,
+}
 
 
 def _mean(values: list[float]) -> float:
@@ -138,21 +115,29 @@ class ZeroScrollsTask(Task):
         return TaskDescription(f"{HUB_ID} (validation)", self.metric, self.max_new_tokens, None, "5k to 50k words")
 
     def samples(self, request: SampleRequest) -> list[Sample]:
-        places = [Place(HUB_ID, self.subset, "validation", f"{self.subset}.zip", "validation.jsonl")]
-        samples = read_samples("zero_scrolls", self.subset, places, _forms(self.subset), request.data_dir)
-        return take_split(_merge_references(samples), request, lambda sample: sample.context)
+        return _read(self.subset, request)
 
     def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
-        return score_subset(self.subset, prediction, as_texts(references))
+        """The best over the references. Summaries: `rouge` is the geometric mean of the best rouge1, rouge2 and rougeL."""
+        if self.metric != "rouge":
+            return {self.metric: metrics.best(MEASURES[self.metric], prediction, as_texts(references))}
+        triple = metrics.rouge_triple(prediction, as_texts(references))
+        return {"rouge": metrics.geometric_mean(list(triple.values())), **triple}
+
+    def task_score(self, scores: list[dict[str, float]]) -> float:
+        """The mean. Summaries: the geometric mean of the mean rouge1, rouge2 and rougeL, as in SCROLLS."""
+        if self.metric != "rouge":
+            return _mean([score[self.metric] for score in scores])
+        return metrics.geometric_mean([_mean([score[name] for score in scores]) for name in ("rouge1", "rouge2", "rougeL")])
 
     def aggregate(self, scores: list[dict[str, float]], samples: list[Sample]) -> dict[str, Any]:
-        """Summaries: the task's score, which is not the mean of the samples' geometric means."""
+        """Summaries: the task's score, which is not the mean of the samples' scores."""
         graded = [score for score in scores if self.metric in score]
-        return {"task_score": subset_score(self.subset, graded)} if graded and self.metric == "rouge" else {}
+        return {"task_score": self.task_score(graded)} if graded and self.metric == "rouge" else {}
 
 
 class ZeroScrollsAllTask(Task):
-    """zero_scrolls/default: all ten tasks. `score` is the value of each sample's own metric."""
+    """zero_scrolls/default: all ten tasks. `score`: the metric of each sample's own task."""
 
     name = "zero_scrolls/default"
     metric = "score"
@@ -163,108 +148,89 @@ class ZeroScrollsAllTask(Task):
         return TaskDescription(f"{HUB_ID} (validation)", self.metric, longest, None, "5k to 50k words")
 
     def samples(self, request: SampleRequest) -> list[Sample]:
-        """In turn one of each task, so that the first few samples are of many tasks.
+        """One of each task in turn, so that the first samples cover many tasks.
 
-        DataMissingError if no task's data can be had.
+        Raises DataMissingError if there are no data for any of them.
         """
         if _own_file("default", request.data_dir):
-            rows = read_samples("zero_scrolls", "default", [Place(HUB_ID)], _forms(None), request.data_dir)
-            samples = take_split(_merge_references(rows), request, lambda sample: sample.context)
-            return samples
+            return _read("default", request)
         each: list[list[Sample]] = []
-        missing: dict[str, str] = {}  # task -> why its data cannot be had
+        missing: dict[str, str] = {}  # task -> why
         for subset in _available(request.data_dir):
             try:
                 each.append(ZeroScrollsTask(subset).samples(request))
             except DataMissingError as error:
                 missing[subset] = error.reason
         if not each:
-            raise cannot_be_had(_source("<task>"), request.data_dir, next(iter(missing.values())), self.name)
+            raise missing_data(_source("<task>"), request.data_dir, next(iter(missing.values())), self.name)
         if missing:
             reasons = "; ".join(dict.fromkeys(missing.values()))
-            logger.warning("%s goes on without %s: %s", self.name, ", ".join(missing), reasons)
-        turns = max(map(len, each))
-        samples = [samples[turn] for turn in range(turns) for samples in each if turn < len(samples)]
-        return samples[: request.max_samples]
+            logger.warning("%s leaves out %s: %s", self.name, ", ".join(missing), reasons)
+        turns = zip_longest(*each)
+        return [sample for turn in turns for sample in turn if sample is not None][: request.max_samples]
 
     def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
         raise UserError(f"{self.name} holds ten tasks with different scores: name one, such as zero_scrolls/qasper")
 
     def score(self, prediction: str, sample: Sample) -> dict[str, float]:
-        subset = sample.task.partition("/")[2]
-        scores = score_subset(subset, prediction, sample.references)
-        return {"score": scores[SUBSETS[subset][1]], **scores}
+        task = ZeroScrollsTask(sample.task.partition("/")[2])
+        scores = task.score(prediction, sample)
+        return {"score": scores[task.metric], **scores}
 
     def aggregate(self, scores: list[dict[str, float]], samples: list[Sample]) -> dict[str, Any]:
-        """Each task's score and the benchmark's: the mean over the tasks that were run, with their number."""
+        """The score of each task, their mean, and how many tasks there are."""
         by_task: dict[str, list[dict[str, float]]] = {}
         for score, sample in zip(scores, samples, strict=True):
             if "score" in score:
                 by_task.setdefault(sample.task.partition("/")[2], []).append(score)
-        tasks = {subset: subset_score(subset, by_task[subset]) for subset in SUBSETS if subset in by_task}
+        tasks = {subset: ZeroScrollsTask(subset).task_score(by_task[subset]) for subset in SUBSETS if subset in by_task}
         if not tasks:
             return {}
-        return {
-            "task_scores": tasks,
-            "average": _mean(list(tasks.values())),
-            "tasks_run": len(tasks),
-            "tasks_in_all": len(SUBSETS),
-        }
+        average = _mean(list(tasks.values()))
+        return {"task_scores": tasks, "average": average, "tasks_run": len(tasks), "tasks_in_all": len(SUBSETS)}
+
+
+def _source(subset: str) -> Source:
+    return Source("zero_scrolls", subset, HUB_ID, split="validation", archive=f"{subset}.zip", member="validation.jsonl")
 
 
 def _own_file(subset: str, data_dir: Path | None) -> Path | None:
     return data_file(_source(subset), data_dir)
 
 
-def _source(subset: str) -> Source:
-    return Source("zero_scrolls", subset, HUB_ID, {})
-
-
 def _available(data_dir: Path | None) -> list[str]:
-    """The tasks to ask: those in the user's folder if it holds any, else all ten."""
+    """The tasks in the user's folder if it holds any, else all ten."""
     return [subset for subset in SUBSETS if _own_file(subset, data_dir)] or list(SUBSETS)
 
 
-def _forms(subset: str | None) -> list[Form]:
-    """`subset` None: a file of several tasks, whose column `task` says which."""
-    task = {} if subset else {"task": "text"}
+def _read(subset: str, request: SampleRequest) -> list[Sample]:
+    """The samples of a task; of "default", a file of several tasks, whose column `task` names the one of each row."""
 
-    def of_row(row: Row) -> str:
-        name = subset or row["task"].removeprefix("zero_scrolls/")
+    def sample(row: Row, number: int, prompt: PromptParts, output: Any) -> Iterator[Sample]:
+        name = row["task"].removeprefix("zero_scrolls/") if subset == "default" else subset
         if name not in SUBSETS:
             raise ValueError(f"column 'task' must be one of {', '.join(SUBSETS)}, got {name!r}")
-        return name
+        task = ZeroScrollsTask(name)
+        yield task.make_sample(row.get("id") or number, prompt, as_texts(output), columns=dict(row))
 
     def original(row: Row, number: int) -> Iterator[Sample]:
-        text, document_end, query_end = row["input"], row["document_end_index"], row["query_end_index"]
-        query_end = min(
-            max(query_end, document_end), len(text)
-        )  # tasks without a query give an index before the document's end
-        parts = (text[:document_end], text[document_end:query_end], text[query_end:])
-        yield _sample(of_row(row), row, number, parts, row["output"])
+        text, document_end = row["input"], row["document_end_index"]
+        # Tasks without a query have an index before the document's end.
+        query_end = min(max(row["query_end_index"], document_end), len(text))
+        prompt = (text[:document_end], text[document_end:query_end], text[query_end:])
+        return sample(row, number, prompt, row["output"])
 
-    def prompted(row: Row, number: int) -> Iterator[Sample]:
-        yield _sample(of_row(row), row, number, (row["context"], row["question"], row["answer_prefix"]), row["answer"])
+    def from_copy(row: Row, number: int) -> Iterator[Sample]:
+        return sample(row, number, prompt_of(row), row["answer"])
 
+    shared = {"id": "?text"} | ({"task": "text"} if subset == "default" else {})
     indices = {"document_end_index": "integer", "query_end_index": "integer"}
-    parts = {"context": "text", "question": "text", "answer_prefix": "text"}
-    return [
-        Form({"input": "text", "output": "text or list of texts", **indices, "id": "?text", **task}, original),
-        Form({**parts, "answer": "text or list of texts", "id": "?text", **task}, prompted),
+    forms = [
+        Form({"input": "text", "output": "text or list of texts", **indices, **shared}, original),
+        Form({**PROMPT_COLUMNS, "answer": "text or list of texts", **shared}, from_copy),
     ]
-
-
-def _sample(subset: str, row: Row, number: int, parts: tuple[str, str, str], output: Any) -> Sample:
-    return Sample(
-        sample_id=f"zero_scrolls/{subset}:{row.get('id') or number}",
-        task=f"zero_scrolls/{subset}",
-        context=parts[0],
-        question=parts[1],
-        answer_prefix=parts[2],
-        references=as_texts(output),
-        max_new_tokens=SUBSETS[subset][0],
-        columns=dict(row),
-    )
+    samples = _merge_references(read_samples([_source(subset)], forms, request.data_dir))
+    return take_split(samples, request, lambda sample: sample.context)
 
 
 def make_tasks() -> dict[str, Task]:
@@ -273,7 +239,7 @@ def make_tasks() -> dict[str, Task]:
 
 
 def expand(name: str, data_dir: Path | None) -> TaskSelection | None:
-    """zero_scrolls/default with a note where the user's folder holds some of the ten tasks only."""
+    """zero_scrolls/default, with a note if the user's folder holds only some of the ten tasks."""
     if name != "zero_scrolls/default" or _own_file("default", data_dir):
         return None
     available = _available(data_dir)

@@ -113,11 +113,11 @@ def test_a_broken_file_is_one_line(folder, name, content, message):
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_data_that_cannot_be_had(folder, offline, given):
+def test_missing_data_are_one_line(folder, offline, given):
     with pytest.raises(UserError) as caught:
         load_rows(SOURCE, folder if given else None)
     message = str(caught.value)
-    assert message.startswith("bench/sub: its data cannot be had. Tried ") and "\n" not in message
+    assert message.startswith("bench/sub: no data found. Tried ") and "\n" not in message
     assert "someone/bench (sub): the hub cannot be reached from here" in message
     assert ("sub.jsonl (.parquet, .csv): not there" in message) == given
     assert ("give --data-dir DIR and put it there as DIR/bench/sub.jsonl" in message) == (not given)

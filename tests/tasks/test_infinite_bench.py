@@ -66,7 +66,7 @@ def test_too_short_a_length_is_one_line(subset):
 
 def test_the_published_size_is_the_most():
     generator = GENERATORS["passkey"](7, 3)
-    assert generator.published == 5220
+    assert generator.largest == 5220
     row = generator.build(5220)
     assert row.context.count("The grass is green.") == 5220
     (sample,) = make("code_run", 1, 10**6)
@@ -163,7 +163,7 @@ def test_code_run():
 
 @pytest.mark.parametrize("subset", REAL)
 def test_real_data_are_needed(subset):
-    with pytest.raises(UserError, match=f"infinite_bench/{subset}: its data cannot be had") as caught:
+    with pytest.raises(UserError, match=f"infinite_bench/{subset}: no data found") as caught:
         make(subset)
     assert "--data-dir" in str(caught.value) and "\n" not in str(caught.value)
 

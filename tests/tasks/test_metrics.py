@@ -139,7 +139,7 @@ def test_code_sim_is_the_difflib_ratio_of_the_first_line_of_code() -> None:
 def test_equal_code_is_equal_whatever_its_length() -> None:
     """fuzzywuzzy looks for equality first: difflib finds no similarity in long texts of few different characters."""
     assert score_prediction("longbench/lcc", "", [""]) == score_prediction("longbench/lcc", "#", [""]) == {"code_sim": 1.0}
-    assert metrics.similarity_percent("x" * 300, "x" * 300) == 100
+    assert metrics.code_sim("x" * 300, "x" * 300) == 1.0
 
 
 def test_long_texts_without_a_full_stop_score_zero_in_longbench_and_count_in_loogle() -> None:

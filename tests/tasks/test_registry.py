@@ -153,7 +153,7 @@ def test_show_says_that_a_group_is_more_than_its_first_task(capsys, monkeypatch)
     assert command.main(["show", "ruler/1500", "--model", "any"]) == 0
     err = capsys.readouterr().err
     assert "--- ruler/1500/niah_single_1:0: " in err
-    assert "--- ruler/1500 is a group, this is its first: ruler/1500/niah_single_1, ruler/1500/niah_multikey_2, " in err
+    assert "--- ruler/1500 is a group, its first task is shown: ruler/1500/niah_single_1, ruler/1500/niah_multikey_2, " in err
     assert "--- ruler/1500: 6 of 13 tasks: needs essays" in err
 
 
@@ -181,7 +181,7 @@ def test_show_cuts_no_generated_sample(positions, flags, message, capsys, monkey
     [
         (["show", "ruler/1500/vtt", "--model", "any"], "error: unknown task"),
         (["show", "ruler/1500/vt", "--model", "any", "--index", "-1"], "error: --index counts from 0, got -1"),
-        (["show", "loogle/longdep_qa", "--model", "any"], "error: loogle/longdep_qa: its data cannot be had"),
+        (["show", "loogle/longdep_qa", "--model", "any"], "error: loogle/longdep_qa: no data found"),
     ],
 )
 def test_show_says_what_is_wrong(arguments, message, capsys, monkeypatch):

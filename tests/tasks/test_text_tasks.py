@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from benchmark_data import DATA, both_splits, read_rows, samples, write_rows
 
-from benchmark.tasks import available_tasks, data, get_task, sources
+from benchmark.tasks import available_tasks, data, get_task
 from benchmark.tasks.base import SampleRequest, UserError
 
 TASKS = [
@@ -25,8 +25,7 @@ WITH_FIXTURE = [name for name in TASKS if (DATA / f"{name}.jsonl").is_file() or 
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (data, sources):
-        monkeypatch.setattr(module, "hub_reachable", lambda: False)
+    monkeypatch.setattr(data, "hub_reachable", lambda: False)
 
 
 def test_the_names_that_users_type_are_there() -> None:
@@ -65,7 +64,7 @@ def test_fixture_rows_become_samples_that_can_be_scored(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_data_that_cannot_be_had_stop_the_task_with_one_line(name: str, no_hub: None, tmp_path: Path) -> None:
+def test_missing_data_stop_the_task_with_one_line(name: str, no_hub: None, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         samples(name, tmp_path)
     message = str(caught.value)
@@ -74,7 +73,7 @@ def test_data_that_cannot_be_had_stop_the_task_with_one_line(name: str, no_hub: 
     assert "run once where the hub can be reached" in message
 
 
-def test_every_place_that_was_tried_is_named(no_hub: None, tmp_path: Path) -> None:
+def test_every_hub_data_set_that_was_tried_is_named(no_hub: None, tmp_path: Path) -> None:
     with pytest.raises(data.DataMissingError) as caught:
         samples("longbench/qasper", tmp_path)
     assert "hub data set THUDM/LongBench or Xnhyacinth/LongBench or xAlg-AI/att-hub-longbench: the hub" in str(caught.value)
@@ -118,7 +117,7 @@ def test_rows_are_read_from_the_archive_of_a_hub_repository(
         return str(file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    monkeypatch.setattr(data, "hub_reachable", lambda: True)
     got = get_task(name).samples(SampleRequest(tokenizer=None))
     assert [sample.context for sample in got] == [sample.context for sample in samples(name)]
     assert set(asked) == {(repository, archive)}

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from benchmark_data import DATA, read_rows, samples, write_rows
 
-from benchmark.tasks import expand_task, get_task, score_prediction, sources, zero_scrolls
+from benchmark.tasks import data, expand_task, get_task, score_prediction, sources, zero_scrolls
 from benchmark.tasks.base import Sample, SampleRequest, UserError
-from benchmark.tasks.data import Source, cannot_be_had
+from benchmark.tasks.data import Source, missing_data
 from benchmark.tasks.zero_scrolls import SUBSETS, concordance_index, exp_similarity, first_letter
 
 
@@ -52,35 +52,35 @@ def test_a_folder_with_some_of_the_tasks_is_said_to_be_that(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_data_that_cannot_be_had_are_one_line(
+def test_missing_data_are_one_line(
     given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
+    monkeypatch.setattr(data, "hub_reachable", lambda: False)
     with pytest.raises(UserError) as caught:
         get_task("zero_scrolls/default").samples(SampleRequest(None, data_dir=tmp_path if given else None))
     tried = f"{tmp_path}/zero_scrolls/<task>.jsonl (.parquet, .csv): not there; " if given else ""
     way = "put it there" if given else "give --data-dir DIR and put it there as DIR/zero_scrolls/<task>.jsonl"
     assert str(caught.value) == (
-        f"zero_scrolls/default: its data cannot be had. Tried {tried}hub data set tau/zero_scrolls: the hub cannot be reached "
+        f"zero_scrolls/default: no data found. Tried {tried}hub data set tau/zero_scrolls: the hub cannot be reached "
         f"from here. Either {way}, in the hub's columns, or run once where the hub can be reached (it is then cached)"
     )
     assert caplog.messages == []
 
 
-def test_tasks_whose_data_cannot_be_had_are_left_out_with_one_warning(
+def test_tasks_without_data_are_left_out_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole = samples("zero_scrolls/default")
 
-    def read(benchmark: str, subset: str, *rest: Any) -> Iterator[Sample]:
-        if subset in ("qasper", "quality"):
-            raise cannot_be_had(Source(benchmark, subset, "tau/zero_scrolls", {}), None, "no such file")
-        return sources.read_samples(benchmark, subset, *rest)
+    def read(wanted: list[Source], *rest: Any) -> Iterator[Sample]:
+        if wanted[0].subset in ("qasper", "quality"):
+            raise missing_data(wanted[0], None, "no such file")
+        return sources.read_samples(wanted, *rest)
 
     monkeypatch.setattr(zero_scrolls, "read_samples", read)
     left = samples("zero_scrolls/default")
     assert left == [sample for sample in whole if sample.task not in ("zero_scrolls/qasper", "zero_scrolls/quality")]
-    assert caplog.messages == ["zero_scrolls/default goes on without qasper, quality: no such file"]
+    assert caplog.messages == ["zero_scrolls/default leaves out qasper, quality: no such file"]
 
 
 def test_a_malformed_row_stops_the_benchmark(tmp_path: Path) -> None:
