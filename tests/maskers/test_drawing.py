@@ -49,7 +49,11 @@ def test_as_a_program(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "out", "words"),
-    [("key_norm", "mask.png", "example_configs"), ("sink", "mask.foo", "PNG"), ("sink", "no/such/folder/mask.png", "cannot be written")],
+    [
+        ("key_norm", "mask.png", "example_configs"),
+        ("sink", "mask.foo", "PNG"),
+        ("sink", "no/such/folder/mask.png", "cannot be written"),
+    ],
 )
 def test_what_cannot_be_drawn_is_one_line(
     name: str, out: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
