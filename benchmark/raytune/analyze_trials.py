@@ -28,6 +28,7 @@ if __package__ in (None, ""):  # run as a script, from any folder
 def main(argv: list[str] | None = None) -> int:
     """Analyse or compare; the exit code."""
     options = parse_arguments(argv)
+    from benchmark.command_line import fail
     from sparse_attention_hub.errors import UserError
 
     try:
@@ -40,8 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             analyze(options.optimal_configs_dir, options.run, options.output_dir)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except OSError as error:
         print(f"error: {error.filename or options.output_dir}: {error.strerror or error}", file=sys.stderr)
         return 2

@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return fail(error)
     except KeyboardInterrupt:  # outside the two phases, which end in an order of their own
-        print("\ninterrupted; the same command goes on with what was finished", file=sys.stderr)
+        print("\ninterrupted; the same command continues from what was finished", file=sys.stderr)
         return 130
 
 

@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmark.command_line import Parser
+from benchmark.command_line import Parser, fail
 from sparse_attention_hub.errors import UserError
 
 
@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             path = write_report(options.folders[0] if options.folders else _default_folder(), options.output)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except OSError as error:
         print(f"error: {error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
         return 2

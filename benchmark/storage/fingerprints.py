@@ -31,7 +31,7 @@ def same_parameters(one: str, other: str) -> bool:
 
 
 def lacks_a_file(config: ResearchAttentionConfig | None) -> bool:
-    """Whether a file that a parameter names ("..._file") is not there: nothing can be answered anew."""
+    """Whether a file that a parameter names ("..._file") is not there: nothing new can be answered."""
     maskers = [] if config is None else config.masker_configs
     named = [getattr(m, f.name) for m in maskers for f in dataclasses.fields(m) if f.name.endswith("_file")]
     return any(isinstance(value, str | Path) and _file(value) is None for value in named)

@@ -1,4 +1,4 @@
-"""A forced run does its work anew, whatever is there. If it is interrupted, the same command goes on with it: what was done since
+"""A forced run repeats all its work, whatever is there. If it is interrupted, the same command continues it: what was done since
 it began is its own work, not that of an earlier run."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ForcedRun:
         """Set the mark, or go on under the one that is there. Returns what is worth telling."""
         if self.since is not None:
             began = datetime.fromtimestamp(self.since).strftime("%Y-%m-%d %H:%M:%S")
-            return [f"{self.flag}: goes on with the run of {began}, which had not ended; to start anew remove {self.path}"]
+            return [f"{self.flag}: continues the run of {began}, which had not ended; to start again remove {self.path}"]
         write_text(self.path, "")
         self.since = self.path.stat().st_mtime
         return []

@@ -121,7 +121,7 @@ class RayPool:
         return actor
 
     def _collect(self, actor: Any, job: Job, deadline: float | None) -> int:
-        """Journal what the actor sends, until the job is told to stop. Returns how many parts that was."""
+        """Journal what the actor sends until the job must stop. Returns the number of parts."""
         job.begin(None)
         stream = actor.records.options(num_returns="streaming").remote(job.portable())
         pid = self._next(stream, deadline)

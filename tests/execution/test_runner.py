@@ -558,7 +558,7 @@ def test_an_interrupted_forced_run_resumes_and_the_next_one_reruns_all(
     counted.clear()
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
     assert [sample for sample, _ in counted] == ["toy/count:2", "toy/count:3"]
-    assert any("--force-benchmark: goes on" in note for note in outcome.summary.notes)
+    assert any("--force-benchmark: continues" in note for note in outcome.summary.notes)
     found = result_files(settings.benchmark_results_dir)
     found["benchmark_summary.json"]["notes"] = []
     assert found == whole

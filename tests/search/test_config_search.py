@@ -117,7 +117,7 @@ def test_a_forced_search_reuses_only_its_own_files(settings: Settings) -> None:
         path.touch()  # found again since
     again = ForcedRun(settings.ray_results_dir, "--force-search", identity)
     (told,) = again.begin()
-    assert "goes on" in told and str(again.path) in told
+    assert "continues" in told and str(again.path) in told
     assert find_finished(STUDY, settings.optimal_configs_dir, identity, again) is not None
     assert ForcedRun(settings.ray_results_dir, "--force-search", "another").since is None
     ForcedRun(settings.ray_results_dir, "--force-search", "another").end()
