@@ -16,6 +16,11 @@ _PLAIN = "{desc}: {n_fmt}/{total_fmt} {unit}s"
 _PLAIN_RATE = ", {rate_fmt}, {remaining} left"
 
 
+def printable(text: str) -> str:
+    """The text without control characters, which could change what a terminal shows. Line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
+
+
 class Progress:
     """How much of a run is done, its rate and the time left. Close it, or use it in a `with`.
 
@@ -41,7 +46,7 @@ class Progress:
         if self._tty:
             self._bar.refresh()
             for i, line in enumerate(self._lines):
-                line.set_description_str(f"  {texts[i]}" if i < len(texts) else "")
+                line.set_description_str(printable(f"  {texts[i]}") if i < len(texts) else "")
         elif ended or time.monotonic() >= self._due:
             self._due = time.monotonic() + PLAIN_EVERY
             self._bar.bar_format = _PLAIN + _PLAIN_RATE * (done > known)
@@ -53,9 +58,9 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line of its own, above the bar."""
         if self._tty:
-            self._bar.write(text, file=self.stream)
+            self._bar.write(printable(text), file=self.stream)
         else:
-            print(text, file=self.stream, flush=True)
+            print(printable(text), file=self.stream, flush=True)
 
     def close(self) -> None:
         for bar in (*self._lines, self._bar):

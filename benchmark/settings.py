@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sparse_attention_hub.errors import UserError
 
@@ -18,7 +18,7 @@ _BUDGET_SUFFIX = re.compile(r"_(\d+(?:\.\d+)?)pct$")
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Field names are the flags' (see `run_full_benchmark.py --help`)."""
+    """One run. Its fields are named after the flags of `run_full_benchmark.py`."""
 
     models: tuple[str, ...]
     tasks: tuple[str, ...]
@@ -31,6 +31,7 @@ class Settings:
     dense_backend: str = "auto"
     attention_backend: str = "auto"
     trust_remote_code: bool = False
+    plugin: tuple[str, ...] = ()
     data_dir: Path | None = None
     ray_address: str | None = None
     # Phase 1
@@ -86,7 +87,7 @@ def as_sparse_configs(
 ) -> list[SparseConfig]:
     """Checked SparseConfigs from the (name, config, classes) triples of get_all_sparse_configs().
 
-    Raises UserError (a ValueError) if classes do not name the config's, a name is taken twice, or a config holds tensors.
+    Raises UserError (a ValueError) if classes do not name the config's, two have one name, or a config holds tensors.
     """
     from sparse_attention_hub.maskers.base import unwritable_fields
 
@@ -117,11 +118,11 @@ def snake_case(class_name: str) -> str:
     return "_".join(word.lower() for word in words)
 
 
-def hyperparameters(config: ResearchAttentionConfig) -> dict[str, Any]:
+def hyperparameters(config: ResearchAttentionConfig) -> dict[str, object]:
     """{"<masker>.<field>": value} of every masker of a configuration, for tables."""
     from sparse_attention_hub.maskers.base import config_to_dict
 
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for entry in config.masker_configs:
         prefix = snake_case(type(entry).__name__)
         found.update({f"{prefix}.{field}": value for field, value in config_to_dict(entry)["params"].items()})

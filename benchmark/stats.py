@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from benchmark.storage.benchmark_records import Difference
+
 LEVEL = 0.95
 #: A difference is called real if its p-value, too, is at most this.
 SIGNIFICANT = 0.05
-#: Orders of the values that a bet goes through; its interval does not depend on the given one.
+#: Random orders of the values that a bet goes through, so that its interval does not depend on the given order.
 _ORDERS = 16
 #: The largest share of the stake in one bet.
 _LARGEST_BET = 0.75
-#: Halvings of the range in which an end is looked for: to 0.0001.
+#: Steps of the bisection for each end: it ends within 0.0001.
 _HALVINGS = 14
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A configuration against a baseline on the samples that both answered.
-
-    difference: mean of (configuration - baseline). interval: its 95% interval, None where there is none. better, worse: samples
-    with a positive or negative difference. p_value: two-sided sign test over those, None without any.
-    """
-
-    difference: float
-    interval: tuple[float, float] | None
-    n: int
-    better: int
-    worse: int
-    p_value: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -46,11 +27,11 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 1.0, level: float = LEVEL) -> tuple[float, float]:
-    """Interval of the mean of what gave these values, all in [low, high]. It covers the mean with a probability of at least
-    `level`, whatever the distribution and however few values there are.
+    """Confidence interval of the mean of the distribution that these values in [low, high] are a sample of.
 
+    It covers the mean with a probability of at least `level`, whatever the distribution and however few the values.
     Two-valued scores: Clopper and Pearson 1934, exact. Others: betting (hedged capital, Waudby-Smith and Ramdas 2023), the mean
-    over fixed orders of the values. ValueError without values, or for values out of [low, high].
+    over fixed random orders. ValueError without values, or for values outside [low, high].
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
@@ -102,24 +83,39 @@ def _least_mean(data: np.ndarray, error: float) -> float:
     return first
 
 
+def group_interval(tasks: Sequence[Sequence[float]], low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
+    """Interval of the mean over tasks of their mean score; every task counts alike. tasks: the scores of each.
+
+    0/1 scores of equally many samples: Clopper and Pearson's of all together, which Hoeffding 1956 shows to cover where the
+    tasks' means differ, too. Others: `mean_interval` of rounds, each the mean over tasks of a share of their samples.
+    """
+    counts = {len(values) for values in tasks}
+    if len(counts) == 1 and all(value in (low, high) for values in tasks for value in values):
+        return mean_interval([value for values in tasks for value in values], low, high)
+    rounds = [[float(np.mean(part)) for part in np.array_split(values, min(counts))] for values in tasks]
+    return mean_interval(np.clip(np.mean(rounds, axis=0), low, high).tolist(), low, high)
+
+
 def sign_test(better: int, worse: int) -> float | None:
     """Two-sided p-value of so many positive and negative differences if both were equally likely; None without any."""
     return float(stats.binomtest(better, better + worse).pvalue) if better + worse else None
 
 
-def compare_paired(scores: Mapping[str, float], baseline: Mapping[str, float], *, bounded: bool = True) -> Comparison | None:
+def compare_paired(
+    scores: Mapping[str, float], baseline: Mapping[str, float], *, bounded: bool = True, level: float = LEVEL
+) -> Difference | None:
     """Compare two configurations by sample id, on the samples that both have; None if there is none.
 
-    bounded: both are scores in [0, 1]. Else the interval is Student's, which holds for many samples; None for one.
+    bounded: both are scores in [0, 1]. Otherwise the interval is Student's, which holds for many samples; None for one.
     """
     shared = sorted(scores.keys() & baseline.keys())
     if not shared:
         return None
     differences = [scores[sample] - baseline[sample] for sample in shared]
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    return Comparison(
+    return Difference(
         difference=math.fsum(differences) / len(differences),
-        interval=difference_interval(differences) if bounded else _student_interval(differences),
+        interval=difference_interval(differences, level=level) if bounded else _student_interval(differences, level),
         n=len(shared),
         better=better,
         worse=worse,
@@ -127,9 +123,9 @@ def compare_paired(scores: Mapping[str, float], baseline: Mapping[str, float], *
     )
 
 
-def _student_interval(values: list[float]) -> tuple[float, float] | None:
+def _student_interval(values: list[float], level: float) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     middle = math.fsum(values) / len(values)
     return middle - half, middle + half

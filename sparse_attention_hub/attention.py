@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .head_budgets import check_head_budgets
 from .kernels import BACKENDS, Known, attend
 from .kernels.reference import group_scores, needs_grad, weigh
 from .mask import Mask
-from .maskers.base import Masker, MaskerConfig, config_from_dict, config_to_dict, create_masker
+from .maskers.base import Masker, MaskerConfig, check_int, config_from_dict, config_to_dict, create_masker
 from .maskers.call_cache import once
 from .maskers.inputs import AttentionInputs
 from .maskers.state import AttentionState
@@ -28,22 +29,44 @@ _BLOCK_SCORES = {"cpu": 2**20, "gpu": 2**25}
 
 @dataclass
 class ResearchAttentionConfig:
-    """masker_configs: applied in order; an empty list is dense attention. backend: see kernels.attend."""
+    """masker_configs: applied in order; an empty list is dense attention. backend: see kernels.attend.
+
+    dense_layers: layer numbers in which every allowed key is attended (Quest's paper keeps the first two dense).
+    head_budgets: factors on the maskers' fractional sizes, a row per layer, each of 1, kv heads or query heads numbers > 0:
+    see head_budgets.py. A scaled size is at most all keys and at least one.
+    """
 
     masker_configs: list[MaskerConfig] = field(default_factory=list)
     backend: str = "auto"
+    dense_layers: list[int] = field(default_factory=list)
+    head_budgets: list[list[float]] | None = None
+
+    def __post_init__(self) -> None:
+        """ValueError for layers that are not numbers from 0 on, or a table that is not one."""
+        self.dense_layers = sorted({check_int("dense_layers", layer, 0) for layer in self.dense_layers})
+        if self.head_budgets is not None:
+            self.head_budgets = check_head_budgets(self.head_budgets)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, maskers with their types; `from_dict` reads them back."""
-        return {
+        record: dict[str, Any] = {
             "type": "ResearchAttentionConfig",
             "masker_configs": [config_to_dict(config) for config in self.masker_configs],
         }
+        if self.dense_layers:
+            record["dense_layers"] = self.dense_layers
+        if self.head_budgets is not None:
+            record["head_budgets"] = self.head_budgets
+        return record
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> ResearchAttentionConfig:
         """Raises ValueError for an unknown masker type or parameters that do not fit."""
-        return ResearchAttentionConfig([config_from_dict(entry) for entry in record["masker_configs"]])
+        return ResearchAttentionConfig(
+            [config_from_dict(entry) for entry in record["masker_configs"]],
+            dense_layers=record.get("dense_layers", []),
+            head_budgets=record.get("head_budgets"),
+        )
 
 
 @dataclass(eq=False, repr=False)
@@ -74,10 +97,14 @@ class AttentionResult:
 
     @cached_property
     def kv_fraction(self) -> float:
-        """Share of the dense KV bytes that is read, selectors included. A key that several query
-        heads of a group attend to is read once."""
-        keys_read = self._inputs.layout.share_of_allowed(self.mask.group_counts())
-        return keys_read + self._selector_fraction
+        """Share of the dense KV bytes that is read, selectors included. A key that several query heads of a group attend to is
+        read once. With a latent that all heads share it is the latent's bytes: a selector reads all of it at most."""
+        inputs, mask, selectors = self._inputs, self.mask, self._selector_fraction
+        if inputs.latent:
+            mask = Mask(mask.shape, 1, lists=mask.lists())
+            expanded = inputs.kv_heads * (inputs.keys.shape[3] + inputs.values.shape[3])
+            selectors = min(1.0, selectors * expanded / inputs.latent)
+        return inputs.layout.share_of_allowed(mask.group_counts()) + selectors
 
     @cached_property
     def dead_rows(self) -> int:
@@ -113,6 +140,8 @@ class ResearchAttention:
         if sampling and sampling[0] != len(self.maskers) - 1:
             name = type(self.maskers[sampling[0]].config).__name__
             raise ValueError(f"a sampling masker must come last, got {name} at place {sampling[0] + 1}")
+        table = config.head_budgets
+        self._factors = None if table is None else torch.tensor(table, dtype=torch.float64)
 
     def new_state(self) -> AttentionState:
         """Fresh memory for one sequence (or batch): what maskers keep across decode steps, per layer and masker."""
@@ -123,7 +152,7 @@ class ResearchAttention:
 
         allowed: bool (B, N), False on padding; None = no padding.
         """
-        for position, masker in enumerate(self.maskers):
+        for position, masker in enumerate(self.maskers_of(layer_idx)):
             masker.prepare(keys, layer_idx, state.entry(layer_idx, position), allowed)
 
     def __call__(
@@ -137,23 +166,28 @@ class ResearchAttention:
         state: AttentionState | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seeds: int | Sequence[int] | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> AttentionResult:
         """queries (B, H, Q, D); keys, values (B, Hkv, N, D); attention_mask additive (or bool, True = allowed),
         broadcastable to (B, 1, Q, N); None = the queries are the last Q positions and attention is causal.
 
         generator: one torch.Generator, or one an item; each call draws a 64-bit seed an item from it. `seeds` gives the
-        seeds themselves instead; with neither, the seed is 0. scaling: default D ** -0.5.
+        seeds themselves instead; with neither, the seed is 0. scaling: default D ** -0.5. softcap, sinks: see AttentionInputs.
         """
         if generator is not None and seeds is not None:
             raise ValueError("pass generator or seeds, not both")
         drawn = _draw_seeds(generator, seeds, queries.shape[0])
-        return self.attend_inputs(AttentionInputs(queries, keys, values, attention_mask, scaling, layer_idx, drawn), state)
+        place = attention_mask, scaling, layer_idx, drawn
+        return self.attend_inputs(AttentionInputs(queries, keys, values, *place, softcap=softcap, sinks=sinks), state)
 
     def make_mask(self, inputs: AttentionInputs, state: AttentionState | None = None) -> Mask:
         """The mask of all maskers in order. No masker can make it hold a key that is not allowed."""
-        if not self.maskers:
+        maskers, inputs = self.maskers_of(inputs.layer_idx), self._with_budgets(inputs)
+        if not maskers:
             return inputs.mask(inputs.allowed)
-        leading = list(itertools.takewhile(lambda masker: masker.by_position, self.maskers))
+        leading = list(itertools.takewhile(lambda masker: masker.by_position, maskers))
 
         def choose_by_position() -> Mask:
             mask = Mask.empty(inputs.shape, inputs.device, inputs.kv_heads)
@@ -161,12 +195,31 @@ class ResearchAttention:
                 mask = self._select(masker, inputs, mask)
             return mask
 
-        key = tuple((type(masker), repr(masker.config)) for masker in leading)
+        factors = None if inputs.factors is None else tuple(inputs.factors.tolist())
+        key = (factors, *((type(masker), repr(masker.config)) for masker in leading))
         mask = once(inputs.layout.chosen, key, choose_by_position)
-        for position, masker in enumerate(self.maskers[len(leading) :], len(leading)):
+        for position, masker in enumerate(maskers[len(leading) :], len(leading)):
             entry = None if state is None else state.entry(inputs.layer_idx, position)
             mask = self._select(masker, inputs.for_masker(entry), mask)
         return mask
+
+    def maskers_of(self, layer_idx: int) -> list[Masker[Any]]:
+        """The maskers that choose in this layer: none in a dense layer."""
+        return [] if layer_idx in self.config.dense_layers else self.maskers
+
+    def _with_budgets(self, inputs: AttentionInputs) -> AttentionInputs:
+        """The call with this layer's head budgets. ValueError if the table is of another model."""
+        if self._factors is None:
+            return inputs
+        layers, heads = self._factors.shape
+        if inputs.layer_idx >= layers or heads not in (1, inputs.kv_heads, inputs.shape[1]):
+            raise ValueError(
+                f"head_budgets is a table of {layers} layers x {heads} heads; this is layer {inputs.layer_idx} of a model with "
+                f"{inputs.kv_heads} kv heads and {inputs.shape[1]} query heads: fit a table for this model"
+            )
+        view = inputs.for_masker(None)
+        view.factors = self._factors[inputs.layer_idx]
+        return view
 
     @staticmethod
     def _select(masker: Masker[Any], inputs: AttentionInputs, mask: Mask) -> Mask:
@@ -177,7 +230,7 @@ class ResearchAttention:
         """`__call__` on prepared inputs, which several configurations may share."""
         with torch.no_grad():  # selecting keys is not differentiable
             mask, empty_rows = inputs.layout.fill_empty_rows(self.make_mask(inputs, state))
-        selectors = sum(masker.selector_fraction(inputs) for masker in self.maskers)
+        selectors = sum(masker.selector_fraction(inputs) for masker in self.maskers_of(inputs.layer_idx))
         output, lse = self._attend(inputs, mask)
         return AttentionResult(output, lse, mask, empty_rows, inputs, selectors)
 
@@ -186,17 +239,25 @@ class ResearchAttention:
         known = inputs.known()
         if known.scores is not None and needs_grad(inputs.queries, inputs.keys):
             # The scores that maskers computed have no gradients.
-            fresh = inputs.layout.biased(group_scores(inputs.queries, inputs.usable_keys, inputs.scaling))
+            fresh = inputs.layout.biased(group_scores(inputs.queries, inputs.usable_keys, inputs.scaling, inputs.softcap))
             known = Known(fresh, biased=known.biased)
         keys, values = inputs.keys, inputs.values
         if inputs.shape[2] > 1 or known.scores is not None or self.config.backend == "reference":
             # These read all keys and values: NaN in padding must not reach the output.
             keys, values = inputs.usable_keys, inputs.usable_values
-        return attend(inputs.queries, keys, values, mask, inputs.scaling, self.config.backend, known=known)
+        rule = {"softcap": inputs.softcap, "sinks": inputs.sinks, "known": known}
+        return attend(inputs.queries, keys, values, mask, inputs.scaling, self.config.backend, **rule)  # type: ignore[arg-type]
 
 
 def dense_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None = None, scaling: float | None = None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Dense attention in float32 (float64 stays): the reference for errors. Arguments as for
     ResearchAttention; returns (B, Q, H, D)."""
@@ -207,13 +268,14 @@ def dense_attention(
         stop = min(start + step, rows)
         end = total if mask is not None else total - rows + stop  # causal: the block sees no later key
         own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
-        parts.append(dense_of(AttentionInputs(queries[:, :, start:stop], keys[:, :, :end], values[:, :, :end], own, scaling)))
+        block = queries[:, :, start:stop], keys[:, :, :end], values[:, :, :end], own, scaling
+        parts.append(dense_of(AttentionInputs(*block, softcap=softcap, sinks=sinks)))
     return torch.cat(parts, 1)
 
 
 def dense_of(inputs: AttentionInputs) -> Tensor:
     """Dense output of a call, (B, Q, H, D) in float32 or wider; computed once per call."""
-    return once(inputs.cache.call, "dense_output", lambda: weigh(inputs.scores(), None, inputs.usable_values)[0])
+    return once(inputs.cache.call, "dense_output", lambda: weigh(inputs.scores(), None, inputs.usable_values, inputs.sinks)[0])
 
 
 def relative_error(output: Tensor, dense: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is at fault": commands print its message, one line, and exit with 2."""
+"""UserError means "the input is at fault": commands print its message, one line, and exit with 2."""
 
 import tempfile
 from pathlib import Path
@@ -13,6 +13,24 @@ class UserError(ValueError):
     def __init__(self, message: str, parameter: str | None = None) -> None:
         super().__init__(message)
         self.parameter = parameter
+
+
+class NonFiniteError(ArithmeticError):
+    """Logits that are NaN or infinite: the answer means nothing. The failure is that of one sample and attention."""
+
+
+def quoted(value: object, limit: int = 200) -> str:
+    """The value for a message: one line of at most `limit` characters, control characters escaped or replaced by blanks.
+
+    Texts and other values as repr() shows them; of an error, its message without quotes.
+    """
+    try:
+        text = str(value) if isinstance(value, BaseException) else repr(value[:limit] if isinstance(value, str) else value)
+    except (ValueError, RecursionError):  # an integer of over 4300 digits, deep nesting
+        text = f"a value of type {type(value).__name__} that is too large to show"
+    cut = len(text) > limit or (isinstance(value, str) and len(value) > limit)
+    text = "".join(character if character.isprintable() else " " for character in text[: limit - 3 if cut else limit])
+    return text + "..." if cut else text
 
 
 def check_writable(out: str | Path) -> None:

@@ -76,9 +76,10 @@ class MetricRecorder:
         values: Tensor,
         scaling: float,
         step: int,
+        **scores: Any,
     ) -> None:
         """Record one call. queries: (1, H, Q, D), the last Q positions of keys and values
-        (1, Hkv, N, D). result: None for dense attention, which is not recorded."""
+        (1, Hkv, N, D). result: None for dense attention, which is not recorded. scores: softcap and sinks of the layer."""
         if result is None or self.mode == "off":
             return
         length, total = queries.shape[2], keys.shape[2]
@@ -86,7 +87,7 @@ class MetricRecorder:
         rows = list(range(start, length, self.every))
         if not rows:
             return
-        error = _error_of_rows(result.output, queries, keys, values, scaling, rows)
+        error = _error_of_rows(result.output, queries, keys, values, rows, scaling=scaling, **scores)
         self._density.add(result.density, length)
         self._error.add(error, len(rows))
         if self._seen % self._stride == 0 and len(self._calls) >= MAX_CALLS[self.mode]:
@@ -125,7 +126,7 @@ def expand_records(calls: Sequence[Sequence[Any]], sample: str) -> Iterator[dict
                 yield {"timestamp": moment, "metric": f"research_attention_{name}", "value": value} | call
 
 
-def _error_of_rows(output: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, rows: list[int]) -> float:
+def _error_of_rows(output: Tensor, queries: Tensor, keys: Tensor, values: Tensor, rows: list[int], **scores: Any) -> float:
     """Mean relative error of some query rows of output (1, Q, H, D) against dense attention in float32."""
     import torch
 
@@ -134,5 +135,5 @@ def _error_of_rows(output: Tensor, queries: Tensor, keys: Tensor, values: Tensor
     length, total = queries.shape[2], keys.shape[2]
     index = torch.tensor(rows, device=queries.device)
     mask = (torch.arange(total, device=queries.device) <= (total - length + index)[:, None])[None, None]
-    dense = dense_attention(queries[:, :, index], keys, values, None if length == 1 else mask, scaling)
+    dense = dense_attention(queries[:, :, index], keys, values, None if length == 1 else mask, **scores)
     return float(relative_error(output[:, index], dense).nanmean())

@@ -66,7 +66,7 @@ def replay(
     for layer_idx in layers:
         inputs = _layer_inputs(trace.layer(layer_idx, device), trace.rows, kept, seed, layouts)
         for i, attention in enumerate(attentions):
-            state = states.of(attention.maskers, trace.key, inputs.keys[:, :, : trace.context_length], layer_idx)
+            state = states.of(attention.maskers_of(layer_idx), trace.key, inputs.keys[:, :, : trace.context_length], layer_idx)
             result = attention.attend_inputs(inputs, state)
             counts = expand_heads(result.mask.counts(), inputs.shape[1])[0]
             errors[i].append(relative_error(result.output, dense_of(inputs))[0].mean(0).cpu())
@@ -89,6 +89,7 @@ def _layer_inputs(
         last = torch.tensor(kept, device=stored.keys.device) + (keys - rows)
         mask = (torch.arange(keys, device=stored.keys.device) <= last[:, None])[None, None]
     cache = CallCache(call={"dense_output": dense}, layouts=layouts, keeps_order=True)
-    inputs = AttentionInputs(queries, stored.keys, stored.values, mask, stored.scaling, stored.layer_idx, [seed], cache)
+    place = mask, stored.scaling, stored.layer_idx, [seed], cache
+    inputs = AttentionInputs(queries, stored.keys, stored.values, *place, softcap=stored.softcap, sinks=stored.sinks)
     inputs.exponentials()  # shared: attention of each configuration reads these, not the keys
     return inputs

@@ -331,6 +331,38 @@ class MaskerContract:
             result = self.run(queries * 10, odd, values)
             assert result.output.isfinite().all()
 
+    @pytest.mark.parametrize("rows", [1, 7])
+    @pytest.mark.parametrize("columns", [2, 8])
+    def test_head_budgets(self, columns: int, rows: int) -> None:
+        """A head with a budget factor chooses what it chooses where all heads have that factor."""
+        tensors = self.tensors(200, rows, kv_heads=2)
+        factors = [0.5 + 0.25 * column for column in range(columns)]
+        config = ResearchAttentionConfig([self.make_config()])
+
+        def chosen(table: list[list[float]]) -> Tensor:
+            attention = ResearchAttention(dataclasses.replace(config, head_budgets=table))
+            return attention(*tensors).mask.inclusion_probability()
+
+        uneven = chosen([factors])
+        for column, factor in enumerate(factors):
+            heads = slice(column * self.heads // columns, (column + 1) * self.heads // columns)
+            assert torch.equal(uneven[:, heads], chosen([[factor]])[:, heads])
+        plain = self.run(*tensors).mask.inclusion_probability()
+        assert torch.equal(chosen([[1.0]]), plain)
+        sizes = [getattr(self.make_config(), name) for name in _SIZES if hasattr(self.make_config(), name)]
+        if any(isinstance(size, float) for size in sizes):
+            assert (chosen([[2.0]]) > 0).sum() > (plain > 0).sum()
+
+    def test_a_dense_layer(self) -> None:
+        """A layer that stays dense attends to every allowed key, and reads no more than these."""
+        tensors = self.tensors(120, 3)
+        attention = ResearchAttention(ResearchAttentionConfig([self.make_config()], dense_layers=[4]))
+        state = attention.new_state()
+        attention.prepare(tensors[1], 4, state)
+        result = attention(*tensors, layer_idx=4, state=state)
+        assert result.density == result.kv_fraction == 1.0
+        torch.testing.assert_close(result.output, dense_attention(*tensors), atol=1e-5, rtol=1e-5)
+
     def test_search_space_names_fields(self) -> None:
         config = self.make_config()
         fields = {field.name for field in dataclasses.fields(config)}

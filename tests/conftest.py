@@ -16,8 +16,9 @@ import pytest
 
 from benchmark.execution.jobs import BenchmarkUnit
 from benchmark.settings import Settings, SparseConfig
-from benchmark.speed.toy import ToyTask, save_tiny_model, toy_configs
-from benchmark.storage.records import FoundBy
+from benchmark.speed.toy import save_tiny_model
+from benchmark.storage.benchmark_records import FoundBy
+from tests.toy import ToyTask, toy_configs
 
 
 @pytest.fixture(scope="session")

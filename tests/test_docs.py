@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,7 +91,7 @@ def test_examples_run(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_recipe_of_a_task(checkout: Path) -> None:
-    generated, from_rows = blocks(ROOT / "docs/adding_a_task.md", "python")
+    from_rows, generated = blocks(ROOT / "docs/adding_a_task.md", "python")
     (checkout / "benchmark/tasks/price_list.py").write_text(generated)
     (checkout / "benchmark/tasks/my_qa.py").write_text(from_rows)
     insert(checkout / "benchmark/tasks/__init__.py", "MODULES: dict[str, str] = {\n", '    "price_list": "price_list",\n')
@@ -109,7 +111,7 @@ def test_the_recipe_of_a_masker(checkout: Path) -> None:
     maskers, script = checkout / "sparse_attention_hub/maskers", checkout / "benchmark/raytune/run_full_benchmark.py"
     (maskers / "key_norm.py").write_text(example.partition("\n\nclass TestKeyNorm")[0].replace(CONTRACT, ""))
     insert(maskers / "__init__.py", "from .hash_attention import HashAttentionTopKMaskerConfig\n", register)
-    insert(script, "    from sparse_attention_hub import (\n        Adaptive", f"    {imported}", before=True)
+    insert(script, "    import sparse_attention_hub as hub\n", f"    {imported}", before=True)
     insert(script, "combinations: dict[str, list[Any]] = {\n", " " * 12 + line)
     (checkout / "tests/maskers").mkdir(parents=True)
     (checkout / "tests/maskers/test_key_norm.py").write_text(test)
@@ -140,6 +142,30 @@ def insert(path: Path, mark: str, text: str, before: bool = False) -> None:
 def test_every_subject_has_its_page() -> None:
     expected = (
         "adding_a_masker adding_a_model adding_a_task all_methods budgets_and_protocols cluster command_line engine file_formats "
-        "library numbers quick_start reading_the_report speed"
+        "library models numbers plugins quick_start reading_the_report reliability speed troubleshooting"
     )
     assert {page.stem for page in PAGES} == set(expected.split())
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    """Three dots in a message stand for anything."""
+    texts = [
+        text
+        for name in ("benchmark", "sparse_attention_hub")
+        for path in (ROOT / name).rglob("*.py")
+        for text in texts_of(path)
+    ]
+    messages = re.findall(r"^\| `([^`]*)` \|", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.MULTILINE)
+    assert len(messages) > 30
+    for message in messages:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in message.split("...")), flags=re.DOTALL)
+        assert any(pattern.search(text) for text in texts), f"no message of the code: {message}"
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """Its text literals; an f-string with a dot for each value."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "." for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmark.stats import compare_paired, difference_interval, mean, mean_interval, sign_test
+from benchmark.stats import compare_paired, difference_interval, group_interval, mean, mean_interval, sign_test
 
 
 def test_mean_of_nothing_is_missing() -> None:
@@ -103,3 +103,36 @@ def test_unbounded_figures_have_students_interval() -> None:
     assert found is not None and found.interval == pytest.approx(stats.t.interval(0.95, 1, 3.0, 1.0))
     alone = compare_paired({"a": 3.0}, {"a": 1.0}, bounded=False)
     assert alone is not None and alone.interval is None
+
+
+GROUPS = {
+    "0/1 scores, equal sizes": ([(0.05, 4), (0.95, 4), (0.5, 4)], False),
+    "0/1 scores, other sizes": ([(0.1, 3), (0.9, 8)], False),
+    "thirds": ([(0.2, 5), (0.7, 5), (0.9, 5)], True),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_intervals_of_a_group_cover_the_mean_over_its_tasks(case: str) -> None:
+    tasks, thirds = GROUPS[case]
+    chance, inside, repeats = np.random.default_rng(0), 0, 400
+    truth = float(np.mean([p for p, _ in tasks]))
+    for _ in range(repeats):
+        scores = [(chance.binomial(3, p, n) / 3 if thirds else chance.binomial(1, p, n) * 1.0).tolist() for p, n in tasks]
+        low, high = group_interval(scores)
+        inside += low <= truth <= high
+    assert inside / repeats >= 0.94
+
+
+def test_a_group_of_right_answers_counts_all_samples() -> None:
+    low, high = group_interval([[1.0] * 3] * 13)
+    assert high == 1.0 and low == mean_interval([1.0] * 39)[0] > 0.9
+    low, high = group_interval([[0.0] * 5, [0.0] * 7], low=-1.0)
+    assert low < 0 < high
+
+
+def test_levels_widen_the_interval_of_a_difference() -> None:
+    scores, base = {str(i): float(i % 3 > 0) for i in range(60)}, {str(i): 1.0 for i in range(60)}
+    one, many = compare_paired(scores, base), compare_paired(scores, base, level=1 - 0.05 / 20)
+    assert one is not None and many is not None and one.interval is not None and many.interval is not None
+    assert many.interval[0] < one.interval[0] < one.interval[1] < many.interval[1]

@@ -22,12 +22,13 @@ from benchmark.search.space import CombinationSpace
 from benchmark.search.study import Study
 from benchmark.search.trial import Level
 from benchmark.settings import Settings
-from benchmark.speed.toy import ToyTask, save_tiny_model, toy_configs
+from benchmark.speed.toy import save_tiny_model
 from benchmark.storage.results import Journal
 from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
 from sparse_attention_hub.attention import ENGINE_VERSION
 from sparse_attention_hub.maskers.base import create_masker
 from sparse_attention_hub.maskers.drawing import example_configs, example_inputs
+from tests.toy import ToyTask, toy_configs
 
 PINNED = Path(__file__).parent / "data" / "pinned_figures.json"
 METHODS = (
@@ -51,7 +52,7 @@ def search_figures(folder: Path) -> list[float]:
         key = "example"
 
         def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Any]:
-            from benchmark.storage.records import Evaluation
+            from benchmark.storage.search_records import Evaluation
 
             found = []
             for config in configs:

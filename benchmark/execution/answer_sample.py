@@ -1,22 +1,26 @@
 """One sample under all its configurations: one prefill, then all answers in lockstep, as many at once as memory allows.
 
 A group of configurations that fails, for example out of memory, is halved until it works; a configuration that fails
-alone gets a failure record in place of its answer.
+alone gets a failure instead of an answer.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from benchmark.execution.messages import Batch, Request, error_message, failure
-from benchmark.storage.records import Answer, SampleLine
+from benchmark.execution.messages import Request, error_message, failure
+from benchmark.settings import Settings
+from benchmark.storage.benchmark_records import Answer, SampleLine
 from benchmark.tasks.base import Prompt
 from benchmark.workers.errors import check_device, is_out_of_memory
 from benchmark.workers.memory import free_memory, free_unused
+from sparse_attention_hub.errors import NonFiniteError
+from sparse_attention_hub.models.prompts import encode_continuation
 
 if TYPE_CHECKING:
     from sparse_attention_hub import ResearchAttention
@@ -31,14 +35,20 @@ MEMORY_SHARE = 0.8
 
 @dataclass
 class LoadedModel:
-    """A model in memory. most: the largest group of configurations that did not run out of memory; broken: failures of
-    configurations that cannot be built."""
+    """A model in memory, prepared for a batch.
+
+    settings, workers, most: as of the batch. attentions: configuration key -> its attention; broken: failures of those that
+    cannot be built. fits: the largest group of configurations that did not run out of memory.
+    """
 
     key: tuple[str, ...]
     lm: LanguageModel
-    most: int = 2**30
+    settings: Settings
+    workers: int = 1
+    most: int | None = None
     attentions: dict[str, ResearchAttention | None] = field(default_factory=dict)
     broken: dict[str, Answer] = field(default_factory=dict)
+    fits: int = 2**30
 
 
 class Prefix:
@@ -70,11 +80,9 @@ class Prefix:
         self.ids = self.prefilled = None
 
 
-def answer_sample(
-    request: Request, prompt: Prompt | Exception, batch: Batch, loaded: LoadedModel, prefix: Prefix, room: int
-) -> SampleLine:
-    """The journal line of one sample. prompt: an exception where it could not be built; room: tokens after the context that
-    the samples on it need at most."""
+def answer_sample(request: Request, prompt: Prompt | Exception, loaded: LoadedModel, prefix: Prefix, room: int) -> SampleLine:
+    """The journal line of one sample. prompt: an exception if it could not be built; room: tokens after the context that the
+    samples on this context need at most."""
     lm, sample = loaded.lm, request.sample
     line = SampleLine(
         kind="sample",
@@ -101,31 +109,36 @@ def answer_sample(
         line.answers = {key: failure(error) for key in request.configs}
         return line
     line.prefill_seconds = prefilled.seconds
-    asked = _PrefilledSample(request, prompt, batch, loaded, prefilled)
+    asked = _PrefilledSample(request, prompt, loaded, prefilled)
     line.answers = asked.answers()
+    line.layers, line.sparse_layers = asked.layers, asked.sparse_layers
     asked.add_reference_nll(line.answers)
     return line
 
 
 class _PrefilledSample:
-    def __init__(self, request: Request, prompt: Prompt, batch: Batch, loaded: LoadedModel, prefilled: Prefilled) -> None:
-        self.request, self.prompt, self.batch, self.loaded, self.prefilled = request, prompt, batch, loaded, prefilled
-        self.room = len(prompt.question_ids) + request.limit
+    def __init__(self, request: Request, prompt: Prompt, loaded: LoadedModel, prefilled: Prefilled) -> None:
+        self.request, self.prompt, self.loaded, self.prefilled = request, prompt, loaded, prefilled
+        self.layers: int | None = None  # with attention; known once a sparse configuration has answered
+        self.sparse_layers: int | None = None
 
     def answers(self) -> dict[str, Answer]:
-        broken = self.loaded.broken
-        answered = dict(self._in_groups([key for key in self.request.configs if key not in broken], self._answer))
-        return {key: broken[key] if key in broken else answered[key] for key in self.request.configs}
+        found = dict(self.loaded.broken)
+        for key, outcome in self._in_groups([key for key in self.request.configs if key not in found], self._answer):
+            found[key] = failure(outcome) if isinstance(outcome, Exception) else outcome
+        return {key: found[key] for key in self.request.configs}
 
     def add_reference_nll(self, answers: dict[str, Answer]) -> None:
         """Mean negative log-likelihood of the first reference answer, of at most as many tokens as an answer may have."""
         answered = [key for key in self.request.configs if answers[key].ok]
+        references = self.request.sample.references
         try:
-            ids = self._reference_ids()
+            ids = reference_ids(self.loaded.lm.tokenizer, self.prompt, references[0]) if references else []
         except Exception as error:  # text that cannot be encoded, such as half of a surrogate pair
             for key in answered:
                 answers[key].reference_error = error_message(error)
             return
+        ids = ids[: self.request.limit]
         if not ids or not answered:
             return
 
@@ -138,28 +151,24 @@ class _PrefilledSample:
                 self.prompt.question_ids,
                 ids,
                 [self.loaded.attentions[key] for key in keys],
-                sparse_from=self.batch.options.sparse_from,  # type: ignore[arg-type]
+                sparse_from=self.loaded.settings.sparse_from,
                 seed=self.request.seed,
             )
             return [_finite(entry.nll) for entry in forced]
 
         for key, outcome in self._in_groups(answered, ask):
-            if isinstance(outcome, Answer):
-                answers[key].reference_error = outcome.error_message
+            if isinstance(outcome, NonFiniteError):
+                answers[key] = failure(outcome)
+            elif isinstance(outcome, Exception):
+                answers[key].reference_error = error_message(outcome)
             else:
                 answers[key].reference_nll = outcome
-
-    def _reference_ids(self) -> list[int]:
-        references = self.request.sample.references
-        if not references:
-            return []
-        return reference_ids(self.loaded.lm.tokenizer, self.prompt, references[0])[: self.request.limit]
 
     def _answer(self, keys: list[str]) -> list[Answer]:
         from sparse_attention_hub.micro_metrics import MetricRecorder
         from sparse_attention_hub.models import answer_many
 
-        mode = self.batch.options.micro_metrics
+        mode = self.loaded.settings.micro_metrics
         attentions = [self.loaded.attentions[key] for key in keys]
         recorders = [
             None if attention is None or mode == "off" else MetricRecorder(mode)  # type: ignore[arg-type]
@@ -171,7 +180,7 @@ class _PrefilledSample:
             self.prompt.question_ids,
             attentions,
             self.request.limit,
-            sparse_from=self.batch.options.sparse_from,  # type: ignore[arg-type]
+            sparse_from=self.loaded.settings.sparse_from,
             seed=self.request.seed,
             recorders=recorders,
         )
@@ -186,22 +195,32 @@ class _PrefilledSample:
                 density=1.0 if attention is None else _finite(answer.density),
                 error=0.0 if attention is None else _finite(recorder.error if recorder else None),
                 kv_fraction=1.0 if attention is None else _finite(answer.kv_fraction),
+                model_kv_fraction=1.0 if attention is None else self._of_model(_finite(answer.kv_fraction), answer.token_ids),
                 micro=recorder.calls() if recorder else [],
                 reference_nll=None,
             )
             for attention, answer, recorder in zip(attentions, answers, recorders, strict=True)
         ]
 
-    def _in_groups(self, keys: list[str], ask: Callable[[list[str]], list[T]]) -> Iterator[tuple[str, T | Answer]]:
-        """Ask all keys in lockstep and yield what `ask` gives, or a failure. A group that fails is halved until it works or
+    def _of_model(self, fraction: float | None, answer: list[int]) -> float | None:
+        """KV bytes read over those of dense attention, in all layers. fraction: in the layers that can be sparse; layers with a
+        window read its keys. answer: its token ids."""
+        from sparse_attention_hub.models.probe import layer_calls
+
+        calls = layer_calls(self.loaded.lm).values()
+        keys = len(self.prompt.context_ids) + len(self.prompt.question_ids) + len(answer)
+        self.layers, self.sparse_layers = len(calls), sum(not call.rule.limited for call in calls)
+        sparse = sum(keys * call.token_numbers for call in calls if not call.rule.limited)
+        dense = sum((keys - max(0, call.rule.first_key(keys - 1))) * call.token_numbers for call in calls if call.rule.limited)
+        return None if fraction is None else (fraction * sparse + dense) / (sparse + dense)
+
+    def _in_groups(self, keys: list[str], ask: Callable[[list[str]], list[T]]) -> Iterator[tuple[str, T | Exception]]:
+        """Run all keys in lockstep and yield what `ask` returns, or its error. A group that fails is halved until it works or
         one configuration fails alone. Keys keep their order within a group."""
-        most = max(1, min(self.loaded.most, self.batch.most or len(keys), self._fitting(len(keys))))
-        if most < len(keys):
-            logger.debug("%s: %d of %d configurations at once, as memory allows", self.batch.task, most, len(keys))
+        most = max(1, min(self.loaded.fits, self.loaded.most or len(keys), self._fitting(len(keys))))
         groups, retried = _even_groups(keys, most), set[str]()
         while groups:
             group = groups.pop(0)
-            error: Exception
             try:
                 yield from zip(group, ask(group), strict=True)
                 continue
@@ -210,22 +229,21 @@ class _PrefilledSample:
             check_device(error)
             short = is_out_of_memory(error)
             if short:
-                self.loaded.most = max(1, len(group) // 2)
+                self.loaded.fits = max(1, len(group) // 2)
                 logger.warning("out of memory with %d configurations at once", len(group))
-            outcome = failure(error)
             retry = short and len(group) == 1 and group[0] not in retried
             if len(group) == 1 and not retry:
                 name = self.request.sample.sample_id
-                logger.warning("%s: %s", name, outcome.error_message, exc_info=None if short else error)
+                logger.warning("%s: %s", name, error_message(error), exc_info=None if short else error)
             error.__traceback__ = None  # its frames hold tensors
             if short:
                 self.prefilled.forget()
                 free_unused()
-            if retry:  # it may fit now that the maskers' states of the other configurations are freed
+            if retry:  # it may fit now that the masker states of the other configurations are freed
                 retried.add(group[0])
                 groups.insert(0, group)
             elif len(group) == 1:
-                yield group[0], outcome
+                yield group[0], error
             else:
                 groups[:0] = _even_groups(group, (len(group) + 1) // 2)
 
@@ -234,16 +252,15 @@ class _PrefilledSample:
         from sparse_attention_hub.models import estimate_bytes
 
         lm, held = self.loaded.lm, self.prefilled.cache.nbytes()
-        free = free_memory(lm.device, self.batch.options.workers)
+        free = free_memory(lm.device, self.loaded.workers)
         if free is None:
             return wanted
-        count = wanted
-        while count > 1:
-            needed = estimate_bytes(lm, self.prefilled.context_length, self.room, count) - held
-            if needed <= free * MEMORY_SHARE:
-                break
-            count -= 1
-        return count
+        room = len(self.prompt.question_ids) + self.request.limit
+
+        def fits(count: int) -> bool:
+            return estimate_bytes(lm, self.prefilled.context_length, room, count) - held <= free * MEMORY_SHARE
+
+        return next((count for count in range(wanted, 1, -1) if fits(count)), 1)
 
 
 def reference_ids(tokenizer: Any, prompt: Prompt, reference: str) -> list[int]:
@@ -251,7 +268,7 @@ def reference_ids(tokenizer: Any, prompt: Prompt, reference: str) -> list[int]:
     space or a special token."""
     end = tokenizer.decode(list(prompt.question_ids[-1:]), skip_special_tokens=True)
     text = reference if not end or end[-1:].isspace() else " " + reference.lstrip()
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return encode_continuation(tokenizer, text)
 
 
 def _even_groups(items: list[T], most: int) -> list[list[T]]:
@@ -262,4 +279,4 @@ def _even_groups(items: list[T], most: int) -> list[list[T]]:
 
 
 def _finite(value: float | None) -> float | None:
-    return value if value is not None and value - value == 0 else None
+    return value if value is not None and math.isfinite(value) else None

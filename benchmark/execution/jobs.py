@@ -1,13 +1,14 @@
-"""What Phase 2 has to answer: the samples of a (model, task), the answers that are journalled already, and batches of the rest.
+"""What Phase 2 has to answer: the samples of a (model, task), the answers in its journals, and batches of the rest.
 
-A journal folder belongs to one (model, task) and one set of everything that determines an answer apart from the sample and
-the configuration; its lines name these two by their hashes. So a sample is answered again only if its text, its
-configuration or a setting changed, a configuration added later runs alone, and equal settings under two names run once.
-A line holds all answers of one sample, so that a restart never splits a lockstep group.
+A journal folder belongs to one (model, task) and one set of settings; its lines name sample and configuration by their hashes.
+So a sample is answered again only if its text, its configuration or a setting changed, a configuration added later runs alone,
+and equal configurations under two names run once. A line holds all answers of one sample, so that a restart never splits a
+lockstep group.
 """
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -18,8 +19,9 @@ from pydantic import JsonValue
 
 from benchmark.execution.messages import Request, failure
 from benchmark.settings import Settings, SparseConfig
+from benchmark.storage.benchmark_records import Answer, FoundBy, JournalSettings, SampleLine
 from benchmark.storage.fingerprints import config_key, lacks_a_file, same_parameters, weights_stamp
-from benchmark.storage.records import Answer, FoundBy, JournalSettings, SampleLine, parse_record, to_json, write_record
+from benchmark.storage.records import parse_record, shared_fields, to_json, write_record
 from benchmark.storage.rerun import ForcedRun
 from benchmark.storage.results import Journal, fingerprint, safe_name
 from benchmark.tasks import get_task
@@ -29,7 +31,7 @@ from benchmark.tasks.limits import fitted
 if TYPE_CHECKING:
     from sparse_attention_hub import ResearchAttentionConfig
 
-#: Raised when the meaning of a journalled answer changes, so that older ones are not reused.
+#: Increased when the meaning of a journalled answer changes, so that older ones are not reused.
 RECORD_VERSION = 2
 #: Samples per batch: small enough that all workers finish together.
 MAX_BATCH = 4
@@ -50,9 +52,9 @@ class BenchmarkUnit:
 
 
 def sample_hash(sample: Sample, limit: int) -> str:
-    """Everything of a sample that determines an answer and its reference_nll, the sample's id included."""
-    parts = [sample.context, sample.question, sample.answer_prefix, sample.references[:1], limit]
-    return fingerprint([sample.sample_id, *parts])
+    """A hash of everything in a sample that determines an answer and its reference_nll."""
+    prompt = [sample.context, sample.question, sample.answer_prefix]
+    return fingerprint([sample.sample_id, *prompt, sample.references[:1], limit])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,9 @@ class Recorded:
 
 
 class AnswerStore:
-    """The journalled answers of a unit, of every worker that ever wrote into the folder.
+    """The journalled answers of a unit, by all workers that ever wrote into the folder.
 
-    `poll` reads what was appended since the last call. Micro metrics stay on disk until they are asked for. fallback: keys of
+    `poll` reads what was appended since the last call. Micro metrics stay on disk until they are needed. fallback: keys of
     configurations that cannot be rerun; their latest answer with equal parameters is reused.
     """
 
@@ -106,7 +108,7 @@ class AnswerStore:
         return found is not None and found.answer.ok
 
     def dependencies_changed(self, key: str) -> bool:
-        """Whether answers with these parameters exist, but only with other masker code or other files."""
+        """Whether answers with these parameters exist, but only of other versions, masker code or files."""
         keys = {other for known in self._answers.values() for other in known}
         return key not in keys and any(same_parameters(other, key) for other in keys)
 
@@ -128,7 +130,7 @@ class AnswerStore:
         try:
             line = parse_record(text, SampleLine)
         except ValueError:
-            return  # torn by a kill and later written past, or not a sample
+            return  # left incomplete by a kill, or not a sample
         known = self._answers.setdefault(line.sample_hash, {})
         for key, answer in line.answers.items():
             has_micro, answer.micro = bool(answer.micro), []
@@ -142,7 +144,7 @@ class AnswerStore:
 
 @dataclass
 class UnitRun:
-    """A unit being run. `prepare` makes its samples; before that, only their number is estimated."""
+    """A unit being run. `prepare` makes its samples."""
 
     unit: BenchmarkUnit
     settings: Settings
@@ -153,7 +155,8 @@ class UnitRun:
     samples: list[Sample] = field(default_factory=list)
     limits: list[int] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
-    error: str | None = None  # why it could not run at all
+    todo: int = field(init=False)  # how many samples are to be answered, an estimate before they are made
+    error: str | None = None  # why it cannot run at all
     deadline: float | None = None
     prepared: bool = False
     finished: bool = False
@@ -166,6 +169,8 @@ class UnitRun:
         self.shared = journal_settings(self.unit, self.settings, self.device_kind)
         folder = self.settings.benchmark_results_dir / safe_name(self.unit.model) / ".journals"
         self.folder = folder / f"{safe_name(self.unit.task)}-{fingerprint(to_json(self.shared))}"
+        counts = [n for n in (self.settings.max_requests, self.task.description.num_samples) if n is not None]
+        self.todo = 0 if self.settings.rescore else min(counts, default=1)
         frozen = [c.name for c in self.unit.configs if self.settings.rescore or lacks_a_file(c.config)]
         self.store = AnswerStore(self.folder, [self.keys[name] for name in frozen])
 
@@ -177,13 +182,6 @@ class UnitRun:
     def configs(self) -> dict[str, ResearchAttentionConfig | None]:
         """Key -> configuration, each once, dense first."""
         return {self.keys[config.name]: config.config for config in self.unit.configs}
-
-    def expected(self) -> int:
-        """How many samples there are, or how many there may be before they are made."""
-        if self.prepared:
-            return len(self.samples)
-        counts = [n for n in (self.settings.max_requests, self.task.description.num_samples) if n is not None]
-        return min(counts) if counts else 1
 
     def prepare(self, tokenizer: Any) -> list[str]:
         """Make the samples and read the journals. Returns notes for the user. Raises UserError if data are missing, samples of
@@ -239,12 +237,16 @@ class UnitRun:
 
     def _other_settings(self) -> Iterator[tuple[Path, str]]:
         """Journal folders of this (model, task) under other settings, and what differs."""
-        for path in sorted(self.folder.parent.glob(f"{self.folder.name.rpartition('-')[0]}-*/settings.json")):
+        task = glob.escape(self.folder.name.rpartition("-")[0])
+        for path in sorted(self.folder.parent.glob(f"{task}-*/settings.json")):
             if path.parent != self.folder and ".replaced-" not in path.parent.name:
                 yield path.parent, _changes(path, self.shared)
 
     def missing(self) -> list[Request]:
-        """The samples that have no answer under some configuration, in order. Failures of earlier runs are retried."""
+        """The samples that have no answer under some configuration, in order; none with --rescore. Failures of earlier runs are
+        retried."""
+        if self.settings.rescore:
+            return []
         todo = []
         for sample, limit, digest in zip(self.samples, self.limits, self.hashes, strict=True):
             keys = tuple(key for key in self.configs if not self.store.is_answered(digest, key))
@@ -283,21 +285,16 @@ class UnitRun:
 
 
 def journal_settings(unit: BenchmarkUnit, settings: Settings, device_kind: str) -> JournalSettings:
-    """Everything but sample and configuration that determines an answer and its measurements."""
-    return JournalSettings(
-        record_version=RECORD_VERSION,
-        model=unit.model,
-        weights=weights_stamp(unit.model),
-        task=unit.task,
-        seed=settings.seed,
-        sparse_from=settings.sparse_from,
-        device=device_kind,
-        dtype="float32" if settings.dtype == "auto" and device_kind == "cpu" else settings.dtype,
-        dense_backend=settings.dense_backend,
-        attention_backend=settings.attention_backend,
-        max_context_length=settings.max_context_length,
-        micro_metrics=settings.micro_metrics,
-    )
+    """Everything except sample and configuration that determines an answer and its measurements."""
+    own = {
+        "record_version": RECORD_VERSION,
+        "model": unit.model,
+        "weights": weights_stamp(unit.model),
+        "task": unit.task,
+        "device": device_kind,
+        "dtype": "float32" if settings.dtype == "auto" and device_kind == "cpu" else settings.dtype,
+    }
+    return JournalSettings(**shared_fields(JournalSettings, settings) | own)
 
 
 def _changes(path: Path, now: JournalSettings) -> str:

@@ -4,26 +4,23 @@ again with another metric."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmark.execution.jobs import UnitRun
+from benchmark.execution.jobs import BenchmarkUnit, UnitRun
 from benchmark.execution.messages import error_message
 from benchmark.settings import Settings, SparseConfig
 from benchmark.stats import compare_paired, mean, mean_interval
-from benchmark.storage.records import (
+from benchmark.storage.benchmark_records import (
     Answer,
-    AttentionRecord,
     Difference,
-    Failure,
     Metrics,
     PhaseCounts,
     ResultConfig,
@@ -34,11 +31,10 @@ from benchmark.storage.records import (
     SampleLine,
     Score,
     Summary,
-    parse_record,
-    to_json,
-    write_record,
 )
+from benchmark.storage.records import AttentionRecord, Failure, parse_record, shared_fields, to_json, write_record
 from benchmark.storage.results import environment, fingerprint, safe_name, write_text
+from benchmark.storage.tables import table_text
 from benchmark.tasks.base import Sample
 from sparse_attention_hub.micro_metrics import expand_records
 
@@ -46,6 +42,8 @@ logger = logging.getLogger("benchmark.phase2")
 
 #: Columns after the data's own and the metrics'.
 OWN_COLUMNS = ("reference_nll", "density", "error", "seconds", "status")
+#: Figures of an answer whose means are in metrics.json.
+MEANS = ("reference_nll", "density", "error", "kv_fraction", "model_kv_fraction", "seconds")
 #: How far the measured density may exceed the budget before the row is marked.
 BUDGET_SLACK = 1.1
 
@@ -82,9 +80,8 @@ class UnitResults:
     notes: list[str] = field(default_factory=list)
 
 
-def result_folder(run: UnitRun, config: SparseConfig) -> Path:
-    base = run.settings.benchmark_results_dir
-    return base / safe_name(run.unit.model) / safe_name(config.name) / safe_name(run.unit.task)
+def result_folder(base: Path, unit: BenchmarkUnit, config: SparseConfig) -> Path:
+    return base / safe_name(unit.model) / safe_name(config.name) / safe_name(unit.task)
 
 
 def write_unit(run: UnitRun, config_run: str | None) -> UnitResults:
@@ -101,7 +98,7 @@ def write_unit(run: UnitRun, config_run: str | None) -> UnitResults:
                 written.failures.append(missing.model_copy(update=names))
             continue
         metrics = make_metrics(run, config, rows, dense if config.config is not None else None)
-        folder = result_folder(run, config)
+        folder = result_folder(run.settings.benchmark_results_dir, run.unit, config)
         made_of = make_config(run, config, rows, config_run)
         if note := _move_aside(folder, made_of):
             written.notes.append(f"{run.name} {config.name}: {note}")
@@ -161,8 +158,8 @@ def make_metrics(run: UnitRun, config: SparseConfig, rows: list[Row], dense: lis
     for name in _metric_names(rows):
         values = [row.scores[name] for row in scored if name in row.scores]
         scores[name] = Score(mean=mean(values), interval=_interval(values), n=len(values))
-    nll = _mean_of(rows, "reference_nll")
-    density = _mean_of(rows, "density")
+    means: dict[str, Any] = {name: _mean_of(rows, name) for name in MEANS}
+    nll, density = _mean_of(rows, "reference_nll"), _mean_of(rows, "density")
     own = scores.get(primary, Score(mean=None, interval=None, n=0))
     metrics = Metrics(
         model=run.unit.model,
@@ -172,15 +169,13 @@ def make_metrics(run: UnitRun, config: SparseConfig, rows: list[Row], dense: lis
         score=own.mean,
         interval=own.interval,
         scores=scores,
-        reference_nll=nll,
         perplexity=math.exp(nll) if nll is not None and nll < 700 else None,
-        density=density,
-        error=_mean_of(rows, "error"),
-        kv_fraction=_mean_of(rows, "kv_fraction"),
+        layers=next((row.line.layers for row in rows if row.line and row.line.layers), None),
+        sparse_layers=next((row.line.sparse_layers for row in rows if row.line and row.line.sparse_layers), None),
         budget=config.budget,
         over_budget=None if config.budget is None or density is None else density > config.budget * BUDGET_SLACK,
         samples=_counts(rows),
-        seconds=_mean_of(rows, "seconds"),
+        **means,
         failures=[
             Failure(sample_id=row.sample_id, status=row.status, problem=row.problem)
             for row in rows
@@ -212,8 +207,7 @@ def _difference(rows: list[Row], dense: list[Row], name: str) -> Difference | No
 
     own, others = values(rows), values(dense)
     bounded = name != "reference_nll" and all(0 <= value <= 1 for value in [*own.values(), *others.values()])
-    found = compare_paired(own, others, bounded=bounded)
-    return Difference(**found.to_dict()) if found is not None else None
+    return compare_paired(own, others, bounded=bounded)
 
 
 def _interval(values: list[float]) -> tuple[float, float] | None:
@@ -222,15 +216,15 @@ def _interval(values: list[float]) -> tuple[float, float] | None:
 
 
 def _counts(rows: list[Row]) -> SampleCounts:
-    given = [(row.given, row.line) for row in rows]
-    answers = [(answer, line) for answer, line in given if answer is not None]
+    answers = [(row.given, row.line) for row in rows if row.given is not None]
+    count = Counter(row.status for row in rows)
     return SampleCounts(
         total=len(rows),
-        ok=sum(row.status == "ok" for row in rows),
-        failed=sum(row.status in ("failed", "timeout", "unscored") for row in rows),
-        timed_out=sum(row.status == "timeout" for row in rows),
-        unscored=sum(row.status == "unscored" for row in rows),
-        missing=sum(row.status == "missing" for row in rows),
+        ok=count["ok"],
+        failed=count["failed"] + count["timeout"] + count["unscored"],
+        timed_out=count["timeout"],
+        unscored=count["unscored"],
+        missing=count["missing"],
         # cut short by --max-new-tokens below the task's own length
         capped=sum(line is not None and line.capped_limit and answer.stopped == "length" for answer, line in answers),
         truncated=sum(line is not None and line.truncated_tokens > 0 for _, line in answers),
@@ -247,71 +241,47 @@ def _metric_names(rows: list[Row]) -> list[str]:
 
 
 def raw_csv(run: UnitRun, rows: list[Row]) -> str:
-    """One line per sample, every field quoted as in RFC 4180, so that text is read back exactly, line breaks included. Lists
-    and dictionaries are JSON; a missing value is empty."""
+    """One line per sample: the data's columns, the answer, the metrics, the measured figures."""
     metrics = _metric_names(rows)
     data = list(dict.fromkeys(name for sample in run.samples for name in sample.columns))
     taken = {"predicted_answer", *metrics, *OWN_COLUMNS}
     header = [f"data_{name}" if name in taken else name for name in data]
-    stream = io.StringIO()
-    writer = csv.writer(stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
-    writer.writerow([*header, "predicted_answer", *metrics, *OWN_COLUMNS])
-    for sample, row in zip(run.samples, rows, strict=True):
-        writer.writerow(
-            [
-                *(_cell(sample.columns.get(name)) for name in data),
-                _cell(row.answer and row.answer.predicted_answer),
-                *(_cell(row.scores.get(name)) for name in metrics),
-                *(_cell(row.figure(name)) for name in OWN_COLUMNS[:-1]),
-                row.status,
-            ]
-        )
-    return stream.getvalue()
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if hasattr(value, "tolist"):  # NumPy
-        value = value.tolist()
-    return json.dumps(value, ensure_ascii=False, default=str)
+    lines = [
+        [
+            *(sample.columns.get(name) for name in data),
+            row.answer and row.answer.predicted_answer,
+            *(row.scores.get(name) for name in metrics),
+            *(row.figure(name) for name in OWN_COLUMNS[:-1]),
+            row.status,
+        ]
+        for sample, row in zip(run.samples, rows, strict=True)
+    ]
+    return table_text([*header, "predicted_answer", *metrics, *OWN_COLUMNS], lines)
 
 
 def make_config(run: UnitRun, config: SparseConfig, rows: list[Row], config_run: str | None) -> ResultConfig:
     """The content of config.json; docs/file_formats.md explains the fields."""
+    found = run.unit.provenance.get(config.name)
     ran = next((row.line for row in rows if row.line is not None and row.line.dtype), None)
-    settings = run.settings
-    return ResultConfig(
-        model=run.unit.model,
-        task=run.unit.task,
-        configuration=config.name,
-        sparse_config=None if config.config is None else _attention_record(config.config.to_dict()),
-        masker_classes=[entry.__name__ for entry in config.masker_classes or ()] or None,
-        budget=config.budget,
-        hash=answers_hash(run, config),
-        samples_hash=fingerprint(run.hashes),
-        samples=[_content(sample, digest) for sample, digest in zip(run.samples, run.hashes, strict=True)],
-        settings=to_json(run.shared),
-        sparse_from=settings.sparse_from,
-        seed=settings.seed,
-        dtype=None if ran is None else ran.dtype,
-        device=None if ran is None else str(ran.device).partition(":")[0],
-        dense_backend=None if ran is None else ran.dense_backend,
-        attention_backend=settings.attention_backend,
-        max_new_tokens=settings.max_new_tokens,
-        max_context_length=settings.max_context_length,
-        max_requests=settings.max_requests,
-        micro_metrics=settings.micro_metrics,
-        config_run=config_run,
-        provenance=run.unit.provenance.get(config.name),
-        versions=environment(),
-    )
-
-
-def _attention_record(plain: dict[str, Any]) -> AttentionRecord:
-    return AttentionRecord.model_validate(_as_json(plain), strict=False)
+    own = {
+        "model": run.unit.model,
+        "task": run.unit.task,
+        "configuration": config.name,
+        "sparse_config": None if config.config is None else AttentionRecord.model_validate(_as_json(config.config.to_dict())),
+        "masker_classes": [entry.__name__ for entry in config.masker_classes or ()] or None,
+        "budget": config.budget,
+        "hash": answers_hash(run, config),
+        "samples_hash": fingerprint(run.hashes),
+        "samples": [_content(sample, digest) for sample, digest in zip(run.samples, run.hashes, strict=True)],
+        "settings": to_json(run.shared),
+        "dtype": None if ran is None else ran.dtype,
+        "device": None if ran is None else str(ran.device).partition(":")[0],
+        "dense_backend": None if ran is None else ran.dense_backend,
+        "config_run": config_run if found is None else found.config_run,
+        "provenance": found,
+        "versions": environment(),
+    }
+    return ResultConfig(**shared_fields(ResultConfig, run.settings) | own)
 
 
 def answers_hash(run: UnitRun, config: SparseConfig) -> str:
@@ -384,6 +354,12 @@ def make_summary(
         for run in broken
     ]
     planned, lost = sum(len(run.unit.configs) for run in runs), sum(len(run.unit.configs) for run in broken)
+    asked = {
+        "models": list(dict.fromkeys(run.unit.model for run in runs)),
+        "tasks": list(dict.fromkeys(run.unit.task for run in runs)),
+        "num_sparse_configs": len({c.name for run in runs for c in run.unit.configs if c.config is not None}),
+        "objective_function": settings.objective,
+    }
     whole = sum(row.samples.ok == row.samples.total for row in results)
     empty = sum(row.samples.ok == 0 for row in results)
     return Summary(
@@ -401,18 +377,6 @@ def make_summary(
         results=results,
         failures=failures,
         notes=notes,
-        configuration=RunRecord(
-            models=list(dict.fromkeys(run.unit.model for run in runs)),
-            tasks=list(dict.fromkeys(run.unit.task for run in runs)),
-            num_sparse_configs=len({c.name for run in runs for c in run.unit.configs if c.config is not None}),
-            objective_function=settings.objective,
-            seed=settings.seed,
-            sparse_from=settings.sparse_from,
-            max_new_tokens=settings.max_new_tokens,
-            max_context_length=settings.max_context_length,
-            max_requests=settings.max_requests,
-            benchmark_timeout=settings.benchmark_timeout,
-            micro_metrics=settings.micro_metrics,
-        ),
+        configuration=RunRecord(**shared_fields(RunRecord, settings) | asked),
         versions=environment(),
     )

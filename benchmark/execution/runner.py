@@ -1,7 +1,7 @@
 """Phase 2: answer every sample of every (model, task) under every configuration, on all devices.
 
-    outcome = run_benchmarks(units, settings, config_run="run_20240315_143022", notes=[])
-    print(closing_table(outcome.summary))
+    summary = run_benchmarks(units, settings, config_run="run_20240315_143022", notes=[])
+    print(closing_table(summary))
 
 Workers answer batches of samples and journal each sample at once; this process plans, watches, scores and writes. A worker
 that crashes is replaced, and its batch is queued again; a sample that crashes its worker three times is recorded as failed.
@@ -23,25 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmark.execution.jobs import BenchmarkUnit, UnitRun, make_batches
-from benchmark.execution.messages import Batch, Options, error_message
-from benchmark.execution.output import UnitResults, make_summary, write_unit
+from benchmark.execution.messages import error_message
+from benchmark.execution.output import UnitResults, make_summary, result_folder, write_unit
 from benchmark.execution.scheduler import QueuedBatch, Schedule
-from benchmark.execution.worker import BatchJob, forget_model
+from benchmark.execution.worker import Batch, forget_model
 from benchmark.progress import Progress
 from benchmark.settings import Settings
-from benchmark.storage.records import Failure, Summary, WorkerStatus, parse_record, to_json, write_record
+from benchmark.storage.benchmark_records import Summary, WorkerStatus
+from benchmark.storage.records import Failure, parse_record, to_json, write_record
 from benchmark.storage.rerun import ForcedRun
-from benchmark.storage.results import fingerprint
-from benchmark.workers.pools import (
-    InProcessPool,
-    Pool,
-    ProcessPools,
-    Slot,
-    WorkerDied,
-    add_log_file,
-    has_pebble,
-    plan_slots,
-)
+from benchmark.storage.results import StorageError, fingerprint
+from benchmark.workers.pools import InProcessPool, Pool, ProcessPools, Slot, WorkerDied, add_log_file, has_pebble, plan_slots
 from benchmark.workers.ray_pool import RayPool
 from benchmark.workers.signals import Interrupts, results_lock
 from sparse_attention_hub.errors import UserError
@@ -49,27 +41,11 @@ from sparse_attention_hub.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BenchmarkOutcome", "BenchmarkUnit", "run_benchmarks"]
+__all__ = ["BenchmarkUnit", "run_benchmarks"]
 
 logger = logging.getLogger("benchmark.phase2")
 
 _TICK = 0.2
-
-
-@dataclass
-class BenchmarkOutcome:
-    """summary: the content of benchmark_summary.json."""
-
-    summary: Summary
-
-    @property
-    def failures(self) -> list[Failure]:
-        return self.summary.failures
-
-    @property
-    def interrupted(self) -> bool:
-        """Stopped by a signal before all samples were answered; the same command resumes."""
-        return self.summary.interrupted
 
 
 def run_benchmarks(
@@ -81,40 +57,48 @@ def run_benchmarks(
     failures: Sequence[Failure] = (),
     in_process: bool | None = None,
     tokenizers: Mapping[str, PreTrainedTokenizerBase] | None = None,
-) -> BenchmarkOutcome:
-    """Answer what is not yet answered, then write every result file and the summary.
+) -> Summary:
+    """Answer what is not yet answered, then write every result file and benchmark_summary.json. Returns the latter's content.
 
     Parameters
     ----------
     units: one per (model, task), each at most once.
     config_run: name of the search run that found the configurations, for the records.
-    notes, failures: notes and failures of the search, for the summary.
-    in_process: answer in this process, without workers. Default: only where pebble is not installed.
-    tokenizers: of all models in units, where they are loaded already.
+    notes, failures: of the search, for the summary.
+    in_process: answer in this process, without workers. Default: only if pebble is not installed.
+    tokenizers: of all models in units, if they are loaded already.
 
     Raises UserError, before anything is written, for a model without a tokenizer, an unknown task, another run in the same
-    results folder, or --rescore without any recorded answer.
+    results folder, two units or configurations that would write the same files, or --rescore without any recorded answer.
     """
     if not units and not failures:
         raise UserError("nothing to benchmark: no (model, task) has a configuration to run; run Phase 1 first")
-    twice = [unit for i, unit in enumerate(units) if any((o.model, o.task) == (unit.model, unit.task) for o in units[:i])]
-    if twice:
-        raise UserError(f"{twice[0].task} on {twice[0].model} is listed twice")
-    loaded = dict(tokenizers) if tokenizers is not None else _load_tokenizers(units, settings)
-    run = _Run(units, settings, loaded, config_run, list(notes), list(failures), in_process)
+    _check_folders(units)
+    if tokenizers is None:
+        from sparse_attention_hub.models import load_tokenizer
+
+        names = dict.fromkeys(unit.model for unit in units)
+        tokenizers = {name: load_tokenizer(name, trust_remote_code=settings.trust_remote_code) for name in names}
+    if in_process is None:
+        in_process = not has_pebble() and settings.ray_address is None
+    run = _Run(units, settings, tokenizers, config_run, list(notes), list(failures), in_process)
     if settings.rescore:
         run.check_recorded()
     with results_lock(settings.benchmark_results_dir):
         return run.go()
 
 
-def _load_tokenizers(units: list[BenchmarkUnit], settings: Settings) -> dict[str, PreTrainedTokenizerBase]:
-    from sparse_attention_hub.models import load_tokenizer
-
-    return {
-        model: load_tokenizer(model, trust_remote_code=settings.trust_remote_code)
-        for model in dict.fromkeys(unit.model for unit in units)
-    }
+def _check_folders(units: list[BenchmarkUnit]) -> None:
+    """UserError if two results would have the same folder."""
+    owners: dict[Path, str] = {}
+    for unit in units:
+        for config in unit.configs:
+            name = f"{config.name} for {unit.task} on {unit.model}"
+            folder = result_folder(Path(), unit, config)
+            if folder in owners:
+                same = "is listed twice" if owners[folder] == name else f"and {owners[folder]} would write the same files"
+                raise UserError(f"{name} {same}: rename one, or run them one at a time, each with folders of its own")
+            owners[folder] = name
 
 
 @dataclass
@@ -125,35 +109,31 @@ class _RunningBatch:
     overdue: float  # time.monotonic() by which the pool should have killed the worker
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        units: list[BenchmarkUnit],
-        settings: Settings,
-        tokenizers: dict[str, PreTrainedTokenizerBase],
-        config_run: str | None,
-        notes: list[str],
-        failures: list[Failure],
-        in_process: bool | None,
-    ) -> None:
-        self.search_failures = failures
-        self.settings, self.tokenizers, self.config_run, self.notes = settings, tokenizers, config_run, notes
-        self.in_process = in_process if in_process is not None else not has_pebble() and settings.ray_address is None
+    units: list[BenchmarkUnit]
+    settings: Settings
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    config_run: str | None
+    notes: list[str]
+    search_failures: list[Failure]
+    in_process: bool
+
+    def __post_init__(self) -> None:
+        settings = self.settings
         self.base = settings.benchmark_results_dir
         self.scratch = self.base / ".run"
         self.slots = [] if settings.ray_address else plan_slots(settings.device, settings.max_concurrent_benchmarks)
-        on_gpu = any(slot.device.startswith(("cuda", "sharded")) for slot in self.slots)
-        self.device_kind = "cuda" if on_gpu or settings.device.startswith(("cuda", "sharded")) else "cpu"
-        self.units = sorted(units, key=lambda unit: list(tokenizers).index(unit.model))
+        first = self.slots[0] if self.slots else Slot("worker-0", settings.device, 1)
+        self.pool: Pool = InProcessPool(first, self._watch, forget_model)
+        self.units = sorted(self.units, key=lambda unit: list(self.tokenizers).index(unit.model))
         self.runs: list[UnitRun] = []
         self.to_prepare: deque[UnitRun] = deque()
         self.schedule = Schedule(settings.benchmark_timeout, self._say)
         self.running: dict[int, _RunningBatch] = {}  # slot -> its batch
         self.results: dict[str, UnitResults] = {}
         self.forced: ForcedRun | None = None
-        self.todo: dict[str, int] = {}
         self.interrupts = Interrupts(lambda: (self.scratch / "stop").touch(), self._worker_pids)
-        self.pool: Pool | None = None
         self.progress: Progress | None = None
         self.log: Path | None = None
 
@@ -170,7 +150,7 @@ class _Run:
                 problems.append(str(error))
         raise UserError(problems[0])
 
-    def go(self) -> BenchmarkOutcome:
+    def go(self) -> Summary:
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True)
         self.log = self.base / ".logs" / f"phase2_{datetime.now():%Y%m%d_%H%M%S}.log"
@@ -185,12 +165,11 @@ class _Run:
                     try:
                         self._loop()
                     finally:
-                        if self.pool is not None:
-                            self.pool.kill()
+                        self.pool.kill()
                     for run in self.runs:
                         self._finish(run)
                     self._show()
-            return self._outcome()
+            return self._end()
         finally:
             shutil.rmtree(self.scratch, ignore_errors=True)
             if handler is not None:
@@ -198,22 +177,16 @@ class _Run:
                 handler.close()
 
     def _start(self) -> None:
-        """Make the pool, then the runs, which depend on the pool's kind of device."""
-        if self.settings.rescore:
-            pass
-        elif self.settings.ray_address:
-            self.pool = RayPool(self.settings.ray_address, self.settings.device, self.settings.max_concurrent_benchmarks)
-            if any(slot.device.startswith(("cuda", "sharded")) for slot in self.pool.slots):
-                self.device_kind = "cuda"
-        elif self.in_process:
-            slot = self.slots[0] if self.slots else Slot("worker-0", self.settings.device, 1)
-            self.pool = InProcessPool(slot, self._watch, forget_model)
-        else:
+        """Make the pool, then the units' runs, which depend on its kind of device."""
+        settings = self.settings
+        if settings.ray_address and not settings.rescore:
+            self.pool = RayPool(settings.ray_address, settings.device, settings.max_concurrent_benchmarks)
+        elif not self.in_process and not settings.rescore:
             self.pool = ProcessPools(self.slots, self.log)
-        self.schedule.workers = len(self.pool.slots) if self.pool is not None else 1
-        self.runs = [UnitRun(unit, self.settings, self.device_kind) for unit in self.units]
-        if self.settings.force_benchmark and not self.settings.rescore:
-            asked = [[to_json(run.shared), sorted(run.keys.items()), self.settings.max_requests] for run in self.runs]
+        self.schedule.workers = len(self.pool.slots)
+        self.runs = [UnitRun(unit, settings, self.device_kind) for unit in self.units]
+        if settings.force_benchmark and not settings.rescore:
+            asked = [[to_json(run.shared), sorted(run.keys.items()), settings.max_requests] for run in self.runs]
             self.forced = ForcedRun(self.base, "--force-benchmark", fingerprint(asked))
             self.notes += self.forced.begin()
             for run in self.runs:
@@ -235,7 +208,7 @@ class _Run:
                     self._settle(slot, entry)
                 elif time.monotonic() > entry.overdue:
                     del self.running[slot]
-                    self._renew(slot)
+                    self.pool.renew(slot)
                     self.schedule.timed_out(entry.batch)
             self._watch()
             self._finish_done()
@@ -243,33 +216,29 @@ class _Run:
     def _feed(self) -> None:
         """Make the next units' samples while few batches wait, so that only a few units' samples are in memory."""
         workers = self.schedule.workers
-        while self.to_prepare and not self.interrupted and (self.pool is None or len(self.schedule.queue) < 2 * workers):
+        while self.to_prepare and not self.interrupted and len(self.schedule.queue) < 2 * workers:
             run = self.to_prepare.popleft()
             try:
                 notes = run.prepare(self.tokenizers[run.unit.model])
             except Exception as error:
-                run.error = error_message(error)
+                run.error, run.todo = error_message(error), 0
                 logger.warning("%s cannot be run: %s", run.name, run.error)
                 self._say(f"{run.name} cannot be run: {run.error}")
                 continue
             self._note(notes)
-            if self.settings.rescore:
-                continue
             requests = run.missing()
-            self.todo[run.name] = len(requests)
+            run.todo = len(requests)
             logger.info("%s: %d samples, %d to answer", run.name, len(run.samples), len(requests))
             self.schedule.queue.extend(QueuedBatch(run, batch) for batch in make_batches(requests, workers))
             self._finish_done()
 
     def _submit(self) -> None:
-        if self.pool is None:
-            return
         for slot in range(len(self.pool.slots)):
             while slot not in self.running and not self.interrupted and (found := self.schedule.next()) is not None:
-                self._begin(self.pool, slot, *found)
+                self._begin(slot, *found)
 
-    def _begin(self, pool: Pool, slot: int, queued: QueuedBatch, left: float) -> None:
-        run, worker = queued.run, pool.slots[slot]
+    def _begin(self, slot: int, queued: QueuedBatch, left: float) -> None:
+        run, worker = queued.run, self.pool.slots[slot]
         status = self.scratch / f"{worker.name}.json"
         status.unlink(missing_ok=True)
         batch = Batch(
@@ -278,34 +247,17 @@ class _Run:
             use_chat_template=run.task.use_chat_template,
             configs=run.configs,
             requests=queued.requests,
-            options=self._options(worker),
+            settings=self.settings,
+            device=worker.device,
+            workers=self.schedule.workers,
+            most=queued.most,
             journal=run.folder / f"{worker.name}.jsonl",
             status=status,
             stop=self.scratch / "stop",
-            most=queued.most,
         )
         # In this process `submit` answers the batch before it returns, and `_watch` looks at what is running meanwhile.
         entry = self.running[slot] = _RunningBatch(queued, Future(), status, overdue=time.monotonic() + left + 15.0)
-        try:
-            entry.future = pool.submit(slot, BatchJob(batch), left)
-        except RuntimeError as error:  # the pool broke while idle
-            logger.warning("%s: %s", worker.name, error)
-            self._renew(slot)
-            entry.future = pool.submit(slot, BatchJob(batch), left)
-
-    def _options(self, slot: Slot) -> Options:
-        settings = self.settings
-        return Options(
-            device=slot.device,
-            dtype=settings.dtype,
-            dense_backend=settings.dense_backend,
-            attention_backend=settings.attention_backend,
-            trust_remote_code=settings.trust_remote_code,
-            max_context_length=settings.max_context_length,
-            sparse_from=settings.sparse_from,
-            micro_metrics=settings.micro_metrics,
-            workers=self.schedule.workers,
-        )
+        entry.future = self.pool.submit(slot, batch, left)
 
     # -- what comes back ---------------------------------------------------------------------------------------------
 
@@ -315,23 +267,21 @@ class _Run:
         error = entry.future.exception()
         run.store.poll()
         if isinstance(error, TimeoutError | WorkerDied):
-            self._renew(slot)
+            self.pool.renew(slot)
         if error is None:
             self.schedule.came_back(queued, stopped=self.interrupted)
         elif isinstance(error, TimeoutError):
             self.schedule.timed_out(queued)
         elif isinstance(error, WorkerDied):
             status = _read_status(entry.status)
-            logger.warning("%s: its worker ended %s while %s", run.name, error, status.state if status else "starting")
+            logger.warning("%s: its worker ended %s while %s", run.name, error, _doing(status))
             if not self.interrupted:
                 self.schedule.crashed(queued, str(error), status)
+        elif isinstance(error, StorageError):
+            raise error  # the samples did not fail: nothing can be recorded
         else:
             logger.error("%s: %s", run.name, error_message(error))
             self.schedule.failed(queued, error)
-
-    def _renew(self, slot: int) -> None:
-        if self.pool is not None:
-            self.pool.renew(slot)
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
@@ -344,9 +294,9 @@ class _Run:
     def _show(self) -> None:
         if self.progress is None:
             return
-        total = sum(self.todo.get(run.name, 0 if run.error or self.settings.rescore else run.expected()) for run in self.runs)
+        total = sum(run.todo for run in self.runs)
         left = sum(len(batch.run.remaining(batch.requests)) for batch in self._open_batches())
-        left += sum(run.expected() for run in self.to_prepare if not self.settings.rescore)
+        left += sum(run.todo for run in self.to_prepare)
         lines = [self._worker_line(slot, entry) for slot, entry in sorted(self.running.items())]
         self.progress.update(max(0, total - left), total, lines)
 
@@ -354,10 +304,9 @@ class _Run:
         return [*self.schedule.queue, *(entry.batch for entry in self.running.values())]
 
     def _worker_line(self, slot: int, entry: _RunningBatch) -> str:
-        assert self.pool is not None
         status = _read_status(entry.status)
-        starting = f"{entry.batch.run.unit.task} ({status.state if status else 'starting'})"
-        return f"{self.pool.slots[slot].name}: {status.sample if status and status.sample else starting}"
+        answering = status.sample if status else None
+        return f"{self.pool.slots[slot].name}: {answering or f'{entry.batch.run.unit.task} ({_doing(status)})'}"
 
     def _say(self, text: str) -> None:
         if self.progress is not None:
@@ -402,13 +351,17 @@ class _Run:
         write_record(self.base / "benchmark_summary.json", summary)
         return summary
 
-    def _outcome(self) -> BenchmarkOutcome:
-        outcome = BenchmarkOutcome(self._write_summary())
+    def _end(self) -> Summary:
         if self.forced is not None and not self.interrupted:
             self.forced.end()
         if self.interrupted:
             print(f"\nStopped. Answers so far are kept in {self.base}; the same command resumes.", file=sys.stderr)
-        return outcome
+        return self._write_summary()
+
+    @property
+    def device_kind(self) -> str:
+        devices = [self.settings.device, *(slot.device for slot in self.slots), *(slot.device for slot in self.pool.slots)]
+        return "cuda" if any(device.startswith(("cuda", "sharded")) for device in devices) else "cpu"
 
     @property
     def interrupted(self) -> bool:
@@ -423,3 +376,7 @@ def _read_status(path: Path) -> WorkerStatus | None:
         return parse_record(path.read_bytes(), WorkerStatus)
     except (OSError, ValueError):
         return None
+
+
+def _doing(status: WorkerStatus | None) -> str:
+    return "starting" if status is None else "loading" if status.sample is None else f"answering {status.sample}"

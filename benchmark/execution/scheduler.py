@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from benchmark.execution.jobs import UnitRun
 from benchmark.execution.messages import Request, error_message
-from benchmark.storage.records import WorkerStatus
+from benchmark.storage.benchmark_records import WorkerStatus
 from benchmark.workers.errors import BrokenDeviceError
 from sparse_attention_hub.errors import UserError
 
@@ -85,7 +85,7 @@ class Schedule:
         if not left:
             return
         crashes = 0 if len(left) < len(batch.requests) else batch.crashes
-        if status is None or status.state != "answering":
+        if status is None or status.sample is None:
             self._crashed_loading(QueuedBatch(run, left, crashes, batch.most if crashes else None), how)
             return
         self._loading_crashes.pop(run.unit.model, None)

@@ -2,145 +2,157 @@
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmark.execution.jobs import BenchmarkUnit
 from benchmark.settings import DENSE, Settings, SparseConfig
-from benchmark.storage.records import BestConfig, FoundBy, read_record, to_json
-from benchmark.storage.results import result_key
+from benchmark.storage.benchmark_records import FoundBy
+from benchmark.storage.records import read_record, shared_fields, to_json
+from benchmark.storage.results import result_key, valid_text
+from benchmark.storage.runs import find_run, list_runs
+from benchmark.storage.search_records import BestConfig
 from sparse_attention_hub import ResearchAttentionConfig
 from sparse_attention_hub.errors import UserError
 
-_RUN = re.compile(r"^run_\d{8}_\d{6}$")
+_ADVICE = "remove the file or search again"
 #: A note lists this many configurations and counts the others.
 _NAMED = 8
 
 
 def find_units(
     settings: Settings, configs: list[SparseConfig], tasks: list[str], named: frozenset[str]
-) -> tuple[Path | None, list[BenchmarkUnit], list[str]]:
-    """(the run, units, notes) for Phase 2 without Phase 1.
+) -> tuple[list[str], list[BenchmarkUnit], list[str]]:
+    """(names of the runs that settings come from, units, notes) for Phase 2 without Phase 1.
 
-    named: configurations that the user listed by name. UserError as find_run and load_units, and if the run contains none of
+    named: configurations that the user listed by name. UserError as find_run and load_units, and if the runs contain none of
     the configurations, or not all that are named.
     """
     sparse = [config.name for config in configs if config.config is not None]
-    run = find_run(settings) if sparse else None
-    units, notes = load_units(run, settings, configs, tasks)
-    if run is not None:
-        held = {config.name for unit in units for config in unit.configs}
-        absent = [name for name in sparse if name not in held]
-        asked = [name for name in absent if name in named]
-        if asked or absent == sparse:
-            raise UserError(
-                f"run {run.name} has no {', '.join(asked) or 'configuration'} tuned for these models, tasks and --configs: "
-                f"search with --phase 1, or choose others or another --config-run (this one is for {_pairs(_levels(run))})"
-            )
-    return run, units, notes
+    runs = _chosen_runs(settings) if sparse else []
+    used, units, notes = load_units(runs, settings, configs, tasks)
+    held = {config.name for unit in units for config in unit.configs}
+    absent = [name for name in sparse if name not in held]
+    asked = [name for name in absent if name in named]
+    if asked or (absent and absent == sparse):
+        where = f"run {runs[0].name} has" if settings.config_run else f"the runs in {settings.optimal_configs_dir} have"
+        raise UserError(
+            f"{where} no {', '.join(asked) or 'configuration'} tuned for these models, tasks and --configs: "
+            f"search with --phase 1, or choose others or another --config-run (found: {_pairs(runs)})"
+        )
+    return used, units, notes
 
 
-def find_run(settings: Settings) -> Path:
-    """The folder of a search: --config-run, else the newest with finished configurations. UserError if there is none."""
-    folder, name = settings.optimal_configs_dir, settings.config_run
-    if name is not None:
-        # A name only: a path such as "." or "/tmp" may contain other files.
-        if name not in {path.name for path in folder.glob("*") if path.is_dir()}:
-            known = [run.name for run in _runs(folder)]
-            listed = f"there are {', '.join(known[:5])}" if known else "there is none yet, run --phase 1"
-            raise UserError(f"--config-run {name}: no such run in {folder}; {listed}")
-        return folder / name
-    for run in _runs(folder):
-        if _levels(run):
-            return run
-    raise UserError(f"no search with finished configurations in {folder}: run --phase 1 first, or give --optimal-configs-dir")
+def _chosen_runs(settings: Settings) -> list[Path]:
+    """--config-run, else all runs, newest first. UserError if there is none with finished configurations."""
+    folder = settings.optimal_configs_dir
+    if settings.config_run is not None:
+        return [find_run(folder, settings.config_run, "--config-run")]
+    runs = [run for run in list_runs(folder) if any(_files(run))]
+    if not runs:
+        raise UserError(
+            f"no search with finished configurations in {folder}: run --phase 1 first, or give --optimal-configs-dir"
+        )
+    return runs
 
 
 def load_units(
-    run: Path | None, settings: Settings, configs: list[SparseConfig], tasks: list[str]
-) -> tuple[list[BenchmarkUnit], list[str]]:
-    """What Phase 2 runs: for every (model, task), dense attention and the configurations tuned for this pair; and notes on
-    those that were not tuned for it.
+    runs: Sequence[Path], settings: Settings, configs: list[SparseConfig], tasks: list[str]
+) -> tuple[list[str], list[BenchmarkUnit], list[str]]:
+    """What Phase 2 runs: for every (model, task), dense attention and the configurations tuned for this pair, each with the
+    settings of the newest of `runs` that has it. Returns (names of the runs used, units, notes on what is missing and on what
+    came from which run).
 
     UserError for a file that is damaged or was searched with another --sparse-from.
     """
     wanted = {config.name: config for config in configs if config.config is not None}
-    levels = {} if run is None else _levels(run)
     units = []
     missing: dict[str, list[str]] = {name: [] for name in wanted}
+    origins: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # run -> configuration -> pairs
     for model in settings.models:
         for task in tasks:
+            pair = f"{task} on {model}"
             chosen: list[SparseConfig] = []
             provenance: dict[str, FoundBy] = {}
-            for path, best in levels.items():
-                if (best.model, best.task) != (model, task) or best.masker_name not in wanted:
+            for name, template in wanted.items():
+                found = _newest(runs, model, task, name, settings.sparse_from)
+                if found is None:
+                    missing[name].append(pair)
                     continue
-                _check_protocol(path, best.provenance.sparse_from, settings)
-                config = _config(path, best, settings, wanted[best.masker_name])
-                chosen.append(config)
-                provenance[config.name] = _found_by(path, best)
-            for name in wanted.keys() - provenance.keys():
-                missing[name].append(f"{task} on {model}")
+                path, best = found
+                chosen.append(_config(path, best, settings, template))
+                provenance[name] = _found_by(path, best)
+                origins[path.parent.name][name].append(pair)
             chosen.sort(key=lambda c: (c.family, c.budget or 0.0, c.name))
             chosen[:0] = [config for config in configs if config.name == DENSE]
             if chosen:
                 units.append(BenchmarkUnit(model, task, tuple(chosen), provenance))
-    return units, _notes(run, missing, len(settings.models) * len(tasks))
+    pairs = len(settings.models) * len(tasks)
+    notes = []
+    if absent := _listed(missing, pairs):
+        why = "no run has" if len(runs) > 1 else f"run {runs[0].name} has no" if runs else "no search found"
+        notes.append(f"not run: {absent}: {why} settings for them")
+    used = [run.name for run in runs if run.name in origins]
+    if len(used) > 1:
+        notes += [f"settings from {run}: {_listed(origins[run], pairs)}" for run in used]
+    return used, units, notes
 
 
-def _notes(run: Path | None, missing: dict[str, list[str]], pairs: int) -> list[str]:
-    """A line on the configurations that the run does not contain, with the pairs for which they are missing unless all are."""
-    absent = [name if len(where) == pairs else f"{name} ({', '.join(where)})" for name, where in missing.items() if len(where)]
-    if not absent:
-        return []
-    more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
-    why = "not searched" if run is None else f"run {run.name} has no settings for them"
-    return [f"not run: {', '.join(absent[:_NAMED])}{more}: {why}"]
-
-
-def _runs(folder: Path) -> list[Path]:
-    """Newest first."""
-    return sorted((path for path in folder.glob("run_*") if path.is_dir() and _RUN.match(path.name)), reverse=True)
-
-
-def _levels(run: Path) -> dict[Path, BestConfig]:
-    """The finished levels of a run, by file. UserError for a file that Phase 1 did not write."""
-    found = {}
-    for path in sorted(run.glob("*.json")):
-        if path.name.endswith("_trials.json"):
-            continue
-        best = read_record(path, BestConfig, "remove the file or search again")
-        if path.stem != result_key(best.model, best.task, best.masker_name):
-            raise UserError(
-                f"{path}: contains {best.masker_name!r} for {best.task} on {best.model}, which its name does not say; "
-                "remove the file"
+def _newest(runs: Sequence[Path], model: str, task: str, name: str, sparse_from: str) -> tuple[Path, BestConfig] | None:
+    """The settings of a configuration in the newest run that has them, with their file. UserError if they were only searched
+    with another --sparse-from: density and error would not apply."""
+    other = None
+    for run in runs:
+        path = run / f"{result_key(model, task, name)}.json"
+        if path.is_file():
+            best = _read(path, model, task, name)
+            if best.provenance.sparse_from == sparse_from:
+                return path, best
+            other = other or (
+                f"run {run.name} was searched with --sparse-from {best.provenance.sparse_from}, this benchmark is --sparse-from "
+                f"{sparse_from}: give the search's, or choose another --config-run ({path.name})"
             )
-        found[path] = best
-    return found
+    if other is not None:
+        raise UserError(other)
+    return None
+
+
+def _read(path: Path, model: str, task: str, name: str) -> BestConfig:
+    """The best settings in a file. UserError if Phase 1 did not write it, or for something else."""
+    best = read_record(path, BestConfig, _ADVICE)
+    if (best.model, best.task, best.masker_name) != (valid_text(model), task, name):
+        raise UserError(
+            f"{path}: contains {best.masker_name!r} for {best.task} on {best.model}, which its name does not say; "
+            "remove the file"
+        )
+    return best
+
+
+def _listed(names: dict[str, list[str]], pairs: int) -> str:
+    """Configurations, with the (model, task) pairs that each concerns unless it concerns all."""
+    texts = [name if len(where) == pairs else f"{name} ({', '.join(where)})" for name, where in names.items() if where]
+    return ", ".join(texts[:_NAMED]) + (f" and {len(texts) - _NAMED} more" if len(texts) > _NAMED else "")
+
+
+def _files(run: Path) -> list[Path]:
+    """The files of a run's finished configurations."""
+    return [path for path in sorted(run.glob("[!.]*.json")) if not path.name.endswith("_trials.json")]
+
+
+def _pairs(runs: Sequence[Path]) -> str:
+    """The (model, task) pairs of runs, for a message."""
+    pairs = set()
+    for path in (path for run in runs for path in _files(run)):
+        best = read_record(path, BestConfig, _ADVICE)
+        pairs.add(f"{best.task} on {best.model}")
+    return ", ".join(sorted(pairs)[:4]) + (", ..." if len(pairs) > 4 else "") if pairs else "nothing"
 
 
 def _found_by(path: Path, best: BestConfig) -> FoundBy:
-    return FoundBy(
-        config_run=path.parent.name,
-        config_file=path.name,
-        budget=best.budget,
-        meets_budget=best.meets_budget,
-        error=best.error,
-        density=best.density,
-        score=best.score,
-        hyperparams=best.hyperparams,
-        identity=best.provenance.identity,
-        sparse_from=best.provenance.sparse_from,
-    )
-
-
-def _check_protocol(path: Path, searched: str, settings: Settings) -> None:
-    """UserError if the configuration was tuned with another --sparse-from: its density and error would not apply."""
-    if searched != settings.sparse_from:
-        raise UserError(
-            f"run {path.parent.name} was searched with --sparse-from {searched}, this benchmark is --sparse-from "
-            f"{settings.sparse_from}: give the search's, or choose another --config-run ({path.name})"
-        )
+    own = {"config_run": path.parent.name, "config_file": path.name}
+    searched = {"identity": best.provenance.identity, "sparse_from": best.provenance.sparse_from}
+    return FoundBy(**shared_fields(FoundBy, best) | own | searched)
 
 
 def _config(path: Path, best: BestConfig, settings: Settings, template: SparseConfig) -> SparseConfig:
@@ -158,9 +170,3 @@ def _config(path: Path, best: BestConfig, settings: Settings, template: SparseCo
         )
     config.backend = settings.attention_backend
     return SparseConfig(template.name, config, tuple(type(masker) for masker in config.masker_configs))
-
-
-def _pairs(levels: dict[Path, BestConfig]) -> str:
-    """The (model, task) pairs of a run, for a message."""
-    pairs = sorted({f"{best.task} on {best.model}" for best in levels.values()})
-    return ", ".join(pairs[:4]) + (", ..." if len(pairs) > 4 else "") if pairs else "nothing"

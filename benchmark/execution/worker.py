@@ -1,12 +1,12 @@
-"""What a Phase 2 worker does: load a model once, then answer batches of samples, each journalled as soon as it is done.
+"""What a Phase 2 worker does: load a model once, then answer batches of samples and journal each sample at once.
 
-Importing this module is cheap: torch is imported with the first batch, after a worker process has set its threads and
-its devices.
+Importing this module is cheap: torch is imported with the first batch, after the worker process has set its threads and devices.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -14,13 +14,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmark.execution.answer_sample import LoadedModel, Prefix, answer_sample
-from benchmark.execution.messages import Batch, Request, failure
-from benchmark.storage.records import SampleLine, WorkerStatus, to_json
+from benchmark.execution.messages import Request, failure
+from benchmark.plugins import load_plugins
+from benchmark.settings import Settings
+from benchmark.storage.benchmark_records import SampleLine, WorkerStatus
+from benchmark.storage.records import to_json
 from benchmark.storage.results import Journal
 from benchmark.tasks.base import Prompt, build_prompt
+from benchmark.tasks.limits import naming
 from benchmark.workers.errors import check_device
 from benchmark.workers.memory import free_unused
 
@@ -34,86 +39,105 @@ _loaded: LoadedModel | None = None
 
 
 @dataclass(frozen=True)
-class BatchJob:
-    """A batch as a pool runs it: a `workers.pools.Job`."""
+class Batch:
+    """Some samples of one (model, task), as a pool runs them: a `workers.pools.Job`. Pickled to the worker.
 
-    batch: Batch
+    configs: key -> configuration. device: of the worker; workers: how many share the memory of its machine. most:
+    configurations answered at once, None = as many as fit into memory. journal: the file that gets one line per sample.
+    status: the file in which the worker writes what it is doing. stop: no sample is started once this file exists.
+    """
+
+    model: str
+    task: str
+    use_chat_template: bool
+    configs: dict[str, ResearchAttentionConfig | None]
+    requests: tuple[Request, ...]
+    settings: Settings
+    device: str
+    workers: int = 1
+    most: int | None = None
+    journal: Path | None = None
+    status: Path | None = None
+    stop: Path | None = None
 
     @property
     def parts(self) -> int:
-        return len(self.batch.requests)
+        return len(self.requests)
 
-    def run(self, deadline: float | None = None, on_record: Callable[[], None] | None = None) -> int:
-        return run_batch(replace(self.batch, deadline=deadline), on_record)
+    def run(self, after_each: Callable[[], None] | None = None) -> int:
+        done = 0
+        for line in answer_batch(self):
+            self.keep(line)
+            done += 1
+            if after_each is not None:
+                after_each()
+        return done
 
-    def records(self) -> Iterator[Any]:
-        prepare(self.batch)
-        yield os.getpid()
-        yield from answer_batch(self.batch)
+    def records(self) -> Iterator[SampleLine | None]:
+        prepare(self)
+        yield None
+        yield from answer_batch(self)
 
-    def portable(self) -> BatchJob:
-        return BatchJob(replace(self.batch, journal=None, status=None, stop=None))
+    def portable(self) -> Batch:
+        return replace(self, journal=None, status=None, stop=None)
 
     def stopped(self) -> bool:
-        return self.batch.stop is not None and self.batch.stop.exists()
+        return self.stop is not None and self.stop.exists()
 
-    def begin(self, part: int | None, pid: int | None = None) -> None:
-        sample = None if part is None else self.batch.requests[part].sample.sample_id
-        write_status(self.batch, "loading" if part is None else "answering", sample, pid)
+    def begin(self, part: int | None) -> None:
+        """Write the status: the parent shows it, and after a crash it tells which sample was being answered. Losing it does
+        no harm."""
+        if self.status is None:
+            return
+        status = WorkerStatus(sample=None if part is None else self.requests[part].sample.sample_id)
+        temporary = self.status.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):
+            temporary.write_text(status.model_dump_json())
+            os.replace(temporary, self.status)
 
     def keep(self, record: SampleLine) -> None:
-        self._journal.append(to_json(record))
+        self._lines.append(to_json(record))
 
     @cached_property
-    def _journal(self) -> Journal:
-        assert self.batch.journal is not None
-        return Journal(self.batch.journal)
-
-
-def run_batch(batch: Batch, on_record: Callable[[], None] | None = None) -> int:
-    """Answer a batch and journal each sample as soon as it is done. Returns how many samples were answered: fewer than all
-    where the deadline passed or the run is being stopped."""
-    job, done = BatchJob(batch), 0
-    for line in answer_batch(batch):
-        job.keep(line)
-        done += 1
-        if on_record is not None:
-            on_record()
-    return done
+    def _lines(self) -> Journal:
+        assert self.journal is not None
+        return Journal(self.journal)
 
 
 def answer_batch(batch: Batch) -> Iterator[SampleLine]:
     """One journal line per sample. Raises UserError if the model cannot be loaded."""
-    write_status(batch, "loading", None)
+    batch.begin(None)
     loaded = prepare(batch)
-    prefix = Prefix(loaded.lm)
+    prefix, part = Prefix(loaded.lm), itertools.count()
     for _, group in groupby(batch.requests, key=lambda request: request.sample.context):
         prompts = [(request, _prompt(request, batch, loaded.lm)) for request in group]
         room = max((len(p.question_ids) + r.limit for r, p in prompts if isinstance(p, Prompt)), default=0)
         for request, prompt in prompts:
-            if _should_stop(batch):
+            if batch.stopped():
                 return
-            write_status(batch, "answering", request.sample.sample_id)
+            batch.begin(next(part))
             started = time.perf_counter()
-            line = answer_sample(request, prompt, batch, loaded, prefix, room)
+            line = answer_sample(request, prompt, loaded, prefix, room)
             line.wall_seconds = time.perf_counter() - started
             yield line
     prefix.drop()
 
 
 def prepare(batch: Batch) -> LoadedModel:
-    """Load the batch's model and build the attention of each of its configurations, unless that is done already.
+    """Load the batch's model and build the attention of each configuration, where that is not done yet.
 
-    A configuration that cannot be built (its weight file is gone) has its failure in `broken`; the others are answered.
+    A configuration that cannot be built (its weight file is gone) gets a failure in `broken`; the others are answered.
     Raises UserError if the model cannot be loaded.
     """
+    load_plugins(batch.settings.plugin)
     loaded = _load(batch)
+    loaded.settings, loaded.workers, loaded.most = batch.settings, batch.workers, batch.most
     loaded.attentions = {key: value for key, value in loaded.attentions.items() if key in batch.configs}
     loaded.broken = {}
     for key, config in batch.configs.items():
         if key not in loaded.attentions:
             try:
-                loaded.attentions[key] = _attention(config, batch.options.attention_backend, loaded.lm)
+                loaded.attentions[key] = _attention(config, batch.settings.attention_backend, loaded.lm)
             except Exception as error:
                 check_device(error)
                 loaded.broken[key] = failure(error)
@@ -132,8 +156,8 @@ def forget_model() -> None:
 
 def _load(batch: Batch) -> LoadedModel:
     global _loaded
-    options = batch.options
-    key = (batch.model, options.device, options.dtype, options.dense_backend, str(options.trust_remote_code))
+    settings = batch.settings
+    key = (batch.model, batch.device, settings.dtype, settings.dense_backend, str(settings.trust_remote_code))
     if _loaded is None or _loaded.key != key:
         forget_model()  # before the next one is loaded: two may not fit
         from sparse_attention_hub.models import load_model
@@ -141,13 +165,13 @@ def _load(batch: Batch) -> LoadedModel:
         started = time.perf_counter()
         lm = load_model(
             batch.model,
-            device=options.device,
-            dtype=options.dtype,
-            dense_backend=options.dense_backend,
-            trust_remote_code=options.trust_remote_code,
+            device=batch.device,
+            dtype=settings.dtype,
+            dense_backend=settings.dense_backend,
+            trust_remote_code=settings.trust_remote_code,
         )
         logger.info("%s loaded on %s in %.1f s", batch.model, lm.device, time.perf_counter() - started)
-        _loaded = LoadedModel(key, lm)
+        _loaded = LoadedModel(key, lm, settings)
     return _loaded
 
 
@@ -162,32 +186,17 @@ def _attention(config: ResearchAttentionConfig | None, backend: str, lm: Languag
 
 
 def _prompt(request: Request, batch: Batch, lm: LanguageModel) -> Prompt | Exception:
-    longest = batch.options.max_context_length
+    longest = batch.settings.max_context_length
     if lm.max_positions is not None:
         longest = min(longest, lm.max_positions)
     try:
-        return build_prompt(
-            request.sample,
-            lm.tokenizer,
-            max_context_length=longest,
-            max_new_tokens=request.limit,
-            use_chat_template=batch.use_chat_template,
-        )
+        with naming("--max-context-length", batch.settings.max_context_length, longest):
+            return build_prompt(
+                request.sample,
+                lm.tokenizer,
+                max_context_length=longest,
+                max_new_tokens=request.limit,
+                use_chat_template=batch.use_chat_template,
+            )
     except Exception as error:
         return error
-
-
-def _should_stop(batch: Batch) -> bool:
-    return (batch.deadline is not None and time.monotonic() > batch.deadline) or BatchJob(batch).stopped()
-
-
-def write_status(batch: Batch, state: Literal["loading", "answering"], sample_id: str | None, pid: int | None = None) -> None:
-    """Record what this worker, or the one with `pid`, is doing: the parent shows it, and after a crash it tells which sample
-    was being answered. Losing the file does no harm."""
-    if batch.status is None:
-        return
-    status = WorkerStatus(pid=pid or os.getpid(), state=state, model=batch.model, task=batch.task, sample=sample_id)
-    temporary = batch.status.with_suffix(f".{os.getpid()}")
-    with contextlib.suppress(OSError):
-        temporary.write_text(status.model_dump_json())
-        os.replace(temporary, batch.status)

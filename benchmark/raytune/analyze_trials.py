@@ -12,11 +12,9 @@ writes comparison.txt and comparison.csv. Exit code: 0, or 2 for bad input.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from benchmark.report.search_run import Run
@@ -27,41 +25,40 @@ if __package__ in (None, ""):  # run as a script, from any folder
 
 def main(argv: list[str] | None = None) -> int:
     """Analyse or compare; the exit code."""
-    options = parse_arguments(argv)
-    from benchmark.command_line import fail
+    from benchmark.command_line import check_folder, run_command
     from sparse_attention_hub.errors import UserError
 
-    try:
-        if options.output_dir.exists() and not options.output_dir.is_dir():
-            raise UserError(f"--output-dir {options.output_dir}: is a file, not a folder")
+    options = parse_arguments(argv)
+
+    def command() -> int:
+        check_folder("--output-dir", options.output_dir)
+        check_folder("--optimal-configs-dir", options.optimal_configs_dir, write=False)
         if options.compare:
             if options.run:
                 raise UserError("--run and --compare cannot be given together: --compare names its two runs")
             compare(options.optimal_configs_dir, options.compare, options.output_dir)
         else:
             analyze(options.optimal_configs_dir, options.run, options.output_dir)
-    except UserError as error:
-        return fail(error)
-    except OSError as error:
-        print(f"error: {error.filename or options.output_dir}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command(command)
 
 
 def analyze(configs_dir: Path, name: str | None, output: Path) -> None:
     """Print and save everything about one run. UserError if it cannot be read."""
+    import optuna
+
+    from benchmark.report.search_plots import draw_all
     from benchmark.report.search_tables import describe, hyperparameter_effects
     from benchmark.storage.results import write_text
 
     run = _read(choose_search(configs_dir, name))
-    _quiet_optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     effects = {id(study): found for study in run.studies if (found := hyperparameter_effects(study))}
     text = describe(run, effects)
     print(text)
     write_text(output / "analysis.txt", text + "\n")
     write_text(output / "all_trials_data.csv", trials_csv(run))
-    from benchmark.report.search_plots import draw_all
-
     plots = draw_all(run, effects, output)
     print(f"\nWritten to {output}: analysis.txt, all_trials_data.csv and {len(plots)} plots (.svg and .png):")
     print("\n".join(f"  {path.stem}" for path in plots))
@@ -78,7 +75,7 @@ def choose_search(configs_dir: Path, name: str | None) -> Path:
         sample = configs_dir / "sample"
         if name is not None or not sample.is_dir():
             raise
-        run = choose_run(sample, None)
+    run = choose_run(sample, None)
     print(f"No search in {configs_dir} yet; this is the sample run {run}.\n")
     return run
 
@@ -95,82 +92,60 @@ def _read(folder: Path) -> Run:
 
 def compare(configs_dir: Path, names: list[str], output: Path) -> None:
     """Print and save the best of two runs side by side."""
+    import pandas as pd
+
     from benchmark.report.search_run import choose_run
     from benchmark.report.search_tables import compare_rows, compare_table
     from benchmark.storage.results import write_text
 
-    first, second = (_read(choose_run(configs_dir, name)) for name in names)
-    text = compare_table(first, second)
+    first, second = (_read(choose_run(configs_dir, name, "--compare")) for name in names)
+    rows = compare_rows(first, second)
+    text = compare_table(first, second, rows)
     print(text)
     write_text(output / "comparison.txt", text + "\n")
-    write_text(output / "comparison.csv", _csv(compare_rows(first, second)))
+    write_text(output / "comparison.csv", pd.DataFrame(rows, dtype=object).to_csv(index=False))
     print(f"\nWritten to {output}: comparison.txt, comparison.csv")
 
 
 def trials_csv(run: Run) -> str:
     """One row per trial; a trial that several levels share has one row. error, density and kv_fraction are those of the highest
     rung up to the forced forward, score is that of generation; columns of every rung follow."""
-    parameters = list(dict.fromkeys(name for study in run.studies for trial in study.trials for name in trial.params))
+    import pandas as pd
+
+    from benchmark.storage.tables import cell
+
     rows = []
     for study in run.studies:
-        bests = {level.name: level.trial.trial_id for level in study.levels if level.trial is not None}
         for number, trial in enumerate(study.trials):
-            row: dict[str, Any] = {
+            row: dict[str, object] = {
                 "model": study.model,
                 "task": study.task,
                 "combination": study.combination,
-                "levels": " ".join(level.name for level in study.levels),
-                "best_of": " ".join(name for name, best in bests.items() if best == trial.trial_id),
+                "levels": " ".join(level.masker_name for level in study.levels),
+                "best_of": " ".join(level.masker_name for level in study.levels if level.best_trial_id == trial.trial_id),
                 "trial_id": trial.trial_id,
                 "number": number,
-                "status": trial.status,
-                "error_message": trial.error_message,
-                "rung": trial.reached,
-                "pruned_at": trial.pruned_at,
-                "error": trial.last("error"),
-                "density": trial.last("density"),
-                "kv_fraction": trial.last("kv_fraction"),
-                "score": trial.figure("score", 3),
-                "reproduced": trial.figure("reproduced", 2),
-                "seconds": trial.seconds,
             }
+            names = ("status", "error_message", "rung", "pruned_at", "error", "density", "kv_fraction", "score")
+            row |= {name: getattr(trial, name) for name in names}
+            row |= {"reproduced": trial.figure("reproduced", 2), "seconds": trial.seconds}
             for rung in range(len(run.rung_names)):
                 for figure in ("error", "density", "seconds"):
                     row[f"rung{rung}_{figure}"] = trial.figure(figure, rung)
-            rows.append(row | {f"config/{name}": trial.params.get(name) for name in parameters})
-    return _csv(rows)
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def _quiet_optuna() -> None:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+            row |= {f"config/{name}": value for name, value in trial.params.items()}
+            rows.append({name: cell(value) if isinstance(value, str) else value for name, value in row.items()})
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    from benchmark.command_line import Parser
+    from benchmark.command_line import Parser, folder, text
 
     parser = Parser(prog="analyze_trials.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--optimal-configs-dir",
-        type=Path,
-        metavar="DIR",
-        default=Path("optimal_configs"),
-        help="where searches are (%(default)s)",
-    )
-    parser.add_argument("--run", metavar="RUN", help="which search (the newest), as run_20240315_143022")
-    parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR", default=Path("trial_analysis"), help="where results go (%(default)s)"
-    )
-    parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="two searches side by side instead")
+    add = parser.add_argument
+    add("--optimal-configs-dir", type=folder, metavar="DIR", default="optimal_configs", help="where searches are (%(default)s)")
+    add("--run", type=text, metavar="RUN", help="which search (the newest), as run_20240315_143022")
+    add("--output-dir", type=folder, metavar="DIR", default="trial_analysis", help="where results go (%(default)s)")
+    add("--compare", type=text, nargs=2, metavar=("RUN_A", "RUN_B"), help="two searches side by side instead")
     return parser.parse_args(argv)
 
 

@@ -5,74 +5,56 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
-import math
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmark.command_line import check_folder, flag_of
 from benchmark.settings import Settings, SparseConfig, as_sparse_configs
 from benchmark.storage.results import safe_name
 from benchmark.tasks import expand_task, get_task
 from benchmark.tasks.base import ContextTooShortError, SampleRequest, build_prompt
-from benchmark.tasks.limits import fitted
-from sparse_attention_hub.errors import UserError
+from benchmark.tasks.limits import fitted, longest_prompt, naming
+from sparse_attention_hub.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from benchmark.search.config_search import SampleKeys
-    from benchmark.search.evaluator import TuningSample
+    from benchmark.search.samples import TuningSample
 
-#: Flags whose value must be greater than 0 and finite.
-COUNTS = (
-    "num_samples",
-    "search_timeout",
-    "search_max_new_tokens",
-    "search_max_context_length",
-    "search_max_requests",
-    "trace_budget_gb",
-    "max_concurrent_benchmarks",
-    "benchmark_timeout",
-    "max_new_tokens",
-    "max_context_length",
-    "max_requests",
-)
+#: Flags that count something (tokens, seconds, ...): greater than 0 and at most MOST.
+COUNTS = [f.name for f in fields(Settings) if str(f.type).removesuffix(" | None") in ("int", "float") and f.name != "seed"]
+MOST = 10**9
 CHOICES = {
+    "objective": ("default", *(f"sparsity_{percent}" for percent in (5, 10, 15, 20, 25, 50))),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "attention_backend": ("auto", "reference", "cpu", "torch", "triton"),
     "dense_backend": ("auto", "sdpa", "flash"),
 }
 #: Folders that a run writes into: name -> phase.
 FOLDERS = {"optimal_configs_dir": 1, "ray_results_dir": 1, "benchmark_results_dir": 2}
-OBJECTIVES = ("default", "sparsity_5", "sparsity_10", "sparsity_15", "sparsity_20", "sparsity_25", "sparsity_50")
 
 
 def make_settings(options: argparse.Namespace, configuration: dict[str, Any]) -> Settings:
     """Settings from flags, then the run configuration, then defaults. UserError names the flag at fault."""
-    names = {field.name for field in fields(Settings)} - {"phases"}
     values: dict[str, Any] = {}
-    for name in names:
+    for name in {field.name for field in fields(Settings)} - {"phases"}:
         given = getattr(options, name, None)
         if given is None or (given is False and name in configuration):
             given = configuration.get(name)
         if given is not None:
-            values[name] = tuple(dict.fromkeys(given)) if name in ("models", "tasks") else given
-    values["phases"] = (options.phase,) if options.phase else (1, 2)
-    settings = Settings(**values)
+            values[name] = tuple(dict.fromkeys(given)) if isinstance(given, list) else given
+    values["models"] = tuple(dict.fromkeys(map(_model_name, values["models"])))
+    settings = Settings(**values, phases=(options.phase,) if options.phase else (1, 2))
     for name in COUNTS:
         value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number greater than 0, got {value:g}")
+        if value is not None and not 0 < value <= MOST:
+            raise UserError(f"{flag_of(name)} must be a number greater than 0 and at most {MOST}, got {quoted(value)}")
     if not 0 <= settings.seed < 2**32:
-        raise UserError(f"--seed must be in 0 .. {2**32 - 1}, got {settings.seed}")
+        raise UserError(f"--seed must be in 0 .. {2**32 - 1}, got {quoted(settings.seed)}")
     for name, allowed in CHOICES.items():
         value = getattr(settings, name)
         if value not in allowed:
-            raise UserError(f"--{name.replace('_', '-')} must be one of {', '.join(allowed)}, got {value!r}")
-    if settings.objective not in OBJECTIVES:
-        raise UserError(f"--objective must be one of {', '.join(OBJECTIVES)}, got {settings.objective!r}")
+            raise UserError(f"{flag_of(name)} must be one of {', '.join(allowed)}, got {quoted(value)}")
     if settings.device == "sharded" and 1 in settings.phases:
         raise UserError(
             "--device sharded is for Phase 2: a search needs the model on one GPU; search with --phase 1 where it fits, then "
@@ -80,16 +62,10 @@ def make_settings(options: argparse.Namespace, configuration: dict[str, Any]) ->
         )
     if settings.sparse_from == "decode" and settings.search_max_new_tokens == 1 and 1 in settings.phases:
         raise UserError("--search-max-new-tokens 1 leaves no sparse row with --sparse-from decode: give at least 2")
-    if settings.data_dir is not None and not settings.data_dir.is_dir():
-        raise UserError(f"--data-dir {settings.data_dir}: no such folder")
     if settings.rescore and 1 in settings.phases:
         raise UserError("--rescore works on Phase 2 results: give --phase 2 with it")
     if settings.config_run is not None and 1 in settings.phases:
         raise UserError("--config-run chooses what Phase 2 runs: give --phase 2 with it")
-    for name in FOLDERS:
-        folder = getattr(settings, name)
-        if os.path.exists(folder) and not folder.is_dir():
-            raise UserError(f"--{name.replace('_', '-')} {folder}: is a file, not a folder")
     owners: dict[str, str] = {}
     for model in settings.models:
         if owners.setdefault(safe_name(model), model) != model:
@@ -98,6 +74,14 @@ def make_settings(options: argparse.Namespace, configuration: dict[str, Any]) ->
                 "run them one at a time, each with folders of its own"
             )
     return settings
+
+
+def _model_name(given: str) -> str:
+    """A local folder without "./" in front: folders of results, which bear its name, would be hidden."""
+    if not given.startswith("."):
+        return given
+    name = os.path.normpath(given)
+    return os.path.abspath(name) if name.startswith(".") else name
 
 
 def choose_configs(entries: list[tuple[str, Any, Any]], wanted: list[str] | None) -> list[SparseConfig]:
@@ -110,8 +94,10 @@ def choose_configs(entries: list[tuple[str, Any, Any]], wanted: list[str] | None
     for pattern in wanted:
         matches = fnmatch.filter(names, pattern)
         if not matches:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-            raise UserError(f"--configs: unknown configuration {pattern!r}; near: {', '.join(near) or ', '.join(names[:5])}")
+            near = difflib.get_close_matches(pattern[:100], names, n=3, cutoff=0.4) or names[:5]
+            raise UserError(
+                f"--configs: unknown configuration {quoted(pattern)}; near: {', '.join(near)}; --configs list shows all"
+            )
         chosen.update(matches)
     return [config for config in configs if config.name in chosen]
 
@@ -129,21 +115,13 @@ def expand_tasks(settings: Settings) -> tuple[list[str], list[str]]:
 
 
 def check_folders(settings: Settings) -> None:
-    """Check that the folders of the chosen phases can be written into. UserError otherwise.
-
-    Writes a file to find out: permission bits do not tell for root, or on a read-only disk.
-    """
+    """UserError unless the folders exist or can be made, and those of the chosen phases can be written into."""
     for name, phase in FOLDERS.items():
-        folder: Path = getattr(settings, name)
-        if phase in settings.phases:
-            there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-            try:
-                with tempfile.TemporaryDirectory(dir=there, prefix=".probe_"):
-                    pass
-            except OSError as error:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {folder}: cannot be written ({error.strerror}); choose another folder"
-                ) from None
+        check_folder(flag_of(name), getattr(settings, name), write=phase in settings.phases)
+    if settings.data_dir is not None:
+        check_folder("--data-dir", settings.data_dir, write=False)
+        if not settings.data_dir.is_dir():
+            raise UserError(f"--data-dir {quoted(str(settings.data_dir))}: no such folder")
 
 
 def check_models(settings: Settings) -> dict[str, Any]:
@@ -151,13 +129,14 @@ def check_models(settings: Settings) -> dict[str, Any]:
 
     Returns the tokenizers by model.
     """
-    from sparse_attention_hub.models import check_place, load_tokenizer
+    from sparse_attention_hub.models import check_model, check_place, load_tokenizer
 
     # The machines of a cluster have their own devices, and --rescore needs none.
     if not settings.ray_address and not settings.rescore:
         check_place(settings.device, settings.dtype, settings.dense_backend)
         _check_kernels(settings)
-    return {model: load_tokenizer(model, trust_remote_code=settings.trust_remote_code) for model in settings.models}
+    load = load_tokenizer if settings.rescore else check_model
+    return {model: load(model, trust_remote_code=settings.trust_remote_code) for model in settings.models}
 
 
 def _check_kernels(settings: Settings) -> None:
@@ -177,12 +156,13 @@ def _check_kernels(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class SampleCheck:
-    """tasks: those whose samples can be made; missing: why the others cannot. tuning_keys: (model, task) -> `samples_key` of
-    its tuning samples, for Phase 1."""
+    """tasks: those whose samples can be made; missing: why the others cannot. For Phase 1, by (model, task): tuning_keys,
+    `samples_key` of its tuning samples; tuning_tokens: how many tokens their traces have."""
 
     tasks: list[str]
     missing: dict[str, str]
     tuning_keys: SampleKeys
+    tuning_tokens: dict[tuple[str, str], int]
 
 
 def check_samples(settings: Settings, tasks: list[str], tokenizers: dict[str, Any]) -> SampleCheck:
@@ -191,7 +171,7 @@ def check_samples(settings: Settings, tasks: list[str], tokenizers: dict[str, An
     tokenizers: as check_models returns them. UserError if a context length is too short for a prompt of a task, if
     --trace-budget-gb is too small for a trace, or if no task is left.
     """
-    from benchmark.search.evaluator import samples_key, tuning_samples
+    from benchmark.search.samples import samples_key, tuning_samples
 
     usable: list[str] = []
     missing: dict[str, str] = {}
@@ -202,7 +182,9 @@ def check_samples(settings: Settings, tasks: list[str], tokenizers: dict[str, An
                 if 2 in settings.phases:
                     _check_one_prompt(name, model, tokenizer, settings)
                 if 1 in settings.phases:
-                    with _named("--search-max-context-length", settings.search_max_context_length):
+                    asked = settings.search_max_context_length
+                    allowed = longest_prompt(tokenizer, asked, settings.trust_remote_code)
+                    with naming("--search-max-context-length", asked, allowed):
                         tuned[model, name] = tuning_samples(tokenizer, name, settings)
             usable.append(name)
         except ContextTooShortError:
@@ -211,31 +193,26 @@ def check_samples(settings: Settings, tasks: list[str], tokenizers: dict[str, An
             missing[name] = str(error)
     if not usable:
         raise UserError("; ".join(dict.fromkeys(missing.values())))
+    keys = {pair: samples_key(samples) for pair, samples in tuned.items()}
+    tokens = {
+        pair: sum(len(s.prompt.context_ids) + len(s.prompt.question_ids) + s.max_new_tokens for s in samples)
+        for pair, samples in tuned.items()
+    }
     if settings.trace_budget_gb is not None:
-        _check_trace_budget(settings.trace_budget_gb, tuned, settings)
-    return SampleCheck(usable, missing, {pair: samples_key(samples) for pair, samples in tuned.items()})
+        _check_trace_budget(settings.trace_budget_gb, tokens, settings)
+    return SampleCheck(usable, missing, keys, tokens)
 
 
-def _check_trace_budget(budget: float, tuned: dict[tuple[str, str], list[TuningSample]], settings: Settings) -> None:
-    """UserError if one layer of a (model, task)'s traces exceeds the budget. A model of unknown shape is not checked."""
+def _check_trace_budget(budget: float, tokens: dict[tuple[str, str], int], settings: Settings) -> None:
+    """UserError if one layer of a (model, task)'s traces exceeds the budget."""
     shapes = _shapes(settings)
-    for (model, task), samples in tuned.items():
-        tokens = max(len(s.prompt.context_ids) + len(s.prompt.question_ids) + s.max_new_tokens for s in samples)
-        layer = shapes[model][1] * tokens * len(samples) / 1e9 if model in shapes else 0.0
+    for (model, task), count in tokens.items():
+        layer = shapes[model][1] * count / 1e9
         if layer > budget:
             raise UserError(
-                f"--trace-budget-gb {budget:g} is less than one layer of {task}'s {len(samples)} traces on {model} "
-                f"({layer:.2g} GB): raise it, or lower --search-max-requests or --search-max-context-length"
+                f"--trace-budget-gb {budget:g} is less than one layer of {task}'s traces on {model} ({layer:.2g} GB): raise it, "
+                "or lower --search-max-requests or --search-max-context-length"
             )
-
-
-@contextmanager
-def _named(flag: str, value: int) -> Iterator[None]:
-    """Name the flag that made a context too short."""
-    try:
-        yield
-    except ContextTooShortError as error:
-        raise ContextTooShortError(f"{flag} {value}: {error}") from None
 
 
 def _check_one_prompt(name: str, model: str, tokenizer: Any, settings: Settings) -> None:
@@ -250,7 +227,7 @@ def _check_one_prompt(name: str, model: str, tokenizer: Any, settings: Settings)
         trust_remote_code=settings.trust_remote_code,
     )
     request = fitted(request, task, model)
-    with _named("--max-context-length", settings.max_context_length):
+    with naming("--max-context-length", settings.max_context_length, request.max_context_length):
         for sample in task.samples(request)[:1]:
             build_prompt(
                 sample,
@@ -261,10 +238,11 @@ def _check_one_prompt(name: str, model: str, tokenizer: Any, settings: Settings)
             )
 
 
-def describe(settings: Settings, configs: list[SparseConfig], tasks: list[str], notes: list[str]) -> str:
+def describe(settings: Settings, configs: list[SparseConfig], samples: SampleCheck, notes: list[str]) -> str:
     """The plan of a run as text: combinations, samples, trials, memory, files."""
     from benchmark.search.spec import plan_studies
 
+    tasks, shapes = samples.tasks, _shapes(settings)
     lines = [f"models:   {', '.join(settings.models)}", f"tasks:    {', '.join(tasks)}"]
     lines += [f"note:     {note}" for note in notes]
     sparse = [config for config in configs if config.config is not None]
@@ -274,54 +252,37 @@ def describe(settings: Settings, configs: list[SparseConfig], tasks: list[str], 
         studies, left_out = plan_studies(list(settings.models), tasks, configs)
         lines += [f"note:     {note}" for note in left_out]
         trials = sum(len(study.levels) * settings.num_samples if study.space().domains else 1 for study in studies)
-        lines.append(
-            f"Phase 1:  {len(studies)} studies, at most {trials} trials, {settings.search_max_requests} samples a task"
-        )
+        most = settings.search_max_requests
+        lines.append(f"Phase 1:  {len(studies)} studies, at most {trials} trials, at most {most} samples per task")
         for study in studies[:12]:
             levels = ", ".join(f"{level.budget:.0%}" if level.budget else "no budget" for level in study.levels)
             parameters = len(study.space().domains)
             lines.append(f"  {study.model} | {study.task} | {study.name} ({levels}): {parameters} parameters")
         if len(studies) > 12:
             lines.append(f"  ... and {len(studies) - 12} more")
-        lines += [f"  traces: {text}" for text in _trace_sizes(settings)]
+        for model, (layers, token_bytes) in shapes.items():
+            size = layers * token_bytes * sum(count for pair, count in samples.tuning_tokens.items() if pair[0] == model)
+            bound = "" if settings.trace_budget_gb is None else f", thinned to {settings.trace_budget_gb:g} GB per task"
+            lines.append(f"  traces: {model}: about {size / 1e9:.2f} GB of keys and values{bound}")
         lines.append(
             f"  files: {settings.optimal_configs_dir}/run_<date>_<time>/, three for each of {len(sparse) * pairs} levels"
         )
         lines.append(f"  Ray's artefacts, journals and traces: {settings.ray_results_dir}/")
     if 2 in settings.phases:
-        samples = "all" if settings.max_requests is None else str(settings.max_requests)
+        requests = "all" if settings.max_requests is None else f"at most {settings.max_requests}"
         results = settings.benchmark_results_dir
-        lines.append(f"Phase 2:  {pairs} (model, task) pairs x {len(configs)} configurations, {samples} samples a task")
+        lines.append(f"Phase 2:  {pairs} (model, task) pairs x {len(configs)} configurations, {requests} samples per task")
         lines.append(f"  at most {settings.max_new_tokens} new tokens, context at most {settings.max_context_length}")
-        lines += [f"  KV cache: {text}" for text in _cache_sizes(settings)]
+        for model, (layers, token_bytes) in shapes.items():
+            size = layers * token_bytes * settings.max_context_length
+            lines.append(f"  KV cache: {model}: at most {size / 1e9:.2f} GB per worker")
         lines.append(f"  files: {results}/<model>/<configuration>/<task>/, {results}/benchmark_summary.json")
     return "\n".join(lines)
 
 
-def _trace_sizes(settings: Settings) -> list[str]:
-    lines = []
-    for model, (layers, token_bytes) in _shapes(settings).items():
-        size = layers * token_bytes * settings.search_max_context_length * settings.search_max_requests
-        bound = "" if settings.trace_budget_gb is None else f", thinned to {settings.trace_budget_gb:g} GB"
-        lines.append(f"{model}: about {size / 1e9:.2f} GB of keys and values a task{bound}")
-    return lines
-
-
-def _cache_sizes(settings: Settings) -> list[str]:
-    return [
-        f"{model}: at most {layers * token_bytes * settings.max_context_length / 1e9:.2f} GB a worker"
-        for model, (layers, token_bytes) in _shapes(settings).items()
-    ]
-
-
 def _shapes(settings: Settings) -> dict[str, tuple[int, int]]:
-    """Layers and KV bytes a token and layer of each model whose configuration can be read."""
+    """Model -> its layers, and the KV bytes of a token in one layer."""
     from sparse_attention_hub.models import load_shape
 
-    shapes = {}
-    for model in settings.models:
-        try:
-            shapes[model] = load_shape(model, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
-        except UserError:
-            continue
-    return shapes
+    remote = settings.trust_remote_code
+    return {model: load_shape(model, dtype=settings.dtype, trust_remote_code=remote) for model in settings.models}

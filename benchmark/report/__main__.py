@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmark.command_line import Parser, fail
+from benchmark.command_line import Parser, check_folder, folder, run_command
 from sparse_attention_hub.errors import UserError
 
 
@@ -23,25 +23,27 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m benchmark.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="a benchmark results folder, or two to compare")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the file to write")
+    parser.add_argument("folders", nargs="*", type=folder, metavar="DIR", help="a benchmark results folder, or two to compare")
+    parser.add_argument("--output", type=folder, metavar="FILE", help="the file to write")
     options = parser.parse_args(argv)
+    return run_command(lambda: write(options.folders, options.output))
+
+
+def write(folders: list[Path], output: Path | None) -> int:
     from benchmark.report.page import write_comparison, write_report  # here, so that --help is quick
 
-    try:
-        if len(options.folders) > 2:
-            raise UserError(f"give one results folder, or two to compare, got {len(options.folders)}")
-        if options.output is not None and options.output.is_dir():
-            raise UserError(f"--output {options.output}: is a folder; give a file name")
-        if len(options.folders) == 2:
-            path = write_comparison(options.folders[0], options.folders[1], options.output)
-        else:
-            path = write_report(options.folders[0] if options.folders else _default_folder(), options.output)
-    except UserError as error:
-        return fail(error)
-    except OSError as error:
-        print(f"error: {error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    if len(folders) > 2:
+        raise UserError(f"give one results folder, or two to compare, got {len(folders)}")
+    if output is not None:
+        check_folder("--output", output.parent)
+        if output.is_dir():
+            raise UserError(f"--output {output}: is a folder; give a file name")
+    for results in folders:
+        check_folder("DIR", results, write=False)
+    if len(folders) == 2:
+        path = write_comparison(folders[0], folders[1], output)
+    else:
+        path = write_report(folders[0] if folders else _default_folder(), output)
     print(f"report: {path}")
     return 0
 

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.artist import Artist
@@ -19,8 +19,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from benchmark.report.data import Group, ResultRow
 
+Style = dict[Any, Any]  # matplotlib's settings have no common type
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE: dict[Any, Any] = {
+STYLE: Style = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -45,7 +47,7 @@ _REWRITES = (
     (r"<g id=[^>]*>", "<g>"),
     *((colour, f"var(--{name})") for name, colour in _COLOURS.items()),
 )
-_PAGE_STYLE: dict[Any, Any] = {
+_PAGE_STYLE: Style = {
     **STYLE,
     "font.size": 12.5,
     "axes.labelsize": 12.5,
@@ -56,8 +58,8 @@ _PAGE_STYLE: dict[Any, Any] = {
     "lines.markersize": 8.5,
     **{f"{axis}tick.major.{name}": value for axis in "xy" for name, value in (("size", 0), ("pad", 7))},
 }
-_DENSE_LINE: dict[str, Any] = {"color": _COLOURS["dense"], "linewidth": 1.8, "dashes": (3.3, 2.2)}
-_DENSE_BAND: dict[str, Any] = {"facecolor": _COLOURS["dense"], "edgecolor": "none", "alpha": 0.16}
+_DENSE_LINE: Style = {"color": _COLOURS["dense"], "linewidth": 1.8, "dashes": (3.3, 2.2)}
+_DENSE_BAND: Style = {"facecolor": _COLOURS["dense"], "edgecolor": "none", "alpha": 0.16}
 
 
 def families(groups: Sequence[Group]) -> list[str]:
@@ -68,29 +70,46 @@ def families(groups: Sequence[Group]) -> list[str]:
 @rc_context(_PAGE_STYLE)
 def chart(group: Group, names: Sequence[str]) -> str:
     """The SVG of one group; "" if no sparse row has both a score and a density. names: all combinations, see `families`."""
-    scored = [row for row in group.rows if row.figure("score") is not None]
-    points = sorted((row for row in scored if row.figure("density") and not row.is_dense), key=_density)
+    points = sorted(point for row in group.rows if (point := _point(row)) and not row.is_dense)
     if not points:
         return ""
     figure = Figure(figsize=(6.4, 4.3), layout="constrained")
     panel = figure.subplots()
-    if group.dense in scored:
-        panel.axhspan(*_interval(group.dense), **_DENSE_BAND)
-        panel.axhline(_score(group.dense), **_DENSE_LINE)
+    dense = _point(group.dense) if group.dense else None
+    if dense:
+        panel.axhspan(*dense.ends, **_DENSE_BAND)
+        panel.axhline(dense.score, **_DENSE_LINE)
     for index, name in enumerate(names):
-        own = [row for row in points if row.family == name]
+        own = [point for point in points if point.family == name]
         colour, marker = _look(index)
-        panel.plot([_density(row) for row in own], [_score(row) for row in own], color=colour, alpha=0.75)
-        for row in own:
-            x, tooltip = _density(row), _tooltip(row)
-            panel.plot([x, x], _interval(row), color=colour, marker="_", gid=tooltip)
-            panel.plot([x], [_score(row)], color=colour, marker=marker, gid=tooltip)
-    density_axis(panel, [_density(row) for row in points])
+        panel.plot([point.density for point in own], [point.score for point in own], color=colour, alpha=0.75)
+        for x, y, ends, _, tooltip in own:
+            panel.plot([x, x], ends, color=colour, marker="_", gid=tooltip)
+            panel.plot([x], [y], color=colour, marker=marker, gid=tooltip)
+    density_axis(panel, [point.density for point in points])
     panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-    panel.set_ylim(0, 1.03 * max(_interval(row)[1] for row in scored) or 1)
+    panel.set_ylim(0, 1.03 * max(point.ends[1] for point in [*points, *([dense] if dense else [])]) or 1)
     panel.set_ylabel(f"score ({group.rows[0].metrics.metric})")
     return _svg(figure, f'role="img" aria-label="{escape(f"score against density, {group.task}")}"')
+
+
+class _Point(NamedTuple):
+    density: float
+    score: float
+    ends: tuple[float, float]
+    family: str
+    tooltip: str
+
+
+def _point(row: ResultRow) -> _Point | None:
+    """A row in the chart; None without score or density."""
+    score, density, ends = row.metrics.score, row.metrics.density, row.metrics.interval
+    if score is None or not density:
+        return None
+    sure = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+    tooltip = f"tooltip {row.name}: score {score:.3f}{sure} at density {100 * density:.1f}%"
+    return _Point(density, score, ends or (score, score), row.family, tooltip)
 
 
 @rc_context(_PAGE_STYLE)
@@ -116,25 +135,6 @@ def legend(names: Sequence[str], has_dense: bool) -> list[tuple[str, str]]:
 def _look(index: int) -> tuple[str, str]:
     """Colour and marker of a combination: 7 colours and 6 markers make 42 pairs."""
     return _COLOURS[f"c{index % 7}"], MARKERS[index % 6]
-
-
-def _density(row: ResultRow) -> float:
-    return row.figure("density") or 1.0
-
-
-def _score(row: ResultRow) -> float:
-    return row.figure("score") or 0.0
-
-
-def _interval(row: ResultRow) -> tuple[float, float]:
-    low, high = row.metrics.interval or (_score(row), _score(row))
-    return low, high
-
-
-def _tooltip(row: ResultRow) -> str:
-    low, high = _interval(row)
-    sure = f" [{low:.3f}, {high:.3f}]" if row.metrics.interval else ""
-    return f"tooltip {row.name}: score {_score(row):.3f}{sure} at density {100 * _density(row):.1f}%"
 
 
 def _svg(figure: Figure, attributes: str) -> str:

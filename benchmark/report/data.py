@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import shlex
-import sys
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
+
+import pandas as pd
 
 from benchmark.settings import DENSE, SparseConfig
-from benchmark.stats import Comparison, compare_paired
-from benchmark.storage.records import Failure, Metrics, ResultConfig, SampleCounts, Summary, read_record
+from benchmark.stats import LEVEL, compare_paired, group_interval, mean_interval, sign_test
+from benchmark.storage.benchmark_records import Difference, Metrics, ResultConfig, Summary
+from benchmark.storage.records import Failure, Interval, read_record
 from benchmark.storage.results import safe_name
-from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.errors import UserError, quoted
 
 #: A row fits a budget if its measured density exceeds it by at most a tenth, as for the marks of Phase 2.
 BUDGET_SLACK = 1.1
@@ -28,11 +31,13 @@ _MOVED_ASIDE = re.compile(r"\.[0-9a-f]{8}$")
 
 @dataclass(frozen=True)
 class ResultRow:
-    """The results of one configuration on one task. metrics, config: its two JSON files."""
+    """The results of one configuration on one task. metrics, config: its two JSON files. scores: of the answered samples, by
+    their row in raw_results.csv, which agrees between results with equal `samples_hash`."""
 
     folder: Path
     metrics: Metrics
     config: ResultConfig
+    scores: dict[str, float]
 
     @property
     def name(self) -> str:
@@ -47,16 +52,8 @@ class ResultRow:
         return SparseConfig(self.name, None, None).family
 
     @property
-    def budget(self) -> float | None:
-        return self.metrics.budget
-
-    @property
-    def samples(self) -> SampleCounts:
-        return self.metrics.samples
-
-    @property
     def engine(self) -> str:
-        """Version of the engine that answered; 1 where a file does not say it."""
+        """Version of the engine that answered; 1 if a file does not contain it."""
         return self.config.versions.get("engine") or "1"
 
     @property
@@ -69,17 +66,20 @@ class ResultRow:
         """What comparable rows have in common: model, task, protocol."""
         return self.metrics.model, self.metrics.task, self.config.sparse_from
 
-    def figure(self, name: str) -> float | None:
-        value: float | None = getattr(self.metrics, name)
-        return value
-
-    def sample_scores(self) -> dict[str, float]:
-        """Scores of the answered samples, by their line in raw_results.csv. Lines of rows with equal `samples_hash` agree."""
-        return _column(self.folder / "raw_results.csv", self.metrics.metric)
-
+    @property
     def meets_budget(self) -> bool | None:
         """Whether the search met the budget; None if unknown."""
         return None if self.config.provenance is None else self.config.provenance.meets_budget
+
+    def fits(self, budget: float) -> bool:
+        density = self.metrics.density
+        return not self.is_dense and bool(self.scores) and density is not None and density <= BUDGET_SLACK * budget
+
+    def saves_reads(self, budget: float) -> bool:
+        """Whether it reads few bytes of the layers where it is sparse. An oracle never does: it knows all scores."""
+        maskers = self.config.sparse_config.masker_configs if self.config.sparse_config else []
+        read = self.metrics.kv_fraction
+        return read is not None and read <= BYTES_SLACK * budget and not any(m.type.startswith("Oracle") for m in maskers)
 
 
 @dataclass
@@ -104,19 +104,57 @@ class Group:
 
     @property
     def budgets(self) -> list[float]:
-        return sorted({row.budget for row in self.rows if row.budget is not None})
+        return sorted({row.metrics.budget for row in self.rows if row.metrics.budget is not None})
+
+    @property
+    def dense_failure(self) -> str | None:
+        """Why this task says nothing about sparse attention: dense attention itself fails it. None otherwise."""
+        if self.dense is None:
+            return None
+        scores = list(self.dense.scores.values())
+        above = sum(score > 0 for score in scores)
+        if above > 1 or (above == 1 and len(scores) < 4):
+            return None
+        return f"dense attention scores above 0 on {above} of {len(scores)} samples"
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The best of some rows. candidates: their number. interval, to_dense: of its score and of the difference to dense, with
+    intervals that hold for all candidates at once (Bonferroni): the same samples made the choice."""
+
+    row: ResultRow
+    candidates: int
+    interval: Interval | None
+    to_dense: Difference | None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to use at a budget. runner_up: the next best, and the paired difference best - runner_up on the same samples;
-    light: the best of the rows that read few bytes, if `best` reads many."""
+    """What to use at a budget. best: of the rows that save reads, None without any; runner_up: the next of these, and the
+    paired difference best - runner_up on the same samples. ceiling: the best of all rows, if it is another one."""
 
     budget: float
-    best: ResultRow
+    best: Pick | None
     runner_up: ResultRow | None
-    margin: Comparison | None
-    light: ResultRow | None
+    margin: Difference | None
+    ceiling: Pick | None
+
+
+@dataclass(frozen=True)
+class GroupMean:
+    """The mean score of a configuration over the tasks of a group such as ruler/4096; every task counts alike. tasks: those
+    that were run. score: None if the configuration has none on `missing`. to_dense: n, better, worse count tasks."""
+
+    model: str
+    group: str
+    sparse_from: str
+    configuration: str
+    tasks: list[str]
+    missing: list[str]
+    score: float | None = None
+    interval: Interval | None = None
+    to_dense: Difference | None = None
 
 
 @dataclass
@@ -150,7 +188,7 @@ class Pair:
     key: tuple[str, str, str, str]
     a: ResultRow | None
     b: ResultRow | None
-    comparison: Comparison | None
+    comparison: Difference | None
     changed: list[str]
 
 
@@ -175,7 +213,7 @@ def read_tree(folder: Path) -> Tree:
     if not groups:
         raise UserError(f"{folder}: holds no results (no <model>/<configuration>/<task>/metrics.json); run --phase 2 first")
     for group in groups.values():
-        group.rows.sort(key=lambda row: (not row.is_dense, row.family, row.budget or 0.0, row.name))
+        group.rows.sort(key=lambda row: (not row.is_dense, row.family, row.metrics.budget or 0.0, row.name))
         common = Counter(row.basis for row in group.rows).most_common(1)[0][0]
         basis = group.dense.basis if group.dense else common
         group.others = [row for row in group.rows if row.basis != basis]
@@ -189,16 +227,107 @@ def read_tree(folder: Path) -> Tree:
     return Tree(folder, [groups[key] for key in sorted(groups)], summary, damaged)
 
 
+def _read_row(folder: Path) -> ResultRow:
+    metrics = read_record(folder / "metrics.json", Metrics, _ADVICE)
+    config = read_record(folder / "config.json", ResultConfig, _ADVICE)
+    return ResultRow(folder, metrics, config, _read_scores(folder / "raw_results.csv", metrics.metric))
+
+
+def _read_scores(path: Path, metric: str) -> dict[str, float]:
+    try:
+        columns = ("status", metric)
+        table = pd.read_csv(path, usecols=lambda name: name in columns, index_col=False, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({quoted(error)}); {_ADVICE}") from None
+    if not set(columns) <= set(table.columns):  # no sample has a score
+        return {}
+    scores = {}
+    for number, (status, text) in enumerate(zip(table["status"], table[metric], strict=True)):
+        if status == "ok" and text:
+            try:
+                scores[f"{number:09d}"] = float(text)
+            except ValueError:
+                scores[f"{number:09d}"] = math.nan
+            if not math.isfinite(scores[f"{number:09d}"]):
+                raise UserError(f"{path}: {metric} of sample {number + 1} must be a number, got {quoted(text)}; {_ADVICE}")
+    return scores
+
+
 def choose(group: Group, budget: float) -> Choice | None:
-    """The row to use at a budget: of the sparse rows whose measured density fits it, the one with the best score, then the
-    smallest reference_nll, then the lowest density. None if no row fits."""
-    fits = sorted((row for row in group.rows if _fits(row, budget)), key=_preference)
+    """What to use at a budget, of the sparse rows whose measured density fits it: the best score wins, then the smallest
+    reference_nll, then the lowest density. None if no row fits."""
+    fits = sorted((row for row in group.rows if row.fits(budget)), key=_preference)
     if not fits:
         return None
-    best, runner_up = fits[0], fits[1] if len(fits) > 1 else None
-    margin = compare_paired(best.sample_scores(), runner_up.sample_scores()) if runner_up else None
-    light = None if _is_light(best, budget) else next((row for row in fits if _is_light(row, budget)), None)
-    return Choice(budget, best, runner_up, margin, light)
+    light = [row for row in fits if row.saves_reads(budget)]
+    runner_up = light[1] if len(light) > 1 else None
+    margin = compare_paired(light[0].scores, runner_up.scores, level=_shared_level(light)) if runner_up else None
+    ceiling = _pick(fits, group.dense) if fits[:1] != light[:1] else None
+    return Choice(budget, _pick(light, group.dense), runner_up, margin, ceiling)
+
+
+def _pick(rows: list[ResultRow], dense: ResultRow | None) -> Pick | None:
+    """rows: best first."""
+    if not rows:
+        return None
+    best, level = rows[0], _shared_level(rows)
+    to_dense = compare_paired(best.scores, dense.scores, bounded=_bounded(best, dense), level=level) if dense else None
+    interval = mean_interval(list(best.scores.values()), level=level) if _bounded(best) else None
+    return Pick(best, len(rows), interval, to_dense)
+
+
+def _shared_level(rows: Sequence[object]) -> float:
+    """The level of one interval so that the intervals of all rows hold at once."""
+    return 1 - (1 - LEVEL) / len(rows)
+
+
+def _bounded(*rows: ResultRow) -> bool:
+    """Whether all scores are in [0, 1], as those of every task of this package are."""
+    return all(0 <= score <= 1 for row in rows for score in row.scores.values())
+
+
+def _preference(row: ResultRow) -> tuple[float, float, float]:
+    score, nll, density = row.metrics.score, row.metrics.reference_nll, row.metrics.density
+    return (-(score or 0.0), math.inf if nll is None else nll, 1.0 if density is None else density)
+
+
+def group_means(groups: Iterable[Group]) -> list[GroupMean]:
+    """The mean scores over groups of tasks of which at least two were run: ruler/4096 for ruler/4096/vt and others."""
+    families: dict[tuple[str, str, str], list[Group]] = {}
+    for group in groups:
+        name = group.task.rpartition("/")[0]
+        if "/" in name:
+            families.setdefault((group.model, name, group.sparse_from), []).append(group)
+    return [
+        _group_mean(key, members, configuration)
+        for key, members in families.items()
+        if len(members) > 1
+        for configuration in dict.fromkeys(row.name for group in members for row in group.rows)
+    ]
+
+
+def _group_mean(key: tuple[str, str, str], members: list[Group], configuration: str) -> GroupMean:
+    rows = [next((row for row in group.rows if row.name == configuration and row.scores), None) for group in members]
+    tasks = [group.task for group in members]
+    missing = [task for task, row in zip(tasks, rows, strict=True) if row is None]
+    scores = [list(row.scores.values()) for row in rows if row is not None]
+    if missing or not all(0 <= score <= 1 for values in scores for score in values):
+        return GroupMean(*key, configuration, tasks, missing)
+    differences = [
+        [score - group.dense.scores[sample] for sample, score in row.scores.items() if sample in group.dense.scores]
+        for row, group in zip(rows, members, strict=True)
+        if row is not None and group.dense is not None and row is not group.dense
+    ]
+    to_dense = None
+    if len(differences) == len(members) and all(differences):
+        means = [fmean(values) for values in differences]
+        ends = group_interval(differences, low=-1.0)
+        better, worse = sum(value > 0 for value in means), sum(value < 0 for value in means)
+        to_dense = Difference(
+            difference=fmean(means), interval=ends, n=len(means), better=better, worse=worse, p_value=sign_test(better, worse)
+        )
+    mean = fmean(fmean(values) for values in scores)
+    return GroupMean(*key, configuration, tasks, missing, mean, group_interval(scores), to_dense)
 
 
 def run_again(rows: list[ResultRow]) -> str:
@@ -226,7 +355,7 @@ def compare_trees(first: Tree, second: Tree) -> list[Pair]:
         if a and b:
             changed = [name for name in _SETTINGS if getattr(a.config, name) != getattr(b.config, name)]
             if a.basis == b.basis:
-                comparison = compare_paired(b.sample_scores(), a.sample_scores())
+                comparison = compare_paired(b.scores, a.scores, bounded=_bounded(a, b))
         pairs.append(Pair(key, a, b, comparison, changed))
     return pairs
 
@@ -235,41 +364,3 @@ _SETTINGS = (
     "sparse_config", "seed", "dtype", "device", "dense_backend", "attention_backend", "max_new_tokens", "max_context_length",
     "samples_hash", "config_run", "versions",
 )  # fmt: skip
-
-
-def _fits(row: ResultRow, budget: float) -> bool:
-    density = row.metrics.density
-    return not row.is_dense and row.metrics.score is not None and density is not None and density <= BUDGET_SLACK * budget
-
-
-def _preference(row: ResultRow) -> tuple[float, float, float]:
-    nll, density = row.metrics.reference_nll, row.metrics.density
-    return (-(row.metrics.score or 0.0), math.inf if nll is None else nll, 1.0 if density is None else density)
-
-
-def _is_light(row: ResultRow, budget: float) -> bool:
-    read = row.metrics.kv_fraction
-    return read is not None and read <= BYTES_SLACK * budget
-
-
-def _read_row(folder: Path) -> ResultRow:
-    metrics = read_record(folder / "metrics.json", Metrics, _ADVICE)
-    row = ResultRow(folder, metrics, read_record(folder / "config.json", ResultConfig, _ADVICE))
-    if not (folder / "raw_results.csv").is_file():
-        raise UserError(f"{folder / 'raw_results.csv'}: no such file; {_ADVICE}")
-    return row
-
-
-def _column(path: Path, name: str) -> dict[str, float]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # contexts are long
-    scores = {}
-    try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            for number, row in enumerate(csv.DictReader(stream)):
-                if row.get("status") == "ok" and row.get(name):
-                    score = scores[f"{number:09d}"] = float(row[name])
-                    if not math.isfinite(score):
-                        raise ValueError(f"{name} of line {number + 1} must be finite, got {score}")
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); run Phase 2 again") from None
-    return scores

@@ -6,11 +6,13 @@ combination also has its own marker. The legend is below the panels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Literal
 
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,37 +21,26 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from benchmark.report.chart import MARKERS, STYLE, density_axis
-from benchmark.report.search_run import FORCED, Level, Run, Study
+from benchmark.report.search_run import Run, Study, budget_label
 from benchmark.report.search_tables import Effect
 from benchmark.report.table import shorten
 from benchmark.storage.results import safe_name
+from benchmark.storage.search_records import FORCED, BestConfig
 
+Dash = Literal["-", "--", ":", "-."]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":", "-.")
+DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.")
 PANELS = 9  # tasks per page of one panel per task
 ROWS = 6  # tasks per page of one panel per task and budget
 
-Pairs = list[tuple[Study, Level]]
+Pairs = list[tuple[Study, BestConfig]]
 
 
 @rc_context(STYLE)
 def draw_all(run: Run, effects: dict[int, list[Effect]], output: Path) -> list[Path]:
-    """Draw every plot into a folder.
+    """Draw every plot into a folder; returns the .png files. An .svg file lies beside each.
 
-    Parameters
-    ----------
-    run : Run
-        The search.
-    effects : dict
-        id(study) -> its hyperparameters, from `hyperparameter_effects`.
-    output : Path
-        The folder; it is created if needed.
-
-    Returns
-    -------
-    list of Path
-        The .png files; an .svg file lies beside each.
-    """
+    effects: id(study) -> its hyperparameters, from `hyperparameter_effects`."""
     output.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in _figures(run, effects):
@@ -60,6 +51,8 @@ def draw_all(run: Run, effects: dict[int, list[Effect]], output: Path) -> list[P
 
 
 def _figures(run: Run, effects: dict[int, list[Effect]]) -> Iterator[tuple[str, Figure]]:
+    errors = partial(_by_layer, figure="layer_errors", label="relative error", scale=1.0)
+    densities = partial(_by_layer, figure="layer_densities", label="density (%)", scale=100.0)
     models = list(dict.fromkeys(model for model, _ in run.pairs))
     for model in models:
         tasks = [task for other, task in run.pairs if other == model]
@@ -75,8 +68,8 @@ def _figures(run: Run, effects: dict[int, list[Effect]]) -> Iterator[tuple[str, 
         for end, shown in pages(ROWS):
             for name, title, draw in (
                 ("progress", "Best error within the budget, as trials were tried", _progress),
-                ("layer_error", "Error by layer, best configuration (full replay)", _layer_error),
-                ("layer_density", "Density by layer, best configuration (full replay)", _layer_density),
+                ("layer_error", "Error by layer, best configuration (full replay)", errors),
+                ("layer_density", "Density by layer, best configuration (full replay)", densities),
             ):
                 yield f"{name}{end}", _grid(run, model, shown, title, draw)
         studies = [study for study in run.studies if study.model == model and id(study) in effects]
@@ -111,7 +104,7 @@ def _grid(run: Run, model: str, tasks: list[str], title: str, draw: Callable[[Ax
         for panel, budget in zip(row, budgets, strict=True):
             pairs = [(study, level) for study in run.of(model, task) for level in study.levels if level.budget == budget]
             draw(panel, run, pairs)
-            panel.set_title(f"{shorten(task, 26)}, {'no budget' if budget is None else f'budget {100 * budget:g}%'}")
+            panel.set_title(f"{shorten(task, 26)}, {'no budget' if budget is None else f'budget {budget_label(budget)}'}")
             if not pairs:
                 panel.text(0.5, 0.5, "not searched", transform=panel.transAxes, ha="center", va="center", color="#666666")
         tops = [panel.dataLim.y1 for panel in row if panel.lines]
@@ -127,25 +120,25 @@ def _grid(run: Run, model: str, tasks: list[str], title: str, draw: Callable[[Ax
 def _finish(figure: Figure, run: Run, title: str, trials: bool = False, bars: bool = False) -> None:
     """Add the title above and the legend below the panels. trials: the legend explains what `_error_density` draws."""
     figure.suptitle(title, fontsize=10.5)
-    handles: list[Any] = []
+    handles: list[Line2D | Patch] = []
     for name in run.combinations:
         colour, marker, dash = _look(run, name)
-        line = Line2D([], [], color=colour, marker=marker, linestyle=dash, markersize=5)
-        handles.append(Patch(color=colour) if bars else line)
-        handles[-1].set_label(shorten(name, 46))
+        label = shorten(name, 46)
+        line = Line2D([], [], color=colour, marker=marker, linestyle=dash, markersize=5, label=label)
+        handles.append(Patch(color=colour, label=label) if bars else line)
     if trials:
-        dot: dict[str, Any] = {"linestyle": "", "marker": "o", "color": "#555555"}
+        grey = "#555555"
         handles += [
-            Line2D([], [], alpha=0.55, markersize=4, markerfacecolor="none", label="replay only", **dot),
-            Line2D([], [], markersize=5, label="confirmed by a forced forward", **dot),
-            Line2D([], [], markersize=10, markerfacecolor="none", label="best of a budget", **dot),
+            Line2D([], [], color=grey, ls="", marker="o", ms=4, mfc="none", alpha=0.55, label="replay only"),
+            Line2D([], [], color=grey, ls="", marker="o", ms=5, label="confirmed by a forced forward"),
+            Line2D([], [], color=grey, ls="", marker="o", ms=10, mfc="none", label="best of a budget"),
             Line2D([], [], color="#000000", linewidth=1.3, label="Pareto front, confirmed"),
             Line2D([], [], color="#999999", linewidth=1.1, label="Pareto front, replay"),
         ]
     figure.legend(handles=handles, loc="outside lower center", ncols=1 if figure.get_figwidth() < 7 else 2, fontsize=8.5)
 
 
-def _look(run: Run, combination: str) -> tuple[str, str, Any]:
+def _look(run: Run, combination: str) -> tuple[str, str, Dash]:
     """Colour, marker and dash of a combination, the same in every plot of the run."""
     index = run.combinations.index(combination)
     return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], DASHES[index // len(COLOURS) % len(DASHES)]
@@ -155,28 +148,29 @@ def _look(run: Run, combination: str) -> tuple[str, str, Any]:
 
 
 def _error_density(panel: Axes, run: Run, studies: list[Study]) -> None:
-    replayed: list[tuple[float, float]] = []
-    confirmed: list[tuple[float, float]] = []
-    for study in studies:
-        colour, marker, _ = _look(run, study.combination)
-        hollow = {"facecolors": "none", "edgecolors": colour, "alpha": 0.55, "s": 16, "linewidths": 0.8}
-        for rung, kept, style in ((0, replayed, hollow), (FORCED, confirmed, {"color": colour, "s": 26, "zorder": 4})):
-            figures = [(trial.figure("density", rung), trial.figure("error", rung)) for trial in study.trials]
-            points = [(x, y) for x, y in figures if x is not None and y is not None]
-            kept += points
-            panel.scatter([x for x, _ in points], [y for _, y in points], marker=marker, **style)  # type: ignore[arg-type]
-        for level in study.levels:
-            at = [level.best.density], [level.best.error]
-            panel.scatter(*at, marker="o", s=95, facecolors="none", edgecolors="#333333", linewidths=1.0, zorder=5)
-    for points, colour, width, order in ((replayed, "#999999", 1.1, 2), (confirmed, "#000000", 1.3, 3)):
-        front = pareto_front(points)
-        panel.step([x for x, _ in front], [y for _, y in front], where="post", color=colour, lw=width, zorder=order)
+    shown = []
+    for rung, front_colour, width, order in ((0, "#999999", 1.1, 2), (FORCED, "#000000", 1.3, 3)):
+        points = [
+            pd.DataFrame({name: study.figures(name, rung) for name in ("density", "error")}).dropna() for study in studies
+        ]
+        for study, found in zip(studies, points, strict=True):
+            colour, marker, _ = _look(run, study.combination)
+            if rung == 0:
+                panel.scatter(found["density"], found["error"], s=16, marker=marker, fc="none", ec=colour, alpha=0.55, lw=0.8)
+            else:
+                panel.scatter(found["density"], found["error"], s=26, marker=marker, color=colour, zorder=4)
+        shown.append(pd.concat(points))
+        front = pareto_front(list(zip(shown[-1]["density"], shown[-1]["error"], strict=True)))
+        panel.step([x for x, _ in front], [y for _, y in front], where="post", color=front_colour, lw=width, zorder=order)
+    best = [level for study in studies for level in study.levels]
+    x, y = [level.density for level in best], [level.error for level in best]
+    panel.scatter(x, y, marker="o", s=95, fc="none", ec="#333333", lw=1.0, zorder=5)
     budgets = [budget for budget in run.budgets if budget]
-    top: dict[str, Any] = {"transform": panel.get_xaxis_transform(), "ha": "center", "va": "bottom"}
     for budget in budgets:
         panel.axvline(budget, color="#666666", linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
-        panel.text(budget, 1.02, f"{100 * budget:g}%", fontsize=8, color="#444444", **top)
-    density_axis(panel, [*[x for x, _ in replayed + confirmed], *budgets])
+        above = panel.get_xaxis_transform()
+        panel.text(budget, 1.02, f"{100 * budget:g}%", transform=above, ha="center", va="bottom", fontsize=8, color="#444444")
+    density_axis(panel, [*pd.concat(shown)["density"], *budgets])
     panel.set_ylim(bottom=0)
     panel.set_ylabel("relative output error")
 
@@ -199,62 +193,48 @@ def _best_error(panel: Axes, run: Run, studies: list[Study]) -> None:
         for number, (name, level) in enumerate(bars):
             panel.bar(
                 index + (number + 0.5 - len(bars) / 2) * width,
-                level.best.error,
+                level.error,
                 width * 0.92,
                 color=_look(run, name)[0],
-                hatch=None if level.best.meets_budget else "////",
+                hatch=None if level.meets_budget else "////",
                 edgecolor="white",
                 linewidth=0.5,
             )
     panel.set_xticks(range(len(budgets)), ["none" if budget is None else f"{100 * budget:g}%" for budget in budgets])
     panel.set_xlim(-0.6, len(budgets) - 0.4)
     panel.grid(axis="x", visible=False)
-    missed = any(not level.best.meets_budget for study in studies for level in study.levels)
+    missed = any(not level.meets_budget for study in studies for level in study.levels)
     panel.set_xlabel("density budget" + (" (hatched: not met)" if missed else ""))
     panel.set_ylabel("relative output error")
 
 
 def _progress(panel: Axes, run: Run, pairs: Pairs) -> None:
     for study, level in pairs:
-        best: list[tuple[int, float]] = []
-        lowest = math.inf
-        for tried, trial in enumerate(study.trials, start=1):
-            error, density = trial.figure("error", 0), trial.figure("density", 0)
-            if error is not None and density is not None and density <= (level.budget or 1.0):
-                lowest = min(lowest, error)
-            if lowest < math.inf:
-                best.append((tried, lowest))
+        errors, within = study.figures("error", 0), study.figures("density", 0) <= (level.budget or 1.0)
+        best = errors.where(within).cummin().ffill().dropna()
         colour, marker, dash = _look(run, study.combination)
-        panel.step([x for x, _ in best], [y for _, y in best], where="post", color=colour, linestyle=dash, linewidth=1.3)
-        ends = [*best[:1], *best[-1:]]
-        panel.plot([x for x, _ in ends], [y for _, y in ends], linestyle="", marker=marker, markersize=4, color=colour)
+        panel.step(best.index + 1, best, where="post", color=colour, linestyle=dash, linewidth=1.3)
+        ends = best.iloc[[0, -1]] if len(best) else best
+        panel.plot(ends.index + 1, ends, linestyle="", marker=marker, markersize=4, color=colour)
     panel.set_xlim(0, max([len(study.trials) for study, _ in pairs], default=1) + 0.5)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     panel.set_xlabel("trials tried")
     panel.set_ylabel("error (rung 0)")
 
 
-def _layer_error(panel: Axes, run: Run, pairs: Pairs) -> None:
-    _by_layer(panel, run, pairs, "layer_errors", 1.0)
-    panel.set_ylabel("relative error")
-
-
-def _layer_density(panel: Axes, run: Run, pairs: Pairs) -> None:
-    _by_layer(panel, run, pairs, "layer_densities", 100.0)
-    panel.set_ylabel("density (%)")
-
-
-def _by_layer(panel: Axes, run: Run, pairs: Pairs, figure: str, scale: float) -> None:
+def _by_layer(panel: Axes, run: Run, pairs: Pairs, figure: str, label: str, scale: float) -> None:
     for study, level in pairs:
-        rungs = level.trial.rungs if level.trial is not None else {}
+        trial = study.best_trial(level)
+        rungs = trial.rungs if trial is not None else {}
         values: list[float] = next((found for rung in (1, 0) if rung in rungs and (found := getattr(rungs[rung], figure))), [])
-        layers = level.best.provenance.layers
+        layers = level.provenance.layers
         layers = layers if len(layers) == len(values) else list(range(len(values)))
         colour, marker, dash = _look(run, study.combination)
         shown = [scale * value for value in values]
         panel.plot(layers, shown, color=colour, linestyle=dash, marker=marker, markersize=2.5, linewidth=1.1)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
     panel.set_xlabel("layer")
+    panel.set_ylabel(label)
 
 
 def _importance(run: Run, model: str, studies: list[Study], effects: dict[int, list[Effect]]) -> Figure:
@@ -266,14 +246,14 @@ def _importance(run: Run, model: str, studies: list[Study], effects: dict[int, l
     heights = [len(parameters) + 0.9 for parameters in found.values()]
     figure = Figure(figsize=(7.6, 0.46 * sum(heights) + 1.8), layout="constrained")
     axes = figure.subplots(len(found), 1, squeeze=False, sharex=True, height_ratios=heights)
+    bars = (("error_importance", 0.19, COLOURS[0]), ("density_importance", -0.19, COLOURS[4]))
     for panel, (name, parameters) in zip(axes[:, 0], found.items(), strict=True):
         rows = sorted(parameters.items(), key=lambda item: sum(effect.error_importance or 0.0 for effect in item[1]))
         for index, (_, row) in enumerate(rows):
-            for shift, figure_name, colour in ((0.19, "error", COLOURS[0]), (-0.19, "density", COLOURS[4])):
-                shares = [getattr(effect, f"{figure_name}_importance") for effect in row]
-                values: list[float] = [100 * share for share in shares if share is not None]
+            for share, shift, colour in bars:
+                values = [100 * value for effect in row if (value := getattr(effect, share)) is not None]
                 if values:
-                    panel.barh(index + shift, sum(values) / len(values), 0.36, color=colour)
+                    panel.barh(index + shift, fmean(values), 0.36, color=colour)
                     panel.scatter(values, [index + shift] * len(values), s=9, color="#222222", zorder=3)
         panel.set_yticks(range(len(rows)), [shorten(parameter, 44) for parameter, _ in rows])
         panel.set_ylim(-0.6, len(rows) - 0.4)

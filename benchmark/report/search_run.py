@@ -2,64 +2,56 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmark.settings import SparseConfig
-from benchmark.storage.records import FORCED, BestConfig, TrialRow, TrialsFile, read_record
+from benchmark.storage.records import read_record
+from benchmark.storage.runs import find_run, list_runs
+from benchmark.storage.search_records import BestConfig, TrialRow, TrialsFile
 from sparse_attention_hub.errors import UserError
 
-__all__ = ["FORCED", "Level", "Run", "Study", "Trial", "choose_run", "read_run"]
+if TYPE_CHECKING:
+    import pandas as pd
 
-Trial = TrialRow
-_RUN = re.compile(r"^run_\d{8}_\d{6}$")
 _ADVICE = "search again"
 
 
 @dataclass
-class Level:
-    """The best of one budget. trial: None if the trials file does not contain it."""
-
-    best: BestConfig
-    trial: Trial | None
-
-    @property
-    def name(self) -> str:
-        return self.best.masker_name
-
-    @property
-    def budget(self) -> float | None:
-        return self.best.budget
-
-    @property
-    def label(self) -> str:
-        return "-" if self.budget is None else f"{100 * self.budget:g}%"
-
-
-@dataclass
 class Study:
-    """All trials of one (model, task, masker combination), with the levels that share them."""
+    """All trials of one (model, task, masker combination), and the best of each budget level that shares them."""
 
     model: str
     task: str
     combination: str
-    trials: list[Trial]
-    levels: list[Level] = field(default_factory=list)
+    trials: list[TrialRow]
+    levels: list[BestConfig] = field(default_factory=list)
 
     @property
     def search_seconds(self) -> float:
-        return max((level.best.search_time for level in self.levels), default=0.0)
+        return max((level.search_time for level in self.levels), default=0.0)
+
+    def figures(self, name: str, rung: int | None = None) -> pd.Series[float]:
+        """A figure of every trial, NaN where it was not measured. rung None: the highest up to the forced forward."""
+        import pandas as pd
+
+        found = [trial.last(name) if rung is None else trial.figure(name, rung) for trial in self.trials]
+        return pd.Series(found, dtype=float)
+
+    def best_trial(self, level: BestConfig) -> TrialRow | None:
+        return next((trial for trial in self.trials if trial.trial_id == level.best_trial_id), None)
 
 
 @dataclass
 class Run:
-    """A run. rung_names: the name of each rung. left_out: problems of damaged files. pairs: its (model, task), in order."""
+    """A run. rung_names: the name of each rung. left_out: problems of damaged files."""
 
     folder: Path
     studies: list[Study]
     rung_names: list[str]
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[str]
 
     @property
     def name(self) -> str:
@@ -67,6 +59,7 @@ class Run:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
+        """Its (model, task), in order."""
         return list(dict.fromkeys((study.model, study.task) for study in self.studies))
 
     @property
@@ -83,18 +76,18 @@ class Run:
         return [study for study in self.studies if (study.model, study.task) == (model, task)]
 
 
-def choose_run(folder: Path, name: str | None) -> Path:
+def budget_label(budget: float | None) -> str:
+    return "-" if budget is None else f"{100 * budget:g}%"
+
+
+def choose_run(folder: Path, name: str | None, flag: str = "--run") -> Path:
     """The folder of a run, given by name or path; without a name, the newest run with trials. UserError if there is none."""
     if name is not None:
-        for candidate in (folder / name, Path(name)):
-            if candidate.is_dir():
-                return candidate
-        known = [run.name for run in _runs(folder)]
-        listed = f"there are {', '.join(known[:5])}" if known else "there is none yet: run --phase 1 first"
-        raise UserError(f"no run {name!r} in {folder}; {listed}")
+        path = Path(name)
+        return find_run(path.parent if len(path.parts) > 1 else folder, path.name, flag)
     if not folder.is_dir():
         raise UserError(f"--optimal-configs-dir {folder}: no such folder; run --phase 1 first, or name the folder of a search")
-    for run in _runs(folder):
+    for run in list_runs(folder):
         if any(run.glob("*_trials.json")):
             return run
     raise UserError(f"no run with finished trials in {folder}: run --phase 1 first, or give --optimal-configs-dir")
@@ -118,21 +111,12 @@ def read_run(folder: Path) -> Run:
         key = (best.model, best.task, study_part)
         if key not in studies:
             studies[key] = Study(best.model, best.task, SparseConfig(best.masker_name, None, None).family, found.trials)
-        trial = next((trial for trial in found.trials if trial.trial_id == found.best_trial_id), None)
-        studies[key].levels.append(Level(best, trial))
+        studies[key].levels.append(best)
     if not studies:
         raise UserError(left_out[0] if left_out else f"{folder}: contains no finished search (no *_trials.json)")
+    counts = Counter((study.model, study.task, study.combination) for study in studies.values())
     for study in studies.values():
-        study.levels.sort(key=lambda level: (level.budget is None, level.budget or 0.0, level.name))
-        twins = [
-            s for s in studies.values() if (s.model, s.task, s.combination) == (study.model, study.task, study.combination)
-        ]
-        if len(twins) > 1:  # levels of a combination that could not share a study
-            for twin in twins:
-                twin.combination += f" ({', '.join(level.label for level in twin.levels)})"
+        study.levels.sort(key=lambda level: (level.budget is None, level.budget or 0.0, level.masker_name))
+        if counts[study.model, study.task, study.combination] > 1:  # levels of a combination that could not share a study
+            study.combination += f" ({', '.join(budget_label(level.budget) for level in study.levels)})"
     return Run(folder, list(studies.values()), rung_names, left_out)
-
-
-def _runs(folder: Path) -> list[Path]:
-    """Newest first."""
-    return sorted((path for path in folder.glob("run_*") if path.is_dir() and _RUN.match(path.name)), reverse=True)

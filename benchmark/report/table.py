@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
-from benchmark.stats import Comparison
-from benchmark.storage.records import Difference, ResultRow, SampleCounts, Summary
+from benchmark.settings import DENSE
+from benchmark.storage.benchmark_records import Difference, ResultRow, SampleCounts, Summary
+from benchmark.storage.records import Interval
 
 WIDTH = 100
 _NAME = 42
@@ -41,6 +42,8 @@ def closing_table(summary: Summary) -> str:
                 f" {interval(row.interval) or '-':>12} {number(row.density):>7}"
                 f" {number(row.error)[:5]:>5} {difference(row.difference_to_dense):>20} {mark}".rstrip()
             )
+        if any(row.configuration == DENSE and row.score == 0 for row in rows):
+            lines.append(" dense fails here: no conclusion about sparse attention")
         lines.append("")
     lines += [text for mark, text in _LEGEND.items() if mark in used]
     return "\n".join(lines).rstrip()
@@ -52,21 +55,22 @@ def marks(over_budget: bool | None, meets_budget: bool | None, samples: SampleCo
     return "!" * bool(over_budget) + "~" * (meets_budget is False) + "?" * bool(samples.failed or samples.missing)
 
 
-def difference(paired: Difference | Comparison | None) -> str:
+def difference(paired: Difference | None) -> str:
     """A paired difference with its interval; "-" for None."""
     return f"{paired.difference:+.3f} {interval(paired.interval)}".strip() if paired else "-"
 
 
-def interval(ends: Sequence[float] | None) -> str:
+def interval(ends: Interval | None) -> str:
     return f"[{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
 
 
 def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    """Three decimals; "-" for None and NaN, as in `percent`."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def percent(value: float | None, places: int = 1) -> str:
-    return "-" if value is None else f"{100 * value:.{places}f}%"
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.{places}f}%"
 
 
 def shorten(text: str, width: int) -> str:

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
-from benchmark.search.trial import with_deadline
+from benchmark.search.limits import time_limit, watch_masks
+from benchmark.search.samples import samples_key, tuning_samples
 from benchmark.settings import Settings
-from benchmark.storage.records import Evaluation
 from benchmark.storage.results import fingerprint
+from benchmark.storage.search_records import Evaluation
 from benchmark.tasks import get_task
-from benchmark.tasks.base import Prompt, Sample, SampleRequest, answer_seed, build_prompt
-from benchmark.tasks.limits import within_model
 from benchmark.workers.memory import trim_heap
 from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
-from sparse_attention_hub.errors import UserError
-
-if TYPE_CHECKING:
-    from sparse_attention_hub.models import Forced, LanguageModel, Prefilled
-    from sparse_attention_hub.models.trace import Trace
+from sparse_attention_hub.errors import NonFiniteError, UserError
+from sparse_attention_hub.kernels import choose_backend
+from sparse_attention_hub.maskers.shared_states import SharedStates
+from sparse_attention_hub.models import Forced, LanguageModel, Prefilled, answer_many, forced_many, prefill
+from sparse_attention_hub.models.model_files import complete
+from sparse_attention_hub.models.session import sparse_layers
+from sparse_attention_hub.models.trace import Trace, layer_bytes, record_trace, trace_key
+from sparse_attention_hub.replay import replay, spread
 
 RUNG0_ROWS = 6
 RUNG0_LAYER_STEP = 4
-
-
-@dataclass(frozen=True)
-class TuningSample:
-    """A sample and its prompt. seed: of its sampling maskers, the same for every configuration."""
-
-    sample: Sample
-    prompt: Prompt
-    max_new_tokens: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -55,68 +46,20 @@ class _Measured:
     layer_densities: list[float] | None = None
 
 
-def tuning_samples(tokenizer: Any, task_name: str, settings: Settings) -> list[TuningSample]:
-    """The tuning samples of a task: a split that Phase 2 never scores, at the search's context length or the model's.
-
-    UserError if the task has none, or a question does not fit.
-    """
-    task = get_task(task_name)
-    request = within_model(
-        SampleRequest(
-            tokenizer=tokenizer,
-            split="tuning",
-            seed=settings.seed,
-            max_samples=settings.search_max_requests,
-            max_context_length=settings.search_max_context_length,
-            data_dir=settings.data_dir,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    )
-    longest = request.max_context_length
-    if task.fixed_length is not None:
-        request = replace(request, length=min(task.fixed_length, longest))
-    prepared = []
-    for sample in task.samples(request):
-        new_tokens = min(sample.max_new_tokens, settings.search_max_new_tokens)
-        prompt = build_prompt(
-            sample,
-            tokenizer,
-            max_context_length=longest,
-            max_new_tokens=new_tokens,
-            use_chat_template=task.use_chat_template,
-        )
-        prepared.append(TuningSample(sample, prompt, new_tokens, answer_seed(settings.seed, sample.sample_id)))
-    if not prepared:
-        raise UserError(
-            f"task {task_name!r} has no tuning samples: its data have too few rows; add some or choose another task"
-        )
-    return prepared
-
-
-def samples_key(samples: list[TuningSample]) -> str:
-    """A hash of the samples: prompts, references and all else that scoring uses, seeds."""
-    return fingerprint([repr(sample) for sample in samples])
-
-
 class TraceEvaluator:
     """Evaluates configurations of one (model, task) on traces. Rungs 2 and 3 run the model on the traces' KV caches, or prefill
     the samples again where the traces do not contain all layers.
 
     samples: the tuning samples. traces: empty until `record()` has finished. layers: those that traces contain. key: a hash of
-    everything that determines the figures of a configuration.
+    everything that determines the figures of a configuration. trace_bytes: upper bound of the traces' size on disk.
     """
 
     def __init__(self, lm: LanguageModel, task_name: str, settings: Settings, traces_dir: Path) -> None:
         """Records nothing yet.
 
-        UserError as `tuning_samples`, for a model without a layer that can be sparse, for a --trace-budget-gb below one layer,
-        and for an attention backend that cannot run on the model's device.
+        UserError if no layer can be sparse, --trace-budget-gb is less than one layer of the traces, or the sparse backend
+        cannot run on the model's device.
         """
-        from sparse_attention_hub.maskers.shared_states import SharedStates
-        from sparse_attention_hub.models.session import sparse_layers
-        from sparse_attention_hub.models.trace import layer_bytes, trace_key
-        from sparse_attention_hub.replay import spread
-
         _check_backend(settings.attention_backend, lm)
         self.lm, self.task, self.settings = lm, get_task(task_name), settings
         self.samples = tuning_samples(lm.tokenizer, task_name, settings)
@@ -124,34 +67,27 @@ class TraceEvaluator:
         self._states = SharedStates()
         # (configuration, sample number) -> its forced forward, where that reproduced the dense answer.
         self._reproduced: dict[tuple[str, int], Forced] = {}
-        self.bytes_per_layer = 0
-        for entry in self.samples:
-            rows = entry.max_new_tokens + (len(entry.prompt.question_ids) if settings.sparse_from == "question" else 0)
-            tokens = len(entry.prompt.context_ids) + len(entry.prompt.question_ids) + entry.max_new_tokens
-            self.bytes_per_layer += layer_bytes(lm, tokens, rows)
         usable = sparse_layers(lm)
+        names, bytes_per_layer = [], 0
+        for entry in self.samples:
+            context, question, answer = entry.prompt.context_ids, entry.prompt.question_ids, entry.max_new_tokens
+            names.append(trace_key(lm, context, question, answer, settings.sparse_from))
+            rows = answer + (len(question) if settings.sparse_from == "question" else 0)
+            bytes_per_layer += layer_bytes(lm, len(context) + len(question) + answer, rows)
         self.layers = usable
         if settings.trace_budget_gb is not None:
-            fit = int(settings.trace_budget_gb * 1e9 / self.bytes_per_layer)
+            fit = int(settings.trace_budget_gb * 1e9 / bytes_per_layer)
             if fit < 1:
                 raise UserError(
                     f"--trace-budget-gb {settings.trace_budget_gb:g} is less than one layer of {len(self.samples)} traces "
-                    f"({self.bytes_per_layer / 1e9:.2f} GB): raise it, or lower --search-max-requests"
+                    f"({bytes_per_layer / 1e9:.2f} GB): raise it, or lower --search-max-requests"
                 )
             self.layers = [usable[index] for index in spread(len(usable), fit)]
-        thinned = [] if self.layers == usable else self.layers
-        self._folders = []
-        for entry in self.samples:
-            key = trace_key(lm, entry.prompt.context_ids, entry.prompt.question_ids, entry.max_new_tokens, settings.sparse_from)
-            self._folders.append(traces_dir / (f"{key}-{fingerprint(thinned)[:8]}" if thinned else key))
-        self.key = fingerprint(
-            [[folder.name for folder in self._folders], samples_key(self.samples), settings.attention_backend]
-        )
-
-    @property
-    def trace_bytes(self) -> int:
-        """Upper bound of the traces' size on disk."""
-        return self.bytes_per_layer * len(self.layers)
+        if self.layers != usable:
+            names = [f"{name}-{fingerprint(self.layers)[:8]}" for name in names]
+        self._folders = [traces_dir / name for name in names]
+        self.trace_bytes = bytes_per_layer * len(self.layers)
+        self.key = fingerprint([names, samples_key(self.samples), settings.attention_backend])
 
     def record(self) -> Iterator[str]:
         """Open or record the traces, one per step; yields a line for each. UserError if no answer has a sparse row.
@@ -164,12 +100,13 @@ class TraceEvaluator:
             for number, folder in enumerate(self._folders):
                 if number in found:
                     continue
-                with _locked(folder, wait) as held:
-                    if not held:
-                        continue
-                    trace, done = self._open_or_record(number, folder)
-                    found[number] = trace
-                yield f"trace {len(found)}/{len(self.samples)} {done} ({trace.nbytes / 1e6:.0f} MB)"
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    with FileLock(folder.parent / f".{folder.name}.lock", timeout=-1 if wait else 0):
+                        found[number], done = self._open_or_record(number, folder)
+                except Timeout:
+                    continue
+                yield f"trace {len(found)}/{len(self.samples)} {done} ({found[number].nbytes / 1e6:.0f} MB)"
         if not any(trace.rows for trace in found.values()):
             raise UserError(
                 f"no tuning sample of {self.task.name} has a sparse row, since every answer is one token long: "
@@ -178,253 +115,195 @@ class TraceEvaluator:
         self.traces = [found[number] for number in range(len(self.samples))]
 
     def _open_or_record(self, number: int, folder: Path) -> tuple[Trace, str]:
-        from sparse_attention_hub.models.trace import Trace, record_trace
-
-        trace = Trace.open(folder)
-        if trace is not None:
-            return trace, "reused"
         entry = self.samples[number]
-        trace = record_trace(
-            self.lm,
-            entry.prompt.context_ids,
-            entry.prompt.question_ids,
-            entry.max_new_tokens,
-            folder,
-            sparse_from=self.settings.sparse_from,
-            layers=self.layers,
-        )
-        trim_heap()
-        return trace, "recorded"
+        trace, done = Trace.open(folder), "reused"
+        try:
+            if trace is None:
+                trace = record_trace(
+                    self.lm,
+                    entry.prompt.context_ids,
+                    entry.prompt.question_ids,
+                    entry.max_new_tokens,
+                    folder,
+                    sparse_from=self.settings.sparse_from,
+                    layers=self.layers,
+                )
+                done = "recorded"
+                trim_heap()
+            for layer in trace.layers:
+                if not trace.layer(layer).dense.isfinite().all():
+                    raise NonFiniteError(f"dense attention of layer {layer} is not finite: check the weights and --dtype")
+        except NonFiniteError as error:
+            raise UserError(f"tuning sample {entry.sample.sample_id} has no dense answer on {self.lm.id}: {error}") from None
+        return trace, done
 
     def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
         """See `trial.Evaluator`."""
-        if len(self.traces) < len(self.samples):
+        if not self.traces:
             for _ in self.record():
                 pass
         attentions = [self._attention(config) for config in configs]
-        check = with_deadline(timeout * len(configs))
+        measure = (self._replay_some, self._replay, self._force, self._generate)[rung]
         started = time.perf_counter()
-        measure = (self._replay_some, self._replay_all, self._force, self._generate)[rung]
-        by_sample = measure(attentions, check)
+        end = started + timeout * len(configs)
+        by_sample = []
+        try:
+            for number, trace in enumerate(self.traces):
+                if trace.rows or rung >= 2:
+                    # An endless loop is noticed after one configuration's limit, not after the limit of all of them.
+                    with time_limit(min(timeout, end - time.perf_counter())):
+                        by_sample.append(measure(number, attentions))
+                    if rung >= 2:
+                        trim_heap()
+        except BaseException:
+            self._states = SharedStates()  # one of them may be half made
+            raise
         trim_heap()
         seconds = (time.perf_counter() - started) / len(configs)
         return [_over_samples(column, seconds) for column in zip(*by_sample, strict=True)]
 
     def _attention(self, config: ResearchAttentionConfig) -> ResearchAttention:
-        from sparse_attention_hub.models.model_files import complete
+        attention = ResearchAttention(replace(complete(config, self.lm), backend=self.settings.attention_backend))
+        watch_masks(attention)
+        return attention
 
-        return ResearchAttention(replace(complete(config, self.lm), backend=self.settings.attention_backend))
+    # -- rungs: figures of every attention on one sample ------------------------------------------------------------------
 
-    # -- rungs 0 and 1 -----------------------------------------------------------------------------------------------
-
-    def _replay_some(self, attentions: list[ResearchAttention], check: Callable[[], None]) -> list[list[_Measured]]:
-        return self._replay(attentions, check, RUNG0_ROWS, self.layers[::RUNG0_LAYER_STEP])
-
-    def _replay_all(self, attentions: list[ResearchAttention], check: Callable[[], None]) -> list[list[_Measured]]:
-        return self._replay(attentions, check, None, None)
+    def _replay_some(self, number: int, attentions: list[ResearchAttention]) -> list[_Measured]:
+        rows = spread(self.traces[number].rows, RUNG0_ROWS)
+        return self._replay(number, attentions, rows, self.layers[::RUNG0_LAYER_STEP])
 
     def _replay(
-        self, attentions: list[ResearchAttention], check: Callable[[], None], rows: int | None, layers: list[int] | None
-    ) -> list[list[_Measured]]:
-        """Figures of every sample with sparse rows, in the order of `attentions`; so are those of the other rungs."""
-        from sparse_attention_hub.replay import replay, spread
-
-        by_sample = []
-        for entry, trace in zip(self.samples, self.traces, strict=True):
-            if not trace.rows:
-                continue
-            kept = None if rows is None else spread(trace.rows, rows)
-            results = replay(
-                trace, attentions, rows=kept, layers=layers, seed=entry.seed, device=self.lm.device, states=self._states
+        self,
+        number: int,
+        attentions: list[ResearchAttention],
+        rows: list[int] | None = None,
+        layers: list[int] | None = None,
+    ) -> list[_Measured]:
+        seed, device = self.samples[number].seed, self.lm.device
+        results = replay(
+            self.traces[number], attentions, rows=rows, layers=layers, seed=seed, device=device, states=self._states
+        )
+        if layers is not None:
+            return [_Measured(error=result.error, density=result.density) for result in results]
+        return [
+            _Measured(
+                error=result.error,
+                density=result.density,
+                layer_errors=result.errors.mean(-1).tolist(),
+                layer_densities=result.densities.mean(-1).tolist(),
             )
-            by_sample.append(
-                [
-                    _Measured(
-                        error=result.error,
-                        density=result.density,
-                        layer_errors=result.errors.mean(-1).tolist() if layers is None else None,
-                        layer_densities=result.densities.mean(-1).tolist() if layers is None else None,
-                    )
-                    for result in results
-                ]
-            )
-            check()
-        return by_sample
+            for result in results
+        ]
 
-    # -- rungs 2 and 3 -----------------------------------------------------------------------------------------------
+    def _prefilled(self, number: int) -> Prefilled:
+        """The sample's KV cache, with the room that its trace had: rotary factors may depend on the whole length."""
+        prompt = self.samples[number].prompt
+        room = len(prompt.question_ids) + self.samples[number].max_new_tokens
+        return self.traces[number].prefilled(self.lm, room, self._states) or prefill(self.lm, prompt.context_ids, room)
 
-    def _prefilled(self, entry: TuningSample, trace: Trace, room: int) -> Prefilled:
-        from sparse_attention_hub.models import prefill
-
-        return trace.prefilled(self.lm, room, self._states) or prefill(self.lm, entry.prompt.context_ids, room)
-
-    def _force(self, attentions: list[ResearchAttention], check: Callable[[], None]) -> list[list[_Measured]]:
+    def _force(self, number: int, attentions: list[ResearchAttention]) -> list[_Measured]:
         """Question and dense answer through the model, token by token: errors compound through the layers as in generation. A
         configuration that reproduces the dense answer here would generate it too, so rung 3 reuses it."""
-        from sparse_attention_hub.models import forced_many
-
-        by_sample: list[list[_Measured]] = []
-        for number, (entry, trace) in enumerate(zip(self.samples, self.traces, strict=True)):
-            room = len(entry.prompt.question_ids) + len(trace.answer_ids)
-            meters = [ErrorMeter() for _ in attentions]
-            results = forced_many(
-                self.lm,
-                self._prefilled(entry, trace, room),
-                entry.prompt.question_ids,
-                trace.answer_ids,
-                attentions,
-                sparse_from=self.settings.sparse_from,
-                seed=entry.seed,
-                recorders=meters,
-                stepwise=True,
+        entry, answer_ids = self.samples[number], self.traces[number].answer_ids
+        meters = [ErrorMeter() for _ in attentions]
+        results = forced_many(
+            self.lm,
+            self._prefilled(number),
+            entry.prompt.question_ids,
+            answer_ids,
+            attentions,
+            sparse_from=self.settings.sparse_from,
+            seed=entry.seed,
+            recorders=meters,
+            stepwise=True,
+        )
+        measured = []
+        for attention, meter, result in zip(attentions, meters, results, strict=True):
+            if result.reproduced:
+                self._reproduced[repr(attention.config), number] = result
+            measured.append(
+                _Measured(
+                    error=meter.error,
+                    density=result.density,
+                    kv_fraction=result.kv_fraction,
+                    reference_nll=result.nll,
+                    reproduced=float(result.reproduced),
+                )
             )
-            for attention, result in zip(attentions, results, strict=True):
-                if result.reproduced:
-                    self._reproduced[repr(attention.config), number] = result
-            by_sample.append(
-                [
-                    _Measured(
-                        meter.error,
-                        meter.density,
-                        meter.kv_fraction,
-                        reference_nll=result.nll,
-                        reproduced=float(result.reproduced),
-                    )
-                    for meter, result in zip(meters, results, strict=True)
-                ]
-            )
-            trim_heap()
-            check()
-        return by_sample
+        return measured
 
-    def _generate(self, attentions: list[ResearchAttention], check: Callable[[], None]) -> list[list[_Measured]]:
+    def _generate(self, number: int, attentions: list[ResearchAttention]) -> list[_Measured]:
         """Real sparse generation, scored by the task. The error is not measured: the generated tokens diverge from the dense
         answer, so it would add little to that of rung 2."""
-        from sparse_attention_hub.models import Forced, answer_many
-
-        by_sample: list[list[_Measured]] = []
-        for number, (entry, trace) in enumerate(zip(self.samples, self.traces, strict=True)):
-            room = len(entry.prompt.question_ids) + entry.max_new_tokens
-            known = [self._reproduced.get((repr(attention.config), number)) for attention in attentions]
-            unknown = [attention for attention, forced in zip(attentions, known, strict=True) if forced is None]
-            generated = iter(
-                answer_many(
-                    self.lm,
-                    self._prefilled(entry, trace, room),
-                    entry.prompt.question_ids,
-                    unknown,
-                    entry.max_new_tokens,
-                    sparse_from=self.settings.sparse_from,
-                    seed=entry.seed,
-                )
-                if unknown
-                else ()
+        entry = self.samples[number]
+        known = [self._reproduced.get((repr(attention.config), number)) for attention in attentions]
+        unknown = [attention for attention, forced in zip(attentions, known, strict=True) if forced is None]
+        generated = iter(
+            answer_many(
+                self.lm,
+                self._prefilled(number),
+                entry.prompt.question_ids,
+                unknown,
+                entry.max_new_tokens,
+                sparse_from=self.settings.sparse_from,
+                seed=entry.seed,
             )
-            column = []
-            for forced in known:
-                answer = next(generated) if forced is None else forced
-                text = trace.meta["answer"] if isinstance(answer, Forced) else answer.text
-                score = self.task.score(text, entry.sample).get(self.task.metric)
-                column.append(_Measured(density=answer.density, kv_fraction=answer.kv_fraction, score=score))
-            by_sample.append(column)
-            trim_heap()
-            check()
-        return by_sample
+            if unknown
+            else ()
+        )
+        measured = []
+        for forced in known:
+            answer = next(generated) if forced is None else forced
+            text = self.traces[number].meta["answer"] if isinstance(answer, Forced) else answer.text
+            score = self.task.score(text, entry.sample).get(self.task.metric)
+            measured.append(_Measured(density=answer.density, kv_fraction=answer.kv_fraction, score=score))
+        return measured
 
 
 class ErrorMeter:
-    """A recorder of means, over rows, heads and layers, of error, density and fraction of KV bytes read. None before the first
-    row."""
+    """A recorder of the mean error over rows, heads and layers."""
 
     def __init__(self) -> None:
-        self._rows = 0
-        self._error = self._density = self._kv = 0.0
+        self._rows, self._total = 0, 0.0
 
     def __call__(self, *, result: Any, queries: Any, **_: Any) -> None:
-        if result is None:
-            return
-        rows = queries.shape[2]
-        self._rows += rows
-        self._error += float(result.error_rows().mean()) * rows
-        self._density += result.density * rows
-        self._kv += result.kv_fraction * rows
+        if result is not None:
+            rows = queries.shape[2]
+            self._rows += rows
+            self._total += float(result.error_rows().mean()) * rows
 
     @property
     def error(self) -> float | None:
-        return self._error / self._rows if self._rows else None
-
-    @property
-    def density(self) -> float | None:
-        return self._density / self._rows if self._rows else None
-
-    @property
-    def kv_fraction(self) -> float | None:
-        return self._kv / self._rows if self._rows else None
+        """None before the first sparse row."""
+        return self._total / self._rows if self._rows else None
 
 
 def _over_samples(column: Sequence[_Measured], seconds: float) -> Evaluation | None:
-    """The means of one configuration over samples, which have equal weight however many rows they have. None if a figure is not
-    finite, or no sample has a density. A sample without a sparse row (its answer ended at once, with --sparse-from decode) has
-    none. The score is None unless every sample has one."""
+    """The means of one configuration over samples, which have equal weight however many rows they have. A figure that a sample
+    does not have (it has no sparse row if its answer ended at once, with --sparse-from decode) is a mean over the others; the
+    score is None unless every sample has one. None if a figure is not finite, or no sample has a density."""
+    means = {field.name: _mean([getattr(sample, field.name) for sample in column]) for field in fields(_Measured)}
     scores = [sample.score for sample in column if sample.score is not None]
-    scored = bool(scores) and len(scores) == len(column)
-    sparse = [sample for sample in column if sample.density is not None]
-    error, density = _mean(sample.error for sample in sparse), _mean(sample.density for sample in sparse)
-    kv_fraction, score = _mean(sample.kv_fraction for sample in sparse), _mean(scores) if scored else None
-    nll, reproduced = _mean(sample.reference_nll for sample in column), _mean(sample.reproduced for sample in column)
-    layer_errors = _layer_means(sample.layer_errors for sample in column)
-    layer_densities = _layer_means(sample.layer_densities for sample in column)
-    numbers = [error, density, kv_fraction, score, nll, reproduced, *(layer_errors or ()), *(layer_densities or ())]
-    if density is None or not all(math.isfinite(number) for number in numbers if number is not None):
+    if len(scores) < len(column):
+        scores, means["score"] = [], None
+    try:
+        return Evaluation(seconds=seconds, sample_scores=scores or None, **means)
+    except ValueError:  # the record takes finite numbers only, and needs a density
         return None
-    return Evaluation(
-        error=error,
-        density=density,
-        seconds=seconds,
-        kv_fraction=kv_fraction,
-        score=score,
-        sample_scores=scores if scored else None,
-        reference_nll=nll,
-        reproduced=reproduced,
-        layer_errors=layer_errors,
-        layer_densities=layer_densities,
-    )
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean of those that were measured."""
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of those values that were measured: a number, or a list with a number per layer."""
     measured = [value for value in values if value is not None]
+    if measured and isinstance(measured[0], list):
+        return [_mean(layer) for layer in zip(*measured, strict=True)]
     return sum(measured) / len(measured) if measured else None
-
-
-def _layer_means(values: Iterable[list[float] | None]) -> list[float] | None:
-    measured = [value for value in values if value is not None]
-    return [sum(layer) / len(layer) for layer in zip(*measured, strict=True)] if measured else None
 
 
 def _check_backend(backend: str, lm: LanguageModel) -> None:
     """UserError if the sparse backend cannot run on the model's device: otherwise every confirmation would fail alike."""
-    import torch
-
-    from sparse_attention_hub.kernels import choose_backend
-
     try:
         choose_backend(backend, torch.empty(0, dtype=lm.dtype, device=lm.device))
     except ValueError as error:
         raise UserError(f"--attention-backend {backend}: {error}; use auto") from None
-
-
-@contextmanager
-def _locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Holds the lock of a trace: True; or False, if another process holds it and `wait` is false."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{folder.name}.lock", timeout=-1 if wait else 0)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmark.search.trial import magnitude
-from benchmark.storage.records import Evaluation, Params
+from benchmark.storage.records import Params
+from benchmark.storage.search_records import Evaluation
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -30,7 +31,7 @@ class LocalSearch:
     """Receives every trial; `ask` perturbs the best one under the given objective. Seeded."""
 
     def __init__(self, distributions: Mapping[str, BaseDistribution], *, seed: int) -> None:
-        self._distributions: dict[str, Any] = dict(distributions)
+        self._distributions: Mapping[str, Any] = distributions
         self._random = np.random.RandomState(seed)
         self._points: list[list[float]] = []  # parameters of each evaluated trial, scaled to [0, 1]
         self._figures: list[Evaluation] = []

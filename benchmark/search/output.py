@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from datetime import datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmark.search.trial import RUNGS, objective_value, plain_params
 from benchmark.settings import Settings, hyperparameters
 from benchmark.storage.fingerprints import weights_stamp
-from benchmark.storage.records import (
-    AttentionRecord,
-    Best,
-    BestConfig,
-    Confirmation,
-    SearchProvenance,
-    StudyOutcome,
-    Trial,
-    TrialRow,
-    TrialsFile,
-    write_record,
-)
+from benchmark.storage.records import AttentionRecord, write_record
 from benchmark.storage.results import environment, result_key, write_text
+from benchmark.storage.search_records import Best, BestConfig, Confirmation, SearchProvenance, Trial, TrialRow, TrialsFile
+from benchmark.storage.tables import table_text
 
 if TYPE_CHECKING:
-    from benchmark.search.spec import StudySpec
+    from benchmark.search.evaluator import TraceEvaluator
+    from benchmark.search.space import CombinationSpace
+    from benchmark.search.spec import StudyWork
+    from benchmark.search.study import Study
+
+#: Of a level's files. The last one is written last: where it exists, the level is complete.
+SUFFIXES = ("_trials.json", "_analysis.csv", ".json")
 
 
-def write_level_files(
-    run_dir: Path, study: StudySpec, outcome: StudyOutcome, settings: Settings, identity: str
-) -> list[BestConfig]:
-    """Write {key}.json, {key}_trials.json and {key}_analysis.csv of every level that has a best trial; returns the bests."""
-    rows = [_trial_row(trial, study, identity) for trial in outcome.trials]
-    analysis = _analysis_csv(outcome.trials, settings, identity)
-    written = []
-    for best in outcome.best:
-        stem = result_key(study.model, study.task, best.level)
-        record = _best_config(best, study, outcome, settings, identity)
+def write_level_files(work: StudyWork, study: Study, evaluator: TraceEvaluator, seconds: float) -> None:
+    """Write the three files of every level that has a best trial. seconds: how long the search took."""
+    spec, settings, identity = work.study, work.settings, work.identity
+    rows = [_trial_row(trial, study.space, identity) for trial in study.trials]
+    for best in study.best():
+        stem = result_key(spec.model, spec.task, best.level)
         trials = TrialsFile(
-            model=study.model,
-            task=study.task,
+            model=spec.model,
+            task=spec.task,
             masker_name=best.level,
             budget=best.budget,
             objective_function=settings.objective,
@@ -50,20 +40,19 @@ def write_level_files(
             analysis_dataframe_path=f"{stem}_analysis.csv",
             trials=rows,
         )
-        write_record(run_dir / f"{stem}_trials.json", trials)
-        write_text(run_dir / f"{stem}_analysis.csv", analysis)
-        write_record(run_dir / f"{stem}.json", record)  # last: where it exists, the level is complete
-        written.append(record)
-    return written
+        write_record(work.results / f"{stem}_trials.json", trials)
+        write_text(work.results / f"{stem}_analysis.csv", _analysis_csv(study.trials, settings, identity))
+        write_record(work.results / f"{stem}.json", _best_config(best, work, study, evaluator, seconds))
 
 
 def trial_id(identity: str, number: int) -> str:
     return f"{identity[:8]}_{number:05d}"
 
 
-def _best_config(best: Best, study: StudySpec, outcome: StudyOutcome, settings: Settings, identity: str) -> BestConfig:
-    trial = next(trial for trial in outcome.trials if trial.number == best.trial)
-    config = study.space().build(trial.params)
+def _best_config(best: Best, work: StudyWork, study: Study, evaluator: TraceEvaluator, seconds: float) -> BestConfig:
+    spec, settings = work.study, work.settings
+    trial = study.trials[best.trial]
+    config = study.space.build(trial.params)
     forced, generated = trial.rungs.get(2), trial.rungs.get(3)
     measured_on = RUNGS[max(rung for rung in trial.rungs if rung <= 2)]
     confirmation = Confirmation(
@@ -71,36 +60,36 @@ def _best_config(best: Best, study: StudySpec, outcome: StudyOutcome, settings: 
         error_from=measured_on,
         density_from=measured_on,
         score_from=RUNGS[3] if generated is not None else None,
-        samples=len(outcome.samples),
+        samples=len(evaluator.samples),
         sample_scores=None if generated is None else generated.sample_scores,
         answers_reproduced=None if forced is None else forced.reproduced,
         dense_answer_nll=None if forced is None else forced.reference_nll,
         replay_error=trial.at_most(1).error,
     )
     provenance = SearchProvenance(
-        identity=identity,
+        identity=work.identity,
         seed=settings.seed,
         sparse_from=settings.sparse_from,
         objective=settings.objective,
-        dtype=outcome.model_dtype,
-        device=outcome.device,
+        dtype=str(evaluator.lm.dtype),
+        device=str(evaluator.lm.device),
         attention_backend=settings.attention_backend,
-        dense_backend=outcome.dense_backend,
-        weights=weights_stamp(study.model),
+        dense_backend=evaluator.lm.dense_backend,
+        weights=weights_stamp(spec.model),
         max_context_length=settings.search_max_context_length,
         max_new_tokens=settings.search_max_new_tokens,
         num_samples=settings.num_samples,
-        samples=outcome.samples,
-        truncated_samples=outcome.truncated_samples,
-        traces=outcome.traces,
-        layers=outcome.layers,
+        samples=[entry.sample.sample_id for entry in evaluator.samples],
+        truncated_samples=sum(entry.prompt.truncated_tokens > 0 for entry in evaluator.samples),
+        traces=[trace.key for trace in evaluator.traces],
+        layers=evaluator.layers,
         versions=environment(),
     )
     error = trial.last.error
     assert error is not None
     return BestConfig(
-        model=study.model,
-        task=study.task,
+        model=spec.model,
+        task=spec.task,
         masker_name=best.level,
         sparse_config=AttentionRecord.model_validate(plain_params(config.to_dict())),
         masker_classes=[type(masker).__name__ for masker in config.masker_configs],
@@ -112,22 +101,22 @@ def _best_config(best: Best, study: StudySpec, outcome: StudyOutcome, settings: 
         kv_fraction=trial.last.kv_fraction,
         score=None if generated is None else generated.score,
         objective=objective_value(settings.objective, error, trial.last.density),
-        search_time=outcome.seconds,
-        num_trials=len(outcome.trials),
-        failed_trials=sum(trial.status != "completed" for trial in outcome.trials),
-        passing_failures=sum(trial.passing for trial in outcome.trials),
-        best_trial_id=trial_id(identity, best.trial),
+        search_time=seconds,
+        num_trials=len(study.trials),
+        failed_trials=sum(trial.status != "completed" for trial in study.trials),
+        transient_failures=sum(trial.transient for trial in study.trials),
+        best_trial_id=trial_id(work.identity, best.trial),
         confirmation=confirmation,
         provenance=provenance,
     )
 
 
-def _trial_row(trial: Trial, study: StudySpec, identity: str) -> TrialRow:
+def _trial_row(trial: Trial, space: CombinationSpace, identity: str) -> TrialRow:
     last = trial.last if trial.rungs else None
     return TrialRow(
         trial_id=trial_id(identity, trial.number),
         config=trial.params,
-        hyperparams=None if trial.status == "failed" else plain_params(hyperparameters(study.space().build(trial.params))),
+        hyperparams=None if trial.status == "failed" else plain_params(hyperparameters(space.build(trial.params))),
         status=trial.status,
         error_message=trial.error_message,
         rung=trial.reached,
@@ -143,34 +132,30 @@ def _trial_row(trial: Trial, study: StudySpec, identity: str) -> TrialRow:
 
 def _analysis_csv(trials: list[Trial], settings: Settings, identity: str) -> str:
     """One row per trial, with Ray Tune's columns; an iteration is a rung."""
-    names = sorted({name for trial in trials for name in trial.params})
-    columns = ["trial_id", "training_iteration", "combined_score", "error", "density", "score", "rung", "pruned_at", "status"]
-    columns += ["time_this_iter_s", "time_total_s", "timestamp", "date", "done", "iterations_since_restore"]
-    columns += ["time_since_restore", *(f"config/{name}" for name in names)]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
+    rows: list[dict[str, object]] = []
     for trial in trials:
+        last = trial.last if trial.rungs else None
         iterations = None if trial.reached is None else trial.reached + 1
-        row: dict[str, Any] = {
-            "trial_id": trial_id(identity, trial.number),
-            "training_iteration": iterations,
-            "rung": trial.reached,
-            "pruned_at": trial.pruned_at,
-            "status": trial.status,
-            "time_total_s": trial.seconds,
-            "done": True,
-            "iterations_since_restore": iterations,
-            "time_since_restore": trial.seconds,
-        }
-        if trial.reached is not None:
-            figures = trial.last
-            row |= {"error": figures.error, "density": figures.density, "time_this_iter_s": trial.rungs[trial.reached].seconds}
-            row["combined_score"] = objective_value(settings.objective, figures.error, figures.density)
-        if 3 in trial.rungs:
-            row["score"] = trial.rungs[3].score
-        if trial.finished is not None:
-            row["timestamp"] = int(trial.finished)
-            row["date"] = datetime.fromtimestamp(trial.finished).strftime("%Y-%m-%d_%H-%M-%S")
-        writer.writerow(row | {f"config/{name}": value for name, value in trial.params.items()})
-    return out.getvalue()
+        finished = None if trial.finished is None else datetime.fromtimestamp(trial.finished)
+        rows.append(
+            {
+                "trial_id": trial_id(identity, trial.number),
+                "training_iteration": iterations,
+                "combined_score": last and objective_value(settings.objective, last.error, last.density),
+                "error": last and last.error,
+                "density": last and last.density,
+                "score": trial.rungs[3].score if 3 in trial.rungs else None,
+                "rung": trial.reached,
+                "pruned_at": trial.pruned_at,
+                "status": trial.status,
+                "time_this_iter_s": None if trial.reached is None else trial.rungs[trial.reached].seconds,
+                "time_total_s": trial.seconds,
+                "timestamp": trial.finished and int(trial.finished),
+                "date": finished and finished.strftime("%Y-%m-%d_%H-%M-%S"),
+                "done": "True",
+                "iterations_since_restore": iterations,
+                "time_since_restore": trial.seconds,
+                **{f"config/{name}": value for name, value in sorted(trial.params.items())},
+            }
+        )
+    return table_text(list(rows[0]), [list(row.values()) for row in rows])

@@ -1,7 +1,7 @@
 """Which configurations a study tries next: a quarter come from a two-objective search, the others from one search per level.
 
 Each search sees every trial. The two-objective search (error and density, Optuna's multi-objective TPE) covers the whole
-Pareto front, most of which lies between the budgets or outside them. A level's search covers the part just below its budget:
+Pareto front, most of which is between the budgets or outside them. A level's search covers the part just below its budget:
 one in three of its proposals comes from TPE, two are steps from its best trial (`local_search.py`).
 `benchmark/speed/search_quality.py` compares this with one separate search per budget.
 """
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from benchmark.search.local_search import LocalSearch
 from benchmark.search.space import CombinationSpace
 from benchmark.search.trial import Level, magnitude, objective_value
-from benchmark.storage.records import Evaluation, Params
+from benchmark.storage.records import Params
+from benchmark.storage.search_records import Evaluation
 
 if TYPE_CHECKING:
     import optuna
@@ -81,7 +82,8 @@ class Proposals:
             if figures is None:
                 candidate.study.tell(candidate, state=optuna.trial.TrialState.FAIL)
                 continue
-            values = [self._front_values(figures), *([self._level_value(figures, level)] for level in self._levels)]
+            front = [magnitude(figures.error), magnitude(figures.density)]
+            values = [front, *([self._level_value(figures, level)] for level in self._levels)]
             for study, value in zip([self._front, *self._by_level], values, strict=True):
                 if study is candidate.study:
                     study.tell(candidate, value)
@@ -90,10 +92,6 @@ class Proposals:
                         optuna.trial.create_trial(params=candidate.params, distributions=self._distributions, values=value)
                     )
         self._told += len(found)
-
-    @staticmethod
-    def _front_values(figures: Evaluation) -> list[float]:
-        return [magnitude(figures.error), magnitude(figures.density)]
 
     def _level_value(self, figures: Evaluation, level: Level) -> float:
         """The error plus a penalty for density above the budget; the objective for a level without a budget."""

@@ -55,7 +55,7 @@ class CombinationSpace:
         for index in {self._fields[name][0] for name in params}:
             changes = {field: params[name] for name, (at, field) in self._fields.items() if at == index and name in params}
             maskers[index] = dataclasses.replace(maskers[index], **changes)
-        return ResearchAttentionConfig(maskers, self.template.backend)
+        return dataclasses.replace(self.template, masker_configs=maskers)
 
     def template_values(self, template: ResearchAttentionConfig) -> Params:
         """The parameters of another template of the same maskers, clipped to the space: where a search starts."""
@@ -64,15 +64,17 @@ class CombinationSpace:
             for name, (index, field) in self._fields.items()
         }
 
-    def fixed_fields(self) -> list[dict[str, Any]]:
-        """The template's maskers, as `config_to_dict` gives them, with only the fields that are not searched."""
-        from sparse_attention_hub.maskers.base import config_to_dict
-
+    def fixed_fields(self) -> list[dict[str, object]]:
+        """The template as its `to_dict` gives it, with only the fields that are not searched: its maskers, then what else it
+        sets."""
         searched = set(self._fields.values())
-        records = [config_to_dict(masker) for masker in self.template.masker_configs]
-        for index, record in enumerate(records):
-            record["params"] = {name: value for name, value in record["params"].items() if (index, name) not in searched}
-        return records
+        record = self.template.to_dict()
+        maskers = [
+            {"type": entry["type"], "params": {k: v for k, v in entry["params"].items() if (index, k) not in searched}}
+            for index, entry in enumerate(record.pop("masker_configs"))
+        ]
+        del record["type"]
+        return [*maskers, record] if record else maskers
 
 
 def parameter_name(config_class: type[MaskerConfig], field: str) -> str:

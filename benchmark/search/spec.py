@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from benchmark.search.space import CombinationSpace
-from benchmark.search.study import Study
-from benchmark.search.trial import Evaluator, Level, Progress
+from benchmark.search.trial import Level, Progress
 from benchmark.settings import Settings, SparseConfig
-from benchmark.storage.fingerprints import behind_config, weights_stamp
-from benchmark.storage.records import StudyOutcome, write_record
-from benchmark.storage.results import Journal, fingerprint, result_key
+from benchmark.storage.fingerprints import dependency_digests, weights_stamp
+from benchmark.storage.results import fingerprint, result_key
 from sparse_attention_hub.errors import UserError
-
-if TYPE_CHECKING:
-    from benchmark.search.evaluator import TraceEvaluator
 
 #: Increased when the meaning of a search's files changes, so that older results are not reused.
 FORMAT = 4
@@ -33,13 +28,17 @@ class StudySpec:
     name: str
     levels: tuple[Level, ...]
 
+    def stems(self) -> list[str]:
+        """The names of the levels' result files, without their endings."""
+        return [result_key(self.model, self.task, level.name) for level in self.levels]
+
     def space(self) -> CombinationSpace:
         return CombinationSpace(self.levels[0].template, self.task)
 
     def journal_identity(self, settings: Settings, samples: str) -> str:
         """A hash of everything but its parameters that determines an evaluation, with the versions of engine and maskers.
 
-        samples: `evaluator.samples_key`. Searches that differ only in levels, number of trials or objective share a journal.
+        samples: `samples.samples_key`. Searches that differ only in levels, number of trials or objective share a journal.
         """
         return fingerprint(
             {
@@ -49,32 +48,28 @@ class StudySpec:
                 "task": self.task,
                 "samples": samples,
                 "fixed": self.space().fixed_fields(),
-                "behind": behind_config(self.levels[0].template),
+                "behind": dependency_digests(self.levels[0].template),
                 "sparse_from": settings.sparse_from,
-                "place": resolved_place(settings),
+                "place": device_and_dtype(settings),
                 "backends": [settings.attention_backend, settings.dense_backend],
             }
         )
 
     def identity(self, settings: Settings, samples: str) -> str:
-        """A hash of everything that determines the study's result."""
+        """A hash of everything that determines the study's result. --objective is part of it where a level has no budget."""
+        objective = None if all(level.budget for level in self.levels) else settings.objective
+        limits = [settings.num_samples, settings.search_timeout, settings.trace_budget_gb]
         return fingerprint(
             {
                 "journal": self.journal_identity(settings, samples),
                 "levels": [(level.name, level.budget, level.template.to_dict()) for level in self.levels],
                 "space": {name: repr(domain) for name, domain in self.space().domains.items()},
-                "settings": [
-                    settings.seed,
-                    settings.num_samples,
-                    settings.search_timeout,
-                    settings.objective,
-                    settings.trace_budget_gb,
-                ],
+                "settings": [settings.seed, objective, *limits],
             }
         )
 
 
-def resolved_place(settings: Settings) -> list[str]:
+def device_and_dtype(settings: Settings) -> list[str]:
     """Device type and dtype of evaluations; on a cluster, where each machine resolves them itself, the flags' values."""
     if settings.ray_address not in (None, "local"):
         return ["cluster", settings.device, settings.dtype]
@@ -114,7 +109,7 @@ def plan_studies(models: list[str], tasks: list[str], configs: list[SparseConfig
                 name = family if families.count(family) == 1 else levels[0].name
                 studies.append(StudySpec(model, task, name, tuple(levels)))
     _check_names([study_id(study) for study in studies])
-    _check_names([result_key(study.model, study.task, level.name) for study in studies for level in study.levels])
+    _check_names([stem for study in studies for stem in study.stems()])
     return studies, notes
 
 
@@ -131,14 +126,16 @@ def study_id(study: StudySpec) -> str:
     return result_key(study.model, study.task, study.name)
 
 
-def journal_path(folder: Path, study: StudySpec, identity: str) -> Path:
-    """The study's journal in Ray's results folder."""
-    return folder / "journals" / f"{study_id(study)}-{identity}.jsonl"
+@dataclass(frozen=True)
+class StudyWork:
+    """What a worker needs to run a study. It writes the journal and, into the folder `results`, the files of every level."""
 
-
-def outcome_path(folder: Path, study: StudySpec, identity: str) -> Path:
-    """The study's outcome file, beside the journals."""
-    return folder / "journals" / f"{study_id(study)}-{identity}.json"
+    study: StudySpec
+    settings: Settings
+    identity: str
+    journal: Path
+    results: Path
+    traces: Path
 
 
 class Report(Protocol):
@@ -154,44 +151,3 @@ class Report(Protocol):
     def finished(self, study: StudySpec, progress: Progress) -> None: ...
 
     def failed(self, study: StudySpec, problem: str) -> None: ...
-
-
-def make_study(spec: StudySpec, settings: Settings, evaluator: Evaluator, journal: Path) -> Study:
-    return Study(
-        spec.space(),
-        list(spec.levels),
-        evaluator,
-        Journal(journal),
-        num_samples=settings.num_samples,
-        timeout=settings.search_timeout,
-        seed=settings.seed,
-        objective=settings.objective,
-    )
-
-
-def write_outcome(path: Path, spec: StudySpec, study: Study, evaluator: TraceEvaluator, seconds: float) -> None:
-    """Write the result of a study for the driver. seconds: time of this start; that of reused evaluations is added."""
-    write_record(
-        path,
-        StudyOutcome(
-            study=study_id(spec),
-            error=None,
-            seconds=seconds + study.known_seconds,
-            trials=study.trials,
-            best=study.best(),
-            samples=[entry.sample.sample_id for entry in evaluator.samples],
-            truncated_samples=sum(entry.prompt.truncated_tokens > 0 for entry in evaluator.samples),
-            traces=[trace.key for trace in evaluator.traces],
-            layers=evaluator.layers,
-            trace_bytes=sum(trace.nbytes for trace in evaluator.traces),
-            evaluated=study.evaluated,
-            model_dtype=str(evaluator.lm.dtype),
-            device=str(evaluator.lm.device),
-            dense_backend=evaluator.lm.dense_backend,
-        ),
-    )
-
-
-def write_failure(path: Path, spec: StudySpec, seconds: float, error: str) -> None:
-    """Write that a study failed as a whole."""
-    write_record(path, StudyOutcome(study=study_id(spec), error=error, seconds=seconds, trials=[], best=[]))

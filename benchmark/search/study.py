@@ -1,7 +1,8 @@
 """One study: the search over one (model, task, masker combination), for all its budgets at once. Imports no Ray and no model.
 
-The rungs: every configuration is replayed on a few rows and layers (rung 0); the best are promoted to the full replay (1); at
-most six finalists are confirmed by a forced forward (2) and by real generation with the task's own score (3).
+The rungs: every configuration is replayed on a few rows and layers (rung 0); those near the best of a level, at most a tenth,
+are promoted to the full replay (1); of these at most six finalists are confirmed by a forced forward (2) and by real generation
+with the task's own score (3). One configuration that is much better than all others is promoted alone.
 
 A forced forward may measure a higher density than the replay, so that a finalist no longer fits its level. Therefore each
 level may confirm up to three more configurations: while its confirmed ones have a clearly larger replayed error than an
@@ -17,18 +18,20 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from benchmark.search.proposals import BATCH, Proposals
 from benchmark.search.space import CombinationSpace
 from benchmark.search.trial import RUNGS, Evaluator, Level, Progress, TrialTimeout, objective_value, plain_params
 from benchmark.stats import sign_test
-from benchmark.storage.records import Best, Evaluation, EvaluationRecord, StudyLine, Trial, read_lines, to_json
+from benchmark.storage.records import read_lines, to_json
 from benchmark.storage.results import Journal
-from benchmark.workers.errors import BrokenDeviceError, check_device, is_passing
+from benchmark.storage.search_records import Best, Evaluation, EvaluationRecord, StudyLine, Trial
+from benchmark.workers.errors import BrokenDeviceError, check_device, is_transient
 from sparse_attention_hub import ResearchAttentionConfig
-from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.errors import UserError, quoted
 
 MAX_FINALISTS = 6
 PROMOTED_SHARE = 0.1
@@ -40,7 +43,8 @@ MAX_REFILLS = 3
 MAX_DUPLICATES = 24
 SIGNIFICANT = 0.05
 
-_Settled = tuple[Trial, EvaluationRecord]
+#: The outcome of an evaluation: its figures, None if one is not a finite number, or why it failed.
+_Found = Evaluation | Exception | str | None
 
 
 class Study:
@@ -61,13 +65,11 @@ class Study:
         self.space, self.levels, self.evaluator, self.journal = space, levels, evaluator, journal
         self.num_samples, self.timeout, self.seed, self.objective = num_samples, timeout, seed, objective
         self.trials: list[Trial] = []
-        self.evaluated = 0  # evaluations of this start
         # Trials whose rung 0 was in the journal, and the time that all evaluations in the journal took.
         self.known_trials, self.known_seconds = 0, 0.0
         self._known: dict[str, EvaluationRecord] = {}
         self._retried: set[str] = set()  # keys of evaluations that had a transient failure before
-        self._broke: set[str] = set()  # keys of batches during which a device broke
-        self._broke_alone: set[str] = set()  # the same, of batches of one
+        self._broke: Counter[str] = Counter()  # how often a device broke during the evaluation with this key
 
     def run(self) -> Iterator[Progress]:
         """Search, promote, confirm. Yields after every step, whose evaluations are in the journal by then.
@@ -86,11 +88,11 @@ class Study:
         """Timeouts under another limit, and first transient failures, are evaluated again."""
         for line in read_lines(self.journal.path, StudyLine, "remove the file to search again"):
             for record in line.evaluations:
-                if record.passing:
+                if record.transient:
                     self._retried.add(record.key)
                 elif record.limit in (None, self.timeout):
                     self._known[record.key] = record
-            (self._broke_alone if len(line.broke) == 1 else self._broke).update(line.broke)
+            self._broke.update(line.broke)
 
     # -- rung 0 ------------------------------------------------------------------------------------------------------
 
@@ -114,6 +116,8 @@ class Study:
             moved = any(_moves_front(trial, before) for trial in fresh)
             since_moved = 0 if moved else since_moved + len(asked)
             yield self.progress("search")
+            if all(trial.status == "timeout" for trial in self.trials):
+                return  # none of the first batch, which holds the templates, ends in time: nor will others
 
     def _new_trial(self, params: Mapping[str, Any]) -> Trial:
         trial = Trial(number=len(self.trials), params=plain_params(params))
@@ -204,98 +208,76 @@ class Study:
         so that only the trial at fault fails."""
         waiting: list[tuple[Trial, ResearchAttentionConfig]] = []
         for trial in trials:
-            record = self._known.get(self._journal_key(trial, rung))
-            if record is not None:
+            key = self._journal_key(trial, rung)
+            if (record := self._known.get(key)) is not None:
                 _settle(trial, record)
                 self.known_trials += rung == 0
                 self.known_seconds += trial.rungs[rung].seconds if rung in trial.rungs else 0.0
-                continue
-            if trial.seconds >= self.timeout:
-                self._fail(trial, rung, TrialTimeout())
-                continue
-            if self._journal_key(trial, rung) in self._broke_alone:
-                self._write([self._failure(trial, rung, "broke its device twice, in a batch and alone")])
-                continue
-            try:
-                waiting.append((trial, self.space.build(trial.params)))
-            except ValueError as error:
-                self._write([self._failure(trial, rung, str(error))])
+            elif trial.seconds >= self.timeout:
+                self._write([trial], rung, [TrialTimeout()])
+            elif self._broke[key] > 1:
+                self._write([trial], rung, ["broke its device twice, the second time alone"])
+            else:
+                try:
+                    waiting.append((trial, self.space.build(trial.params)))
+                except ValueError as error:
+                    self._write([trial], rung, [str(error)])
         if not waiting:
             return
-        if len(waiting) > 1 and any(self._journal_key(trial, rung) in self._broke for trial, _ in waiting):
-            for trial, _ in waiting:
-                self._run_batch([trial], rung)
-            return
-        left = sum(self.timeout - trial.seconds for trial, _ in waiting)
-        try:
-            results = self.evaluator.evaluate([config for _, config in waiting], rung, left / len(waiting))
-        except Exception as error:
+        batch = [trial for trial, _ in waiting]
+        keys = [self._journal_key(trial, rung) for trial in batch]
+        found: Sequence[_Found] | None = None
+        if len(batch) == 1 or not self._broke.keys() & keys:
+            left = sum(self.timeout - trial.seconds for trial in batch)
             try:
-                check_device(error)
-            except BrokenDeviceError:
-                self.journal.append(to_json(StudyLine(broke=[self._journal_key(trial, rung) for trial, _ in waiting])))
+                found = self.evaluator.evaluate([config for _, config in waiting], rung, left / len(batch))
+            except UserError:  # concerns the whole study
                 raise
-            if len(waiting) == 1:
-                self._fail(waiting[0][0], rung, error)
-            else:
-                for trial, _ in waiting:
-                    self._run_batch([trial], rung)
-            return
-        # One line: a batch was evaluated in one pass, and a restart must not split it.
-        self._write([self._success(trial, rung, found) for (trial, _), found in zip(waiting, results, strict=True)])
+            except Exception as error:
+                try:
+                    check_device(error)
+                except BrokenDeviceError:
+                    self.journal.append(to_json(StudyLine(broke=keys)))
+                    raise
+                found = [error] if len(batch) == 1 else None
+        if found is None:
+            for trial in batch:
+                self._run_batch([trial], rung)
+        else:
+            self._write(batch, rung, found)
 
-    def _fail(self, trial: Trial, rung: int, error: Exception) -> None:
-        """Record a failure. A UserError concerns the whole study and is raised."""
-        if isinstance(error, UserError):
-            raise error
-        if isinstance(error, TrialTimeout):
-            self._write([self._late(trial, rung)])
-            return
-        passing = is_passing(error) and self._journal_key(trial, rung) not in self._retried
-        self._write([self._failure(trial, rung, f"{type(error).__name__}: {error}", passing=passing)])
+    def _write(self, trials: list[Trial], rung: int, found: Sequence[_Found]) -> None:
+        """Write what was found for each trial to the journal, and enter it into the trials. One line: a batch was evaluated in
+        one pass, and a restart must not split it."""
+        records = [self._record(trial, rung, entry) for trial, entry in zip(trials, found, strict=True)]
+        self.journal.append(to_json(StudyLine(evaluations=records)))
+        for trial, record in zip(trials, records, strict=True):
+            _settle(trial, record)
 
-    def _success(self, trial: Trial, rung: int, evaluation: Evaluation | None) -> _Settled:
-        if evaluation is None:
-            return self._failure(trial, rung, f"not a number on rung {rung} ({RUNGS[rung]})")
-        if trial.seconds + evaluation.seconds > self.timeout:
-            return self._late(trial, rung)
-        return self._settled(trial, rung, "completed", evaluation=evaluation)
-
-    def _failure(self, trial: Trial, rung: int, message: str, *, passing: bool = False) -> _Settled:
-        return self._settled(trial, rung, "failed", message=message, passing=passing)
-
-    def _late(self, trial: Trial, rung: int) -> _Settled:
-        late = f"took longer than {self.timeout:g} s over its rungs (--search-timeout), before the end of {RUNGS[rung]}"
-        return self._settled(trial, rung, "timeout", message=f"{late}: raise it, or lower --search-max-requests")
-
-    def _settled(
-        self,
-        trial: Trial,
-        rung: int,
-        status: Literal["completed", "failed", "timeout"],
-        *,
-        message: str | None = None,
-        evaluation: Evaluation | None = None,
-        passing: bool = False,
-    ) -> _Settled:
+    def _record(self, trial: Trial, rung: int, found: _Found) -> EvaluationRecord:
         record = EvaluationRecord(
             key=self._journal_key(trial, rung),
             params=trial.params,
             rung=rung,
-            status=status,
-            error_message=message,
-            evaluation=evaluation,
-            limit=self.timeout if status == "timeout" else None,
-            passing=passing,
+            status="failed",
+            error_message=None,
+            evaluation=None,
+            limit=None,
+            transient=False,
             time=time.time(),
         )
-        return trial, record
-
-    def _write(self, settled: list[_Settled]) -> None:
-        self.journal.append(to_json(StudyLine(evaluations=[record for _, record in settled])))
-        self.evaluated += len(settled)
-        for trial, record in settled:
-            _settle(trial, record)
+        if isinstance(found, Evaluation) and trial.seconds + found.seconds <= self.timeout:
+            record.status, record.evaluation = "completed", found
+        elif isinstance(found, Evaluation | TrialTimeout):
+            late = f"took longer than {self.timeout:g} s over its rungs (--search-timeout), before the end of {RUNGS[rung]}"
+            record.status, record.limit = "timeout", self.timeout
+            record.error_message = f"{late}: raise it, or lower --search-max-requests"
+        elif isinstance(found, Exception):
+            record.error_message = f"{type(found).__name__}: {quoted(found, 500)}"
+            record.transient = is_transient(found) and record.key not in self._retried
+        else:
+            record.error_message = found or f"not a number on rung {rung} ({RUNGS[rung]})"
+        return record
 
     def _journal_key(self, trial: Trial, rung: int) -> str:
         return json.dumps([_canonical(trial.params), rung, self.evaluator.key])
@@ -317,64 +299,64 @@ class Study:
         measured = self._alive(0)
         for level in self.levels if measured else []:
             fits = [t for t in measured if _fits(t.last.density, level)]
-            confirmed = [t for t in fits if 3 in t.rungs]
             if fits:
-                _, _, number = min(
-                    (not _fits(self._expected_density(t), level), self._value(t.last, level), t.number)
-                    for t in _not_worse(confirmed) or fits
+                candidates = _not_worse([t for t in fits if 3 in t.rungs]) or fits
+                chosen = min(
+                    candidates,
+                    key=lambda t: (not _fits(self._expected_density(t), level), self._value(t.last, level), t.number),
                 )
             else:
-                _, number = min((t.last.density, t.number) for t in self._alive(3) or measured)
+                chosen = min(self._alive(3) or measured, key=lambda t: (t.last.density, t.number))
+            confirmed = 3 in chosen.rungs
             found.append(
-                Best(
-                    level=level.name,
-                    budget=level.budget,
-                    trial=number,
-                    meets_budget=bool(fits),
-                    confirmed=3 in self.trials[number].rungs,
-                )
+                Best(level=level.name, budget=level.budget, trial=chosen.number, meets_budget=bool(fits), confirmed=confirmed)
             )
         return found
 
+    def problem(self) -> str | None:
+        """Why levels have no best configuration; None if all have one."""
+        if self.best():  # then every level has one
+            return None
+        first = next((trial.error_message for trial in self.trials if trial.error_message), "no trial was evaluated")
+        return f"nothing found for {', '.join(level.name for level in self.levels)}: {first}"
+
     def progress(self, stage: str) -> Progress:
-        best: dict[str, float | None] = {}
-        for level in self.levels:
-            errors = [t.last.error for t in self._alive(0) if t.last.density <= (level.budget or 1.0)]
-            best[level.name] = min((error for error in errors if error is not None), default=None)
+        alive = self._alive(0)
         return Progress(
             stage,
             trials=len(self.trials),
             known=self.known_trials,
-            limit=len(self.levels) * self.num_samples,
             failed=sum(trial.status != "completed" for trial in self.trials),
             rungs=tuple(sum(rung in trial.rungs for trial in self.trials) for rung in range(len(RUNGS))),
-            best=best,
+            best={
+                level.name: min((_error(t.last) for t in alive if _fits(t.last.density, level)), default=None)
+                for level in self.levels
+            },
         )
 
 
 def _settle(trial: Trial, record: EvaluationRecord) -> None:
     """Enter the outcome of an evaluation into its trial."""
     trial.status, trial.error_message, trial.finished = record.status, record.error_message, record.time
-    trial.passing = record.passing
+    trial.transient = record.transient
     if record.evaluation is not None:
         trial.rungs[record.rung] = record.evaluation
 
 
 def _not_worse(trials: list[Trial]) -> list[Trial]:
-    """Trials whose sample scores are not significantly below the best-scoring trial's (sign test on the same samples)."""
-    scored = [t for t in trials if 3 in t.rungs and t.rungs[3].score is not None]
-    if not scored or len(scored) < len(trials):
+    """Confirmed trials whose sample scores are not significantly below the best-scoring trial's (sign test on the same samples);
+    all where a score is missing."""
+    scores = [t.rungs[3].sample_scores for t in trials]
+    if not trials or None in scores:
         return trials
-    leader = max(scored, key=lambda t: (t.rungs[3].score or 0.0, -_error(t.last)))
-    reference = leader.rungs[3].sample_scores or []
-
-    def keeps_up(trial: Trial) -> bool:
-        own = trial.rungs[3].sample_scores or []
-        worse = sum(a < b for a, b in zip(own, reference, strict=True))
-        better = sum(a > b for a, b in zip(own, reference, strict=True))
-        return worse <= better or (sign_test(better, worse) or 0.0) >= SIGNIFICANT
-
-    return [t for t in scored if keeps_up(t)]
+    leader = max(trials, key=lambda t: (t.rungs[3].score or 0.0, -_error(t.last)))
+    kept = []
+    for trial, own in zip(trials, scores, strict=True):
+        pairs = list(zip(own or [], leader.rungs[3].sample_scores or [], strict=True))
+        worse, better = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
+        if worse <= better or (sign_test(better, worse) or 0.0) >= SIGNIFICANT:
+            kept.append(trial)
+    return kept
 
 
 def _moves_front(trial: Trial, before: list[Trial]) -> bool:

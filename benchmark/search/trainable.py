@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
-from benchmark.search.spec import Report, StudySpec, make_study, write_failure, write_outcome
+from benchmark.plugins import load_plugins
+from benchmark.search.limits import memory_limit
+from benchmark.search.output import write_level_files
+from benchmark.search.spec import Report, StudyWork
+from benchmark.search.study import Study
 from benchmark.search.trial import Progress
-from benchmark.settings import Settings
+from benchmark.storage.results import Journal
 from benchmark.workers.errors import BROKEN_DEVICE, BrokenDeviceError
 from sparse_attention_hub.errors import UserError
 
@@ -23,38 +27,24 @@ if TYPE_CHECKING:
     from sparse_attention_hub.models import LanguageModel
 
 
-@dataclass(frozen=True)
-class StudyWork:
-    """What a worker needs to run a study. journal, outcome: files that it writes. traces: a folder."""
-
-    study: StudySpec
-    settings: Settings
-    journal: Path
-    outcome: Path
-    traces: Path
-
-
 class StudyTrainable(tune.Trainable):
     """Runs the study that config["study"] names in `work`. A step records one trace or evaluates one batch."""
 
-    def setup(self, config: dict[str, Any], work: dict[str, StudyWork]) -> None:  # type: ignore[override]
+    def setup(self, config: dict[str, str], work: dict[str, StudyWork]) -> None:  # type: ignore[override]
         self._work = work
-        self._begin(config)
+        self.reset_config(config)
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._begin(new_config)
+    def reset_config(self, new_config: dict[str, str]) -> bool:
+        self._steps = self._run(self._work[new_config["study"]])
+        self._last = Progress("loading")
+        self._problem: str | None = None
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        self._steps = _run(self._work[config["study"]])
-        self._last = Progress("loading")
-
-    def step(self) -> dict[str, Any]:
+    def step(self) -> dict[str, object]:
         progress = next(self._steps, None)
-        if progress is None:
-            return {"finished": True, "progress": self._last, tune.result.DONE: True}
-        self._last = progress
-        return {"finished": False, "progress": progress}
+        self._last = progress or self._last
+        finished = progress is None
+        return {"finished": finished, "progress": self._last, "problem": self._problem, tune.result.DONE: finished}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing to save: a step's evaluations are in the journal before it returns, and a new start reads them."""
@@ -62,61 +52,71 @@ class StudyTrainable(tune.Trainable):
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing to load: the study resumes from its journal."""
 
-
-def _run(work: StudyWork) -> Iterator[Progress]:
-    """Run a study and write its outcome. A UserError is written as the study's failure; a broken device ends the process."""
-    started = time.time()
-    work.outcome.unlink(missing_ok=True)
-    try:
-        yield Progress("loading")
-        evaluator = _evaluator(work)
-        if not evaluator.traces:
-            size = f"{len(evaluator.samples)} traces, at most {evaluator.trace_bytes / 1e6:.0f} MB"
-            yield Progress(f"{size}: recording those that do not exist yet", announce=True)
-            for line in evaluator.record():
-                yield Progress(line)
-        search = make_study(work.study, work.settings, evaluator, work.journal)
-        yield from search.run()
-        write_outcome(work.outcome, work.study, search, evaluator, time.time() - started)
-    except UserError as error:
-        write_failure(work.outcome, work.study, time.time() - started, str(error))
-    except BrokenDeviceError as error:
-        print(f"{error}; this worker exits and a new one resumes the study", file=sys.stderr, flush=True)
-        os._exit(BROKEN_DEVICE)  # after an exception Ray would reuse this process for the next study
+    def _run(self, work: StudyWork) -> Iterator[Progress]:
+        """Run a study and write its files. A UserError is the study's failure; a broken device ends the process."""
+        spec, settings = work.study, work.settings
+        started = time.time()
+        shutil.rmtree(work.results, ignore_errors=True)
+        try:
+            yield self._last
+            load_plugins(settings.plugin)
+            evaluator = _evaluator(work)
+            if not evaluator.traces:
+                size = f"{len(evaluator.samples)} traces, at most {evaluator.trace_bytes / 1e6:.0f} MB"
+                yield Progress(f"{size}: recording those that do not exist yet", announce=True)
+                for line in evaluator.record():
+                    yield Progress(line)
+            study = Study(
+                spec.space(),
+                list(spec.levels),
+                evaluator,
+                Journal(work.journal),
+                num_samples=settings.num_samples,
+                timeout=settings.search_timeout,
+                seed=settings.seed,
+                objective=settings.objective,
+            )
+            with memory_limit(evaluator.lm.device):
+                yield from study.run()
+        except UserError as error:
+            self._problem = str(error)
+            return
+        except BrokenDeviceError as error:
+            print(f"{error}; this worker exits and a new one resumes the study", file=sys.stderr, flush=True)
+            os._exit(BROKEN_DEVICE)  # after an exception Ray would reuse this process for the next study
+        write_level_files(work, study, evaluator, time.time() - started + study.known_seconds)
+        self._problem = study.problem()
 
 
 class SearchProgress(tune.Callback):
     """Reports the progress of studies and collects each one as soon as it finishes.
 
-    collect: writes the files of a study; returns why it failed as a whole, or None. finished: names of studies whose worker
-    ended. errors: name -> problem of those whose worker failed.
+    collect: takes a finished study's work and the problem that its worker met, and returns why the study failed, or None.
+    finished: names of studies whose worker ended. errors: name -> problem of those whose worker failed.
     """
 
-    def __init__(self, studies: dict[str, StudySpec], report: Report, collect: Callable[[StudySpec], str | None]) -> None:
-        self._studies, self._report, self._collect = studies, report, collect
+    def __init__(
+        self, work: dict[str, StudyWork], report: Report, collect: Callable[[StudyWork, str | None], str | None]
+    ) -> None:
+        self._work, self._report, self._collect = work, report, collect
         self.finished: set[str] = set()
         self.errors: dict[str, str] = {}
 
-    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        name, progress = trial.config["study"], result["progress"]
-        study = self._studies[name]
-        self._report.progress(study, progress)
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+        work, progress = self._work[trial.config["study"]], result["progress"]
+        self._report.progress(work.study, progress)
         if result["finished"]:
-            self.finished.add(name)
-            problem = self._collect(study)
+            self.finished.add(trial.config["study"])
+            problem = self._collect(work, result["problem"])
             if problem is None:
-                self._report.finished(study, progress)
+                self._report.finished(work.study, progress)
             else:
-                self._report.failed(study, problem)
+                self._report.failed(work.study, problem)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         name = trial.config["study"]
         self.errors[name] = _last_line(trial.error_file) or "its worker died"
-        self._report.failed(self._studies[name], self.errors[name])
-
-    def interrupted(self) -> bool:
-        """Whether the run ended with studies that neither finished nor failed."""
-        return len(self.finished | self.errors.keys()) < len(self._studies)
+        self._report.failed(self._work[name].study, self.errors[name])
 
 
 def _last_line(path: str | None) -> str | None:

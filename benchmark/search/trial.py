@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from benchmark.storage.records import Evaluation, Params
+from benchmark.storage.records import Params
+from benchmark.storage.search_records import Evaluation
 from sparse_attention_hub import ResearchAttentionConfig
 
 RUNGS = ("replay of some rows and layers", "full replay", "forced forward", "generation")
@@ -46,14 +46,13 @@ class Progress:
     """State of a study.
 
     stage: what it is doing. trials: how many there are, None before the search; known: how many of them an earlier start
-    evaluated; limit: how many there will be at most; failed: how many failed or timed out; rungs: trials evaluated on each
-    rung. best: level -> smallest error within its budget. announce: print the stage even where progress is a bar.
+    evaluated; failed: how many failed or timed out; rungs: trials evaluated on each rung. best: level -> smallest error within
+    its budget. announce: print the stage even where progress is a bar.
     """
 
     stage: str
     trials: int | None = None
     known: int = 0
-    limit: int = 0
     failed: int = 0
     rungs: tuple[int, ...] = ()
     best: dict[str, float | None] = field(default_factory=dict)
@@ -80,14 +79,3 @@ def plain_params(params: Mapping[str, Any]) -> Params:
     """Parameters as JSON values: NumPy scalars as numbers, tuples as lists, other objects as text."""
     plain: Params = json.loads(json.dumps(params, default=lambda value: value.item() if hasattr(value, "item") else str(value)))
     return plain
-
-
-def with_deadline(seconds: float) -> Callable[[], None]:
-    """A check that raises TrialTimeout once `seconds` have passed."""
-    end = time.monotonic() + seconds
-
-    def check() -> None:
-        if time.monotonic() > end:
-            raise TrialTimeout(f"took longer than {seconds:g} s")
-
-    return check

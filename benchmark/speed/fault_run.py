@@ -1,21 +1,26 @@
-"""Kill Phase 2 repeatedly and check that nothing is lost.
+"""Kill the program repeatedly and check that nothing is lost.
 
-    python benchmark/speed/fault_run.py --kills 100 --json
+    python benchmark/speed/fault_run.py [--kills 100] [--phase 1|2|both] [--seed 0] [--json]
 
-A run over a tiny random model is killed with SIGKILL at random moments: one of its workers, the parent and the whole process
-group in turn. It is started again until it ends by itself. Its files are then compared with those of an undisturbed run, and no
-answer may be in its journals twice. Exit code 1 if a goal does not hold.
+The program searches and benchmarks a tiny random model. At random moments SIGKILL, SIGTERM and SIGINT are sent, in turn, to one of
+its workers, to the program alone and to its process group. The same command is run again until it ends by itself; then another
+run is begun, until there were enough kills. The files of every run must be those of an undisturbed one, apart from times, and
+nothing that is journalled may be evaluated again. Exit code 1 if a goal does not hold.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
+import difflib
+import io
+import itertools
 import json
-import math
 import os
 import random
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,204 +29,174 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmark.speed.common import Figures, new_parser, report, run_phase2
-from benchmark.speed.toy import ToyTask, save_tiny_model, toy_configs
+from benchmark.speed.common import Figures, new_parser, report, run_command
+from benchmark.speed.toy import save_tiny_model
 from benchmark.storage.results import Journal
 
+PROGRAM = Path(__file__).resolve().parents[1] / "raytune" / "run_full_benchmark.py"
+ARGUMENTS = (
+    "--tasks ruler/1024/niah_single_1 --configs dense sink_local_10pct sink_local_25pct sink_local_random_sampling_25pct "
+    "--search-max-requests 2 --search-max-context-length 1024 --search-max-new-tokens 8 --max-new-tokens 8"
+)
 TARGETS = ("worker", "parent", "group")
+KINDS = list(itertools.product((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), TARGETS))
+#: What must not happen.
+WRONG = ("differ", "evaluated_twice", "failed", "stuck")
+#: Exit codes of a program that was killed or interrupted. Ray aborts on a SIGTERM while it starts.
+KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGABRT, 130)
+#: Seconds after which a program that does not end counts as stuck.
+PATIENCE = 300.0
 #: What may differ between two runs: times, and the commit if someone commits meanwhile.
-MAY_DIFFER = {"seconds", "timestamp", "commit"}
-TOLERANCE = 1e-5
+MAY_DIFFER = re.compile(r'"(seconds|search_time|time_\w+|timestamp|date|commit)": ("[^"]*"|[^,}\]\n]*)')
+RUN_NAME = re.compile(r"run_\d{8}_\d{6}")
 
 
-def run_once(model: str, results: Path, samples: int, workers: int) -> int:
-    """One Phase 2 run over the toy task; the exit code. workers: 0 = in this process."""
-    task = ToyTask(total=samples, context=400, answer=24)
-    sizes = {"max_new_tokens": 24, "max_context_length": 1024}
-    with mock.patch("benchmark.execution.jobs.get_task", lambda name: task):
-        outcome = run_phase2(model, task.name, toy_configs(), results, workers=workers, **sizes)
-    return 130 if outcome.interrupted else int(bool(outcome.failures))
+class FaultRun:
+    """Runs of the program in subfolders of `folder`; `run` returns what became of them. phase: "1", "2" or "both"."""
+
+    def __init__(self, folder: Path, *, phase: str = "both", samples: int = 40, seed: int = 0) -> None:
+        self.folder, self.phase, self.samples, self.chosen = folder, phase, samples, random.Random(seed)
+        self.model = str(save_tiny_model(folder / "tiny-llama"))
+        self.undisturbed = folder / "undisturbed"
+        self.counts: Counter[str] = Counter()
+
+    def run(self, kills: int) -> Figures:
+        for phase in ("1", "2") if self.phase == "2" else (self.phase,):
+            started = time.monotonic()
+            if self.start(self.undisturbed, phase).wait() != 0:
+                raise RuntimeError(f"the undisturbed run failed:\n{(self.undisturbed / 'log').read_text()}")
+            seconds = time.monotonic() - started
+        while self.counts["kills"] < kills:
+            self.counts["runs"] += 1
+            run = self.folder / f"killed_{self.counts['runs']}"
+            if self.phase == "2":
+                shutil.copytree(self.undisturbed / "optimal_configs", run / "optimal_configs")
+            self.killed_run(run, kills, seconds)
+            self.compare(run)
+        time.sleep(5.0)  # the last processes end
+        counted = ("kills", *TARGETS, "SIGKILL", "SIGTERM", "SIGINT", "phase_1", "phase_2", "runs", "starts")
+        figures = {name: self.counts[name] for name in (*counted, *WRONG)}
+        return figures | {"processes_left": len(processes(self.folder)), "undisturbed_seconds": round(seconds, 1)}
+
+    def start(self, run: Path, phase: str) -> subprocess.Popen[bytes]:
+        """The program in a folder and a process group of its own; it writes into the file `log`."""
+        run.mkdir(exist_ok=True)
+        sizes = ["--num-samples", str(self.samples), "--max-requests", str(self.samples)]
+        command = [sys.executable, str(PROGRAM), "--models", self.model, *shlex.split(ARGUMENTS), *sizes]
+        command += [] if phase == "both" else ["--phase", phase]
+        with (run / "log").open("ab") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            return subprocess.Popen(command, cwd=run, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def killed_run(self, run: Path, kills: int, seconds: float) -> None:
+        """Start the program until it ends by itself, or has failed three times. Signals follow each other within `seconds`."""
+        code, failed = KILLED[0], 0
+        while code != 0 and failed < 3:
+            process, stopped = self.start(run, self.phase), False
+            self.counts["starts"] += 1
+            while not stopped and self.counts["kills"] < kills and not _ends(process, self.chosen.uniform(0.0, seconds)):
+                stopped = self.kill(process, run)
+            if not _ends(process, PATIENCE):
+                self.counts["stuck"] += 1
+                for pid in processes(run):
+                    os.kill(pid, signal.SIGKILL)
+            code = process.wait()
+            print(f"{self.counts['kills']} of {kills} kills, exit code {code}", file=sys.stderr, flush=True)
+            if code not in (0, *KILLED):
+                failed += 1
+                print((run / "log").read_text()[-3000:], file=sys.stderr, flush=True)
+        self.counts["failed"] += failed
+
+    def kill(self, process: subprocess.Popen[bytes], run: Path) -> bool:
+        """Send the next signal, unless there is no worker to get it; whether the program itself got it."""
+        number, target = KINDS[self.counts["kills"] % len(KINDS)]
+        pids = {"parent": [process.pid], "group": [process.pid], "worker": [pid for pid in processes(run) if _is_worker(pid)]}
+        if not pids[target]:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            send = os.killpg if target == "group" else os.kill
+            send(self.chosen.choice(pids[target]), number)
+            phase = 2 if (run / "benchmark_results").exists() else 1
+            self.counts.update(["kills", target, number.name, f"phase_{phase}"])
+            print(f"{number.name} to {target} in phase {phase}", file=sys.stderr, flush=True)
+        return target != "worker"
+
+    def compare(self, run: Path) -> None:
+        """Count what was evaluated twice, and whether the files differ from an undisturbed run's."""
+        self.counts["evaluated_twice"] += sum(count > 1 for count in Counter(_journalled(run)).values())
+        differences = list(difflib.unified_diff(contents(self.undisturbed), contents(run), "undisturbed", run.name, n=0))
+        self.counts["differ"] += bool(differences)
+        for line in differences[:20]:
+            print(line, file=sys.stderr)
 
 
-def fault_run(
-    folder: Path,
-    *,
-    kills: int,
-    samples: int,
-    seed: int = 0,
-    pause: tuple[float, float] = (0.2, 8.0),
-    workers: int = 2,
-    calm_workers: int = 2,
-) -> Figures:
-    """Kill a run `kills` times and compare it with an undisturbed one.
-
-    pause: least and greatest number of seconds between two kills. Each kill also waits until another sample is journalled, so
-    that the run makes progress. calm_workers: workers of the undisturbed run, 0 = in this process.
-    """
-    model = str(save_tiny_model(folder / "tiny-llama"))
-    calm, wild = folder / "calm", folder / "wild"
-    started = time.monotonic()
-    code = run_once(model, calm, samples, 0) if calm_workers == 0 else _start(model, calm, samples, calm_workers).wait()
-    if code != 0:
-        raise RuntimeError(f"the undisturbed run ended with exit code {code}")
-    calm_seconds = time.monotonic() - started
-    chosen = random.Random(seed)
-    counts: Counter[str] = Counter()
-    process = _start(model, wild, samples, workers)
-    leaders = [process.pid]
-    while counts.total() < kills:
-        before = _journalled(wild)
-        target = TARGETS[counts.total() % len(TARGETS)]
-        wait_until = time.monotonic() + chosen.uniform(*pause)
-        while process.poll() is None and (time.monotonic() < wait_until or _journalled(wild) == before):
-            time.sleep(0.02)
-        if process.poll() is not None:
-            break  # it ended before the last kill
-        if _kill(process.pid, target, chosen):
-            counts[target] += 1
-            print(f"{counts.total()} of {kills} kills, {_journalled(wild)} journalled", file=sys.stderr, flush=True)
-        if target != "worker":
-            process.wait()
-            time.sleep(0.2)  # orphaned workers end with their parent
-            process = _start(model, wild, samples, workers)
-            leaders.append(process.pid)
-    process.wait()
-    if process.returncode not in (0, 1):
-        raise RuntimeError(f"the run ended with exit code {process.returncode}")
-    time.sleep(1.5)  # its last processes end
-    answers = Counter(
-        (record["sample_id"], key, answer["status"])
-        for path in _journals(wild)
-        for record in Journal(path).read()
-        for key, answer in record["answers"].items()
-    )
-    unlike = differences(calm, wild)
-    for line in unlike[:10]:
-        print(line, file=sys.stderr)
-    return {
-        "kills": counts.total(),
-        **{f"kills_{target}": counts[target] for target in TARGETS},
-        "starts": len(leaders),
-        "samples": samples,
-        "answered_twice": sum(count > 1 for (*_, status), count in answers.items() if status == "ok"),
-        "failures": sum(count for (*_, status), count in answers.items() if status != "ok"),
-        "files_equal": int(not unlike),
-        "processes_left": sum(len(_group(leader)) for leader in leaders),
-        "undisturbed_seconds": round(calm_seconds, 1),
-        "seconds": round(time.monotonic() - started - calm_seconds, 1),
-    }
+def processes(folder: Path) -> list[int]:
+    """All processes that work in a folder: a run's, its workers' and Ray's."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if Path(os.readlink(f"/proc/{name}/cwd")).is_relative_to(folder):
+                found.append(int(name))
+    return found
 
 
-def _start(model: str, results: Path, samples: int, workers: int) -> subprocess.Popen[bytes]:
-    """A process group of its own for `run_once`; its output goes to a log beside the results."""
-    command = [sys.executable, __file__, "--run", model, str(results), str(samples), str(workers)]
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.with_suffix(".log").open("ab") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+def _is_worker(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"spawn_main" in command or (command.startswith(b"ray::") and b"Trainable" in command)
+    return False
 
 
-def _kill(leader: int, target: str, chosen: random.Random) -> bool:
-    """Kill one worker, the parent or the group. False if there is none."""
+def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
     try:
-        if target == "worker":
-            workers = sorted(pid for pid in _group(leader) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
-            if not workers:
-                return False
-            os.kill(chosen.choice(workers), signal.SIGKILL)
-        elif target == "parent":
-            os.kill(leader, signal.SIGKILL)
-        else:
-            os.killpg(leader, signal.SIGKILL)
-    except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
         return False
     return True
 
 
-def _group(leader: int) -> set[int]:
-    """Live processes of a process group."""
-    found = set()
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            state, _, group, *_ = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
-            if state != "Z" and int(group) == leader:
-                found.add(int(name))
-    return found
+def _journalled(run: Path) -> Iterator[tuple[str, str]]:
+    """What the journals of both phases name as evaluated without a failure."""
+    for path in run.glob("ray_results/journals/*.jsonl"):
+        for line in Journal(path).read():
+            done = (entry for entry in line.get("evaluations", []) if entry["status"] == "completed")
+            yield from ((path.name, f"{entry['key']} {entry['rung']}") for entry in done)
+    for path in run.glob("benchmark_results/*/.journals/*/*.jsonl"):
+        for line in Journal(path).read():
+            yield from ((line["sample_id"], name) for name, answer in line["answers"].items() if answer["status"] == "ok")
 
 
-def _journals(results: Path) -> list[Path]:
-    return sorted(results.glob("*/.journals/*/*.jsonl"))
-
-
-def _journalled(results: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in _journals(results))
-
-
-def differences(one: Path, other: Path) -> list[str]:
-    """Where the files of two results folders differ. Texts must be equal, numbers to 1e-5; MAY_DIFFER is left out."""
-    first, second = _values(one), _values(other)
-    lone = [f"{where} is in one of them only" for where in sorted(first.keys() ^ second.keys())]
-    unlike = [where for where in first if where in second and not _close(first[where], second[where])]
-    return lone + [f"{where}: {str(first[where])[:60]!r} and {str(second[where])[:60]!r}" for where in unlike]
-
-
-def _values(base: Path) -> dict[str, Any]:
-    """File and path in its content -> number or text, of all result files."""
-    found: dict[str, Any] = {}
-    for path in sorted(base.rglob("*")):
-        name = path.relative_to(base)
-        if not path.is_file() or any(part.startswith(".") for part in name.parts):
-            continue
-        if path.suffix == ".csv":
-            with path.open(newline="") as stream:
-                content: Any = list(csv.DictReader(stream))
-        elif path.suffix == ".jsonl":
-            content = [json.loads(line) for line in path.read_text().splitlines()]
-        else:
-            content = json.loads(path.read_text())
-        found.update(_flatten(content, str(name)))
-    return found
-
-
-def _flatten(content: Any, where: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(content, dict) and content:
-        for key in content.keys() - MAY_DIFFER:
-            yield from _flatten(content[key], f"{where}: {key}")
-    elif isinstance(content, list) and content:
-        for number, entry in enumerate(content):
-            yield from _flatten(entry, f"{where}[{number}]")
-    else:
-        yield where, content
-
-
-def _close(one: Any, other: Any) -> bool:
-    try:
-        return one == other or math.isclose(float(one), float(other), rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-    except (TypeError, ValueError):
-        return False
+def contents(run: Path) -> list[str]:
+    """The lines of all result files of the newest search and of the benchmark, without what may differ."""
+    lines = []
+    newest = sorted((run / "optimal_configs").glob("run_*"))[-1:]
+    files = [path for folder in [*newest, run / "benchmark_results"] for path in folder.rglob("*")]
+    for path in sorted(files):
+        if path.suffix in (".csv", ".json", ".jsonl") and "/." not in str(path):
+            text = path.read_text()
+            if path.suffix == ".csv":
+                text = "\n".join(json.dumps(row) for row in csv.DictReader(io.StringIO(text)))
+            name, text = (RUN_NAME.sub("run", part) for part in (str(path.relative_to(run)), MAY_DIFFER.sub("", text)))
+            lines += [f"{name} {line}" for line in text.splitlines()]
+    return lines
 
 
 def main() -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--kills", type=int, default=100, help="number of kills (default: %(default)s)")
-    parser.add_argument("--samples", type=int, help="samples of the run (default: 12 per kill)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the processes killed (default: %(default)s)")
-    parser.add_argument("--run", nargs=4, metavar=("MODEL", "RESULTS", "SAMPLES", "WORKERS"), help=argparse.SUPPRESS)
+    parser.add_argument("--phase", choices=("1", "2", "both"), default="both", help="what is run (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=40, help="trials per level, and samples (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and the workers killed (default: %(default)s)")
     options = parser.parse_args()
-    if options.run:
-        model, results, samples, workers = options.run
-        return run_once(model, Path(results), int(samples), int(workers))
-    samples = options.samples or 12 * options.kills  # with fewer the run may end before the last kill
     with tempfile.TemporaryDirectory() as folder:
-        figures = fault_run(Path(folder), kills=options.kills, samples=samples, seed=options.seed)
-    at_most = {"answered_twice": 0, "failures": 0, "processes_left": 0}
-    return report(figures, options.json, at_least={"kills": options.kills, "files_equal": 1}, at_most=at_most)
+        figures = FaultRun(Path(folder), phase=options.phase, samples=options.samples, seed=options.seed).run(options.kills)
+    return report(
+        figures, options.json, at_least={"kills": options.kills}, at_most=dict.fromkeys((*WRONG, "processes_left"), 0)
+    )
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -10,21 +10,16 @@ median of the ratios, kv_fraction the share of the dense bytes that is read. Exi
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import sparse_attention_hub as hub
-from benchmark.speed.common import Figures, new_parser, report, take_turns
-from benchmark.speed.kernel_speed import DIM, HEADS, KV_HEADS, dense_products, tensors
+from benchmark.speed.common import Figures, new_parser, report, run_command, take_turns
 
 DENSITY = 0.05
 #: Method -> greatest ratio of its time to that of the dense step.
@@ -33,6 +28,10 @@ GOALS = {"random_sampling": 0.35, "quest": 0.3, "double_sparsity": 0.5, "pq_cach
 
 def pipelines(folder: Path, keys: int) -> dict[str, list[Any]]:
     """Method -> masker configs of about 5% density."""
+    import torch
+
+    from benchmark.speed.decode_step import DIM, HEADS, KV_HEADS
+
     generator = torch.Generator().manual_seed(1)
     channels = [torch.randperm(DIM, generator=generator).tolist() for _ in range(HEADS)]
     file = folder / "channels.json"
@@ -60,31 +59,33 @@ def pipelines(folder: Path, keys: int) -> dict[str, list[Any]]:
 
 def run(keys: int, repeats: int, only: list[str] | None = None) -> Figures:
     """Medians of each method's milliseconds and of its ratio to the dense step; its density and share of bytes read."""
-    q, (k, v) = tensors(1, keys, torch.float32, "cpu")
+    import torch
 
-    def dense() -> Any:
-        return dense_products(q, k, v)
+    from benchmark.speed.decode_step import dense_products, tensors
 
+    queries, cache = tensors(1, keys, torch.float32, "cpu")
+    figures: Figures = {}
+    dense_seconds = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        figures = {"dense_ms": 1000 * median(times["dense"] for times in take_turns({"dense": dense}, repeats))}
         for name, configs in pipelines(Path(folder), keys).items():
             if only and name not in only:
                 continue
             attention = hub.ResearchAttention(hub.ResearchAttentionConfig(configs))
             state = attention.new_state()
-            attention.prepare(k[:, :, :-1], 0, state)
+            attention.prepare(cache[0][:, :, :-1], 0, state)
 
-            def step(attention: Any = attention, state: Any = state) -> Any:
+            def step(attention: hub.ResearchAttention = attention, state: hub.AttentionState = state) -> hub.AttentionResult:
                 state.rewind(keys - 1)
-                return attention(q, k, v, state=state, seeds=0)
+                return attention(queries, *cache, state=state, seeds=0)
 
-            seen = take_turns({"dense": dense, "step": step}, repeats)
+            seen = take_turns({"dense": lambda: dense_products(queries, *cache), "step": step}, repeats)
             result = step()
             figures[f"{name}_ms"] = 1000 * median(times["step"] for times in seen)
             figures[f"{name}_ratio_to_dense"] = median(times["step"] / times["dense"] for times in seen)
             figures[f"{name}_density"] = result.density
             figures[f"{name}_kv_fraction"] = result.kv_fraction
-    return figures
+            dense_seconds += [times["dense"] for times in seen]
+    return {"dense_ms": 1000 * median(dense_seconds), **figures}
 
 
 def main() -> int:
@@ -95,12 +96,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.keys < 8192:
         parser.error(f"--keys must be >= 8192, so that sink and window leave some of the 5% to choose, got {options.keys}")
+    import torch
+
     torch.set_num_threads(1)
     figures = run(options.keys, options.repeats, options.only)
     at_most = {f"{name}_ratio_to_dense": most for name, most in GOALS.items()}
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1, "keys": options.keys}
-    return report(figures, options.json, at_least={}, at_most=at_most, machine=machine)
+    return report(figures, options.json, at_most=at_most, threads=1, keys=options.keys)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(run_command(main))

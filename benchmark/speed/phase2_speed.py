@@ -1,39 +1,38 @@
 """How much faster Phase 2 answers 9 configurations than the obvious ways, and how well two workers share a machine.
 
-    python benchmark/speed/phase2_speed.py --json
+    python benchmark/speed/phase2_speed.py [--lengths 1024 4096] [--processes 2] [--json]
 
-On the embedded model, one sample per context length, without micro metrics:
+One sample per context length:
 - ours: one prefill, all configurations decoded as one batch;
 - prefill each time: a prefill for every configuration, one after the other, the model loaded once;
 - process each time: for every configuration a new process that loads the model, prefills with the LM head over the whole
   context, and answers through the transformers plug-in. `--processes N` measures the first N and scales to all.
 Workers: the rate of two processes with one thread each over that of one, as a share of what two independent processes that only
-read memory reach here. Everything else runs with `--threads` threads. Exit code 1 if a goal does not hold.
+read memory reach. Everything else runs with `--threads` threads. Exit code 1 if a goal does not hold.
 """
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import DynamicCache
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import sparse_attention_hub as hub
-from benchmark.settings import SparseConfig
-from benchmark.speed.common import MODEL, Figures, in_process, new_parser, report, run_phase2
-from benchmark.storage.results import Journal
-from benchmark.tasks import get_task
-from benchmark.tasks.base import SampleRequest, build_prompt
-from sparse_attention_hub.models import answer, answer_many, load_model, prefill, sparse_attention
+from benchmark.settings import Settings, SparseConfig
+from benchmark.speed.common import MODEL, Figures, answer_plainly, in_process, new_parser, prefill_plainly, report, run_command
+from sparse_attention_hub import models
+
+if TYPE_CHECKING:
+    from benchmark.tasks.base import Prompt
 
 #: Figure -> its least value.
 GOALS = {
@@ -46,10 +45,10 @@ PROCESS_LENGTH = 4096
 WORKER_TASK = "ruler/1024/niah_single_1"
 
 
-def configurations() -> list[Any]:
+def configurations() -> list[hub.ResearchAttentionConfig | None]:
     """Dense (None) and eight sparse configurations at 5 to 25% of the keys."""
 
-    def ends(share: float) -> list[Any]:
+    def ends(share: float) -> list[hub.MaskerConfig]:
         return [hub.SinkMaskerConfig(sink_size=share / 2), hub.LocalMaskerConfig(window_size=share / 2)]
 
     adaptive = hub.AdaptiveSamplingMaskerConfig(base_rate_sampling=0.02, epsilon=0.2, delta=0.2, init_offset=0, local_offset=0)
@@ -60,26 +59,35 @@ def configurations() -> list[Any]:
     return [None, *(hub.ResearchAttentionConfig(entry) for entry in entries)]
 
 
-def make_prompt(tokenizer: Any, length: int, tokens: int) -> Any:
+def attention_of(config: hub.ResearchAttentionConfig | None) -> hub.ResearchAttention | None:
+    return None if config is None else hub.ResearchAttention(config)
+
+
+def make_prompt(tokenizer: Any, length: int, tokens: int) -> Prompt:
+    from benchmark.tasks import get_task
+    from benchmark.tasks.base import SampleRequest, build_prompt
+
     task = get_task(f"ruler/{length}/niah_single_1")
     (sample,) = task.samples(SampleRequest(tokenizer, max_samples=1, max_context_length=length))
-    limits = {"max_context_length": length + 256, "max_new_tokens": tokens}
-    return build_prompt(sample, tokenizer, **limits, use_chat_template=task.use_chat_template)
+    limit = length + 256
+    return build_prompt(
+        sample, tokenizer, max_context_length=limit, max_new_tokens=tokens, use_chat_template=task.use_chat_template
+    )
 
 
 def measure_prefills(length: int, tokens: int, repeats: int) -> Figures:
     """Seconds of ours and of a prefill per configuration, the best of `repeats`."""
-    lm = load_model(MODEL, device="cpu")
+    lm = models.load_model(MODEL, device="cpu")
     prompt = make_prompt(lm.tokenizer, length, tokens)
-    room = len(prompt.question_ids) + tokens
-    several = [None if config is None else hub.ResearchAttention(config) for config in configurations()]
-    answer(lm, prefill(lm, prompt.context_ids[:64], room), prompt.question_ids, several[1], 2)  # warm up
+    question, room = prompt.question_ids, len(prompt.question_ids) + tokens
+    several = [attention_of(config) for config in configurations()]
+    models.answer(lm, models.prefill(lm, prompt.context_ids[:64], room), question, several[1], 2)  # warm up
     ours, each = [], []
     for _ in range(repeats):
         started = time.perf_counter()
-        together = answer_many(lm, prefill(lm, prompt.context_ids, room), prompt.question_ids, several, tokens)
+        together = models.answer_many(lm, models.prefill(lm, prompt.context_ids, room), question, several, tokens)
         middle = time.perf_counter()
-        alone = [answer(lm, prefill(lm, prompt.context_ids, room), prompt.question_ids, way, tokens) for way in several]
+        alone = [models.answer(lm, models.prefill(lm, prompt.context_ids, room), question, one, tokens) for one in several]
         ours.append(middle - started)
         each.append(time.perf_counter() - middle)
     return {
@@ -93,19 +101,10 @@ def measure_prefills(length: int, tokens: int, repeats: int) -> Figures:
 
 def one_process(index: int, length: int, tokens: int) -> None:
     """What a new process does for one configuration."""
-    lm = load_model(MODEL, device="cpu")
+    lm = models.load_model(MODEL, device="cpu")
     prompt = make_prompt(lm.tokenizer, length, tokens)
-    config = configurations()[index]
-    cache = DynamicCache()
-    with torch.inference_mode():
-        lm.model(input_ids=torch.tensor([prompt.context_ids]), past_key_values=cache, use_cache=True)  # all logits
-        with contextlib.nullcontext() if config is None else sparse_attention(lm.model, hub.ResearchAttention(config)):
-            ids = torch.tensor([prompt.question_ids])
-            for _ in range(tokens):
-                logits = lm.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-                ids = logits[:, -1:].argmax(-1)
-                if int(ids) in lm.eos_token_ids:
-                    break
+    cache = prefill_plainly(lm, prompt.context_ids)
+    answer_plainly(lm, cache, prompt.question_ids, attention_of(configurations()[index]), tokens)
 
 
 def measure_processes(length: int, tokens: int, count: int | None) -> Figures:
@@ -120,13 +119,19 @@ def measure_processes(length: int, tokens: int, count: int | None) -> Figures:
 
 def measure_workers(samples: int, tokens: int) -> Figures:
     """Samples per second of one and of two workers while they answer."""
+    from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
+
     chosen = configurations()[:3]
-    named = [SparseConfig(f"c{i}", c, c and tuple(type(e) for e in c.masker_configs)) for i, c in enumerate(chosen)]
-    sizes = {"max_requests": samples, "max_new_tokens": tokens}
+    named = [SparseConfig(f"c{i}", c, tuple(type(e) for e in c.masker_configs) if c else None) for i, c in enumerate(chosen)]
+    unit = BenchmarkUnit(MODEL, WORKER_TASK, tuple(named))
+    settings = Settings(
+        (MODEL,), (WORKER_TASK,), device="cpu", max_requests=samples, max_new_tokens=tokens, micro_metrics="off"
+    )
     rates = []
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            outcome = run_phase2(MODEL, WORKER_TASK, named, Path(folder), workers=workers, micro_metrics="off", **sizes)
+            place: dict[str, Any] = {"max_concurrent_benchmarks": workers, "benchmark_results_dir": Path(folder)}
+            outcome = run_benchmarks([unit], replace(settings, **place), in_process=False)
             if outcome.failures:
                 raise RuntimeError(f"a sample failed: {outcome.failures[0]}")
             rates.append(_rate(Path(folder), workers))
@@ -142,7 +147,9 @@ def measure_workers(samples: int, tokens: int) -> Figures:
 
 def _rate(folder: Path, workers: int) -> float:
     """Samples per second, summed over workers: each from the start of its first sample to the end of its last."""
-    rates = []
+    from benchmark.storage.results import Journal
+
+    rates: list[float] = []
     for path in folder.glob("*/.journals/*/worker-*.jsonl"):
         lines = Journal(path).read()
         started = min(line["time"] for line in lines)
@@ -155,23 +162,22 @@ def _rate(folder: Path, workers: int) -> float:
 def _passes(processes: int) -> int:
     """Passes over 400 MB that this many processes, each with its own, make in three seconds side by side."""
     context = multiprocessing.get_context("spawn")
-    barrier, passes = context.Barrier(processes), context.SimpleQueue()
-    readers = [context.Process(target=_read_memory, args=(barrier, passes)) for _ in range(processes)]
-    for reader in readers:
-        reader.start()
-    return sum(passes.get() for _ in readers)
+    with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
+        return sum(pool.map(_read_memory, [manager.Barrier(processes)] * processes))
 
 
-def _read_memory(barrier: Any, passes: Any) -> None:
+def _read_memory(barrier: threading.Barrier) -> int:
+    import torch
+
     torch.set_num_threads(1)
     weights, x = torch.rand(25_000, 4096), torch.rand(4096)
     weights @ x
     barrier.wait()
-    count, end = 0, time.perf_counter() + 3.0
+    passes, end = 0, time.perf_counter() + 3.0
     while time.perf_counter() < end:
         weights @ x
-        count += 1
-    passes.put(count)
+        passes += 1
+    return passes
 
 
 def main() -> int:
@@ -185,8 +191,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, help="processes measured per length (default: one per configuration)")
     parser.add_argument("--worker-samples", type=int, default=8, help="samples for the workers; 0 = do not measure them")
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the processes that this one starts
-    torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # read by torch, here and in the processes that this one starts
     figures: Figures = {}
     for length in options.lengths:
         figures |= measure_prefills(length, options.tokens, options.repeats)
@@ -196,8 +201,8 @@ def main() -> int:
             figures[f"process_each_over_ours_{length}"] = ratio
     if options.worker_samples:
         figures |= measure_workers(options.worker_samples, options.tokens)
-    return report(figures, options.json, at_least=GOALS, at_most={}, precision=".3f")
+    return report(figures, options.json, at_least=GOALS, precision=".3f")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

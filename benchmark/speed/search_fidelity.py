@@ -2,17 +2,16 @@
 
     python benchmark/speed/search_fidelity.py [--families ...] [--configs 40] [--requests 6] [--pool 24] [--json]
 
-Random configurations of each masker family are replayed (full), run through a forced forward, and generated from. Per family:
-- ordered: of the pairs whose real errors differ by more than a fifth, the share that replay orders alike. Real error: of the
-  forced forward, where errors compound through the layers, or of generation.
-- regret: how much larger the real error (forced forward) of the chosen best is than the smallest there is, within 5, 10, 25
-  and 50% density, worst level. Chosen as Phase 1 chooses: at most six finalists by replay, the best of them by forced forward;
-  `replay_alone` chooses by replay only.
-- reproduced: share of answers that the forced forward calls reproduced, and how many of them generation gives token for token
-  (a goal for maskers that do not sample).
-- right: mean score of the sparse answers. It must be between 0.2 and 0.8, where a task distinguishes configurations.
-Samples that dense attention fails carry no signal, so the requests are those of a larger pool that it answers best. Exit code 1
-if a goal does not hold.
+Random configurations of each masker family are replayed (full), run through a forced forward, and generated from, on the requests
+of a pool that dense attention answers best. Per family:
+- ordered: of the pairs whose real errors (forced forward or generation) differ by more than a fifth, the share that replay orders
+  alike.
+- regret: how much larger the forced error of the chosen best is than the smallest there is, within 5, 10, 25 and 50% density,
+  worst level. Chosen as Phase 1 chooses: at most six finalists by replay, the best of them by forced forward; `replay_alone`
+  chooses by replay only.
+- reproduced: share of answers that the forced forward calls reproduced, and how many of them generation gives token for token.
+- right: mean score of the sparse answers, which must be where a task distinguishes configurations, between 0.2 and 0.8.
+Exit code 1 if a goal does not hold.
 """
 
 from __future__ import annotations
@@ -23,20 +22,21 @@ import math
 import operator
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-
-import torch
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmark.search.evaluator import ErrorMeter, TraceEvaluator
-from benchmark.speed.common import Figures, report
-from benchmark.speed.search_setup import BATCH, LEVELS, random_configs, search_parser, search_settings
-from sparse_attention_hub import ResearchAttention
-from sparse_attention_hub.models import answer_many, forced_many, load_model
-from sparse_attention_hub.models.model_files import complete
+import sparse_attention_hub as hub
+from benchmark.speed import search_setup as setup
+from benchmark.speed.common import Figures, report, run_command
+from sparse_attention_hub import models
+
+if TYPE_CHECKING:
+    from benchmark.search.evaluator import TraceEvaluator
 
 SAMPLING = ("random_sampling", "adaptive_sampling", "magic_pig")
 FAMILIES = ("oracle_top_k", "oracle_top_p", "quest", "double_sparsity", "hash_attention", "pq_cache", *SAMPLING)
@@ -61,25 +61,33 @@ class Outcome:
 
 
 def run_family(evaluator: TraceEvaluator, family: str, count: int, seed: int) -> list[Outcome]:
+    from benchmark.search.evaluator import ErrorMeter
+    from sparse_attention_hub.models.model_files import complete
+
     outcomes: list[Outcome] = []
-    configs = random_configs(family, count, seed)
-    for start in range(0, count, BATCH):
-        batch = configs[start : start + BATCH]
-        found = [Outcome(entry.error, entry.density) for entry in evaluator.evaluate(batch, 1, 1e9)]
-        attentions = [ResearchAttention(complete(config, evaluator.lm)) for config in batch]
-        forced_meters, real_meters = [ErrorMeter() for _ in batch], [ErrorMeter() for _ in batch]
+    lm, task = evaluator.lm, evaluator.task
+    configs = setup.random_configs(family, count, seed)
+    for start in range(0, count, setup.BATCH):
+        batch = configs[start : start + setup.BATCH]
+        found = [Outcome(error, density) for error, density in setup.figures_of(evaluator, batch, 1)]
+        attentions = [hub.ResearchAttention(complete(config, lm)) for config in batch]
+        in_forced, in_real = [ErrorMeter() for _ in batch], [ErrorMeter() for _ in batch]
         for entry, trace in zip(evaluator.samples, evaluator.traces, strict=True):
-            question = entry.prompt.question_ids
-            prefilled = trace.prefilled(evaluator.lm, len(question) + entry.max_new_tokens + 1)
-            asked = (evaluator.lm, prefilled, question)
-            forced = forced_many(*asked, trace.answer_ids, attentions, seed=entry.seed, recorders=forced_meters, stepwise=True)
-            real = answer_many(*asked, attentions, entry.max_new_tokens, seed=entry.seed, recorders=real_meters)
+            question, tokens = entry.prompt.question_ids, entry.max_new_tokens
+            prefilled = trace.prefilled(lm, len(question) + tokens + 1)
+            assert prefilled is not None, "these traces hold all layers"
+            asked = (lm, prefilled, question)
+            forced = models.forced_many(
+                *asked, trace.answer_ids, attentions, seed=entry.seed, recorders=in_forced, stepwise=True
+            )
+            real = models.answer_many(*asked, attentions, tokens, seed=entry.seed, recorders=in_real)
             for outcome, predicted, answer in zip(found, forced, real, strict=True):
                 outcome.claims.append((predicted.reproduced, answer.token_ids == trace.answer_ids))
-                score = evaluator.task.score(answer.text, entry.sample).get(evaluator.task.metric)
+                score = task.score(answer.text, entry.sample).get(task.metric)
                 if score is not None:
                     outcome.scores.append(score)
-        for outcome, forced_meter, real_meter in zip(found, forced_meters, real_meters, strict=True):
+        for outcome, forced_meter, real_meter in zip(found, in_forced, in_real, strict=True):
+            assert forced_meter.error is not None and real_meter.error is not None
             outcome.forced, outcome.generated = forced_meter.error, real_meter.error
         outcomes += found
     return outcomes
@@ -98,18 +106,17 @@ def answered_best(evaluator: TraceEvaluator, count: int) -> float:
     return fmean(scores[number] for number in best)
 
 
-def ordered_alike(outcomes: list[Outcome], real: str) -> tuple[float | None, int]:
-    """(share of clearly different pairs that replay orders alike, number of such pairs). real: "forced" or "generated"."""
+def ordered_alike(outcomes: list[Outcome], real: str) -> list[bool]:
+    """For each pair of clearly different real errors ("forced" or "generated"): whether replay orders it alike."""
     error = operator.attrgetter(real)
     pairs = itertools.combinations(sorted(outcomes, key=error), 2)
-    alike = [low.replayed < high.replayed for low, high in pairs if error(high) > DIFFERENT * error(low)]
-    return (fmean(alike) if alike else None), len(alike)
+    return [low.replayed < high.replayed for low, high in pairs if error(high) > DIFFERENT * error(low)]
 
 
 def regret(outcomes: list[Outcome], finalists: int) -> float:
     """The largest over the levels, as a share of the smallest error; 0 where no level has a configuration."""
     worst = 0.0
-    for level in LEVELS:
+    for level in setup.LEVELS:
         within = sorted((o for o in outcomes if o.density <= level / 100), key=lambda outcome: outcome.replayed)
         if within:
             chosen, least = min(o.forced for o in within[:finalists]), min(o.forced for o in within)
@@ -123,56 +130,57 @@ def claimed(outcomes: list[Outcome]) -> list[bool]:
     return [identical for outcome in outcomes for reproduced, identical in outcome.claims if reproduced]
 
 
-def family_figures(family: str, outcomes: list[Outcome]) -> Figures:
-    figures: Figures = {}
-    for real in ("forced", "generated"):
-        share, pairs = ordered_alike(outcomes, real)
-        figures[f"{family}_{real}_pairs"] = float(pairs)
-        if share is not None:
-            figures[f"{family}_{real}_ordered"] = share
-    figures[f"{family}_regret"] = regret(outcomes, FINALISTS)
-    figures[f"{family}_regret_replay_alone"] = regret(outcomes, 1)
+def scores_of(outcomes: list[Outcome]) -> list[float]:
+    return [score for outcome in outcomes for score in outcome.scores]
+
+
+def means(lists: Mapping[str, Sequence[float]]) -> Figures:
+    """The mean of each list that is not empty."""
+    return {name: fmean(values) for name, values in lists.items() if values}
+
+
+def family_figures(outcomes: list[Outcome]) -> Figures:
+    ordered = {real: ordered_alike(outcomes, real) for real in ("forced", "generated")}
     identical = claimed(outcomes)
-    figures[f"{family}_reproduced"] = len(identical) / sum(len(outcome.claims) for outcome in outcomes)
-    if identical:
-        figures[f"{family}_reproduced_identical"] = fmean(identical)
-    scores = [score for outcome in outcomes for score in outcome.scores]
-    if scores:
-        figures[f"{family}_right"] = fmean(scores)
-    return figures
+    return {
+        **{f"{real}_pairs": float(len(pairs)) for real, pairs in ordered.items()},
+        **means({f"{real}_ordered": pairs for real, pairs in ordered.items()}),
+        "regret": regret(outcomes, FINALISTS),
+        "regret_replay_alone": regret(outcomes, 1),
+        "reproduced": len(identical) / sum(len(outcome.claims) for outcome in outcomes),
+        **means({"reproduced_identical": identical, "right": scores_of(outcomes)}),
+    }
 
 
 def measure(options: argparse.Namespace) -> Figures:
+    import torch
+
+    from benchmark.search.evaluator import TraceEvaluator
+
     torch.set_num_threads(1)
-    lm = load_model(options.model, device="cpu")
+    lm = models.load_model(options.model, device="cpu")
     figures: Figures = {}
     found: dict[str, list[Outcome]] = {}
-    lengths = {family: options.length or LENGTHS.get(family, LENGTH) for family in options.families}
-    for length in sorted(set(lengths.values())):
-        task = options.task or f"ruler/{length}/fwe"
-        sizes = {"search_max_requests": max(options.requests, options.pool), "search_max_context_length": length}
-        settings = search_settings(options, tasks=(task,), seed=options.seed, **sizes)
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # families of one length share its traces
+        for family in options.families:
+            length = options.length or LENGTHS.get(family, LENGTH)
+            task = options.task or f"ruler/{length}/fwe"
+            sizes = {"search_max_requests": max(options.requests, options.pool), "search_max_context_length": length}
+            settings = setup.search_settings(options, tasks=(task,), seed=options.seed, **sizes)
             evaluator = TraceEvaluator(lm, task, settings, Path(folder))
             list(evaluator.record())
             figures[f"dense_right_{length}"] = answered_best(evaluator, options.requests)
-            for family in (family for family in options.families if lengths[family] == length):
-                found[family] = run_family(evaluator, family, options.configs, options.seed)
-                own = family_figures(family, found[family])
-                figures |= own
-                shown = {name: f"{value:.3g}" for name, value in own.items()}
-                print(f"{family}: done, {shown}", file=sys.stderr, flush=True)
-    scores = [score for outcomes in found.values() for outcome in outcomes for score in outcome.scores]
-    if scores:
-        figures["right"] = fmean(scores)
+            found[family] = run_family(evaluator, family, options.configs, options.seed)
+            own = family_figures(found[family])
+            figures |= {f"{family}_{name}": value for name, value in own.items()}
+            print(f"{family}: done,", {name: f"{value:.3g}" for name, value in own.items()}, file=sys.stderr, flush=True)
+    scores = [score for outcomes in found.values() for score in scores_of(outcomes)]
     identical = [same for family in found if family not in SAMPLING for same in claimed(found[family])]
-    if identical:
-        figures["reproduced_identical"] = fmean(identical)
-    return figures
+    return figures | means({"right": scores, "reproduced_identical": identical})
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = search_parser(__doc__, task="fwe", requests=6)
+    parser = setup.search_parser(__doc__, task="fwe", requests=6)
     default_length = f"{LENGTH}; random sampling {LENGTHS['random_sampling']}"
     parser.add_argument("--length", type=int, help=f"context length in tokens (default: {default_length})")
     parser.add_argument("--pool", type=int, default=24, help="samples that requests are chosen from (default: %(default)s)")
@@ -188,4 +196,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -1,5 +1,5 @@
-"""What a result depends on beside the parameters that are written down: versions of the engine and of maskers, a model's files,
-the files that a configuration names."""
+"""Hashes of what a result depends on: parameters, versions of the engine and of maskers, the files of a model and those that a
+configuration names."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ if TYPE_CHECKING:
 
 
 def config_key(config: ResearchAttentionConfig | None) -> str:
-    """What tells one configuration's answers from another's: a hash of its maskers with all their parameters, and one of what
-    lies behind them."""
+    """Two hashes that identify a configuration's answers: of its maskers with all their parameters, and of what these depend on
+    (`dependency_digests`)."""
     parameters = "dense" if config is None else fingerprint(config.to_dict())
-    return f"{parameters}-{fingerprint(behind_config(config))}"
+    return f"{parameters}-{fingerprint(dependency_digests(config))}"
 
 
 def same_parameters(one: str, other: str) -> bool:
-    """Whether two keys differ at most in what lies behind the parameters."""
+    """Whether two keys have equal parameters; versions, code and files may differ."""
     return one.partition("-")[0] == other.partition("-")[0]
 
 
 def lacks_a_file(config: ResearchAttentionConfig | None) -> bool:
-    """Whether a file that a parameter names ("..._file") is not there: nothing new can be answered."""
+    """Whether a file that a parameter ("..._file") names is missing, so that the configuration cannot be run."""
     maskers = [] if config is None else config.masker_configs
     named = [getattr(m, f.name) for m in maskers for f in dataclasses.fields(m) if f.name.endswith("_file")]
     return any(isinstance(value, str | Path) and _file(value) is None for value in named)
 
 
-def behind_config(config: ResearchAttentionConfig | None) -> list[list[str]]:
-    """[name, version or digest]: the engine's version, that of each masker of this package, the code of each other masker, and
-    every file that a parameter names."""
+def dependency_digests(config: ResearchAttentionConfig | None) -> list[list[str]]:
+    """[name, version or digest] of the engine, of each masker (a user's masker counts by its code) and of each file that a
+    parameter names."""
     from sparse_attention_hub.attention import ENGINE_VERSION
     from sparse_attention_hub.maskers.base import masker_class
 
     found = [["engine", str(ENGINE_VERSION)]]
-    for place, masker in enumerate([] if config is None else config.masker_configs):
+    for number, masker in enumerate([] if config is None else config.masker_configs):
         method = masker_class(masker)
-        found.append([f"{place} {method.__name__}", str(method.version)])
+        found.append([f"{number} {method.__name__}", str(method.version)])
         for field in dataclasses.fields(masker):
             value = getattr(masker, field.name)
             if isinstance(value, str | Path) and (path := _file(value)) is not None:
-                found.append([f"{place} {field.name}", _digest(path, path.stat().st_mtime_ns)])
+                found.append([f"{number} {field.name}", _digest(path, path.stat().st_mtime_ns)])
         own = {file for kind in (type(masker), method) if not _is_ours(kind) and (file := _source(kind))}
         for source in sorted(own):
-            found.append([f"{place} {source.name}", _code_digest(source.read_text(encoding="utf-8"))])
+            found.append([f"{number} {source.name}", _code_digest(source.read_text(encoding="utf-8"))])
     return found
 
 
@@ -62,8 +62,7 @@ def _is_ours(kind: type) -> bool:
 
 
 def weights_stamp(model: str) -> list[list[Any]] | None:
-    """Names, sizes and times of a local model's files, so that new weights or another template in the old folder are
-    noticed."""
+    """Names, sizes and times of a local model's files: other weights or another template in the same folder are noticed."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return None
@@ -76,7 +75,7 @@ def weights_stamp(model: str) -> list[list[Any]] | None:
 
 
 def _file(value: str | Path) -> Path | None:
-    """The file of this name, if there is one that can be read. Any text may come here."""
+    """The file of this name, if there is a readable one. The value may be any text."""
     try:
         path = Path(value).expanduser()
         return path if path.is_file() and os.access(path, os.R_OK) else None

@@ -1,5 +1,4 @@
-"""A forced run repeats all its work, whatever is there. If it is interrupted, the same command continues it: what was done since
-it began is its own work, not that of an earlier run."""
+"""Marker that lets an interrupted --force run resume: what was written since the run began is its own work and is kept."""
 
 from __future__ import annotations
 
@@ -10,9 +9,9 @@ from benchmark.storage.results import write_text
 
 
 class ForcedRun:
-    """A mark in a folder, from the beginning of a forced run to its end. Times are those of the folder's file system.
+    """A marker file in a folder, from the beginning of a forced run to its end. Times are those of the folder's file system.
 
-    identity: a hash of what the run does; runs of something else have marks of their own.
+    identity: a hash of what the run does; other runs have their own markers.
     """
 
     def __init__(self, folder: Path, flag: str, identity: str) -> None:
@@ -20,7 +19,7 @@ class ForcedRun:
         self.since = self.path.stat().st_mtime if self.path.exists() else None
 
     def begin(self) -> list[str]:
-        """Set the mark, or go on under the one that is there. Returns what is worth telling."""
+        """Write the marker, or resume the run of an existing one. Returns notes for the user."""
         if self.since is not None:
             began = datetime.fromtimestamp(self.since).strftime("%Y-%m-%d %H:%M:%S")
             return [f"{self.flag}: continues the run of {began}, which had not ended; to start again remove {self.path}"]
@@ -33,5 +32,5 @@ class ForcedRun:
         return self.since is not None and path.exists() and path.stat().st_mtime >= self.since
 
     def end(self) -> None:
-        """The run has ended: the next one with the flag is another one."""
+        """Remove the marker: the next run with the flag starts again."""
         self.path.unlink(missing_ok=True)

@@ -5,15 +5,14 @@ There is no official grader. Here, for both years, the text after the last "boxe
 zeros. No other number in the text counts.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator
 from typing import Any
 
-from benchmark.tasks.base import Sample, SampleRequest, Task, TaskDescription, take_split
-from benchmark.tasks.data import Row, Source, shown
-from benchmark.tasks.sources import Form, as_texts, read_samples
+from benchmark.tasks.base import PromptParts, Sample, Scores, Task, TaskDescription
+from benchmark.tasks.data import Row, Source
+from benchmark.tasks.sources import DataTask, Form
+from benchmark.tasks.values import as_texts
+from sparse_attention_hub.errors import quoted
 
 _PROBLEM = (
     "Solve the following AIME (American Invitational Mathematics Examination) problem.\n\nProblem: {problem}\n\nInstructions:\n"
@@ -24,7 +23,6 @@ _INSTRUCTIONS = {
     "aime2025": "- The answer should be an integer between 0 and 999\n- You must wrap your final answer in \\boxed{...} format",
 }
 _QUESTION = "\n\nWhat is the answer to this problem?"
-MAX_NEW_TOKENS = 32000
 
 
 def boxed(text: str) -> str | None:
@@ -52,7 +50,13 @@ def extract_integer(text: str) -> int | None:
     return int(content) if re.fullmatch(r"0|[1-9][0-9]{0,2}", content) else None
 
 
-class AimeTask(Task):
+def _plain(answer: str) -> str:
+    """The answer without blanks and leading zeros."""
+    answer = answer.strip()
+    return answer.lstrip("0") or answer[:1]
+
+
+class AimeTask(DataTask):
     """aime2024/aime2024 and aime2025/aime2025. The problem and the instructions are the context; score: accuracy."""
 
     metric = "accuracy"
@@ -62,49 +66,37 @@ class AimeTask(Task):
         self.name = f"{year}/{year}"
         hub_id = "Maxwell-Jia/AIME_2024" if year == "aime2024" else "yentinglin/aime_2025"
         self.sources = [Source(year, year, hub_id, split="train"), Source(year, year, f"xAlg-AI/att-hub-{year}")]
-
-    @property
-    def description(self) -> TaskDescription:
-        return TaskDescription(self.sources[0].hub_id, self.metric, MAX_NEW_TOKENS, 30, "one problem")
-
-    def samples(self, request: SampleRequest) -> list[Sample]:
-        forms = [
+        self.description = TaskDescription(hub_id, self.metric, 32000, 30, "one problem")
+        self.forms = [
             Form({"Problem": "text", "Answer": "anything", "ID": "?anything"}, self._original),
             Form({"problem": "text", "answer": "anything", "id": "?anything"}, self._original),
             Form({"context": "text", "question": "text", "answer": "anything", "id": "?anything"}, self._copy),
         ]
-        if self.year == "aime2025":
-            forms[:2] = forms[1::-1]  # a message about missing columns names those of the first form
-        return take_split(read_samples(self.sources, forms, request.data_dir), request, lambda sample: sample.context)
+        if year == "aime2025":
+            self.forms[:2] = self.forms[1::-1]  # a message about missing columns names those of the first form
 
-    def _original(self, row: Row, number: int) -> Iterator[Sample]:
-        named = {name.lower(): name for name in row}
-        context = _PROBLEM.replace("{problem}", row[named["problem"]]) + _INSTRUCTIONS[self.year]
-        yield self._sample(row, number, context, row.get(named.get("id", "id")), named["answer"])
+    def _original(self, row: Row) -> PromptParts:
+        problem = row["Problem" if "Problem" in row else "problem"]
+        return _PROBLEM.replace("{problem}", problem) + _INSTRUCTIONS[self.year], _QUESTION, ""
 
-    def _copy(self, row: Row, number: int) -> Iterator[Sample]:
+    def _copy(self, row: Row) -> PromptParts:
         # The 2024 copy has a stray line "f" between the problem and the instructions.
-        context = row["context"].replace("\nf\nInstructions:", "\n\nInstructions:")
-        yield self._sample(row, number, context, row.get("id"), "answer")
+        return row["context"].replace("\nf\nInstructions:", "\n\nInstructions:"), _QUESTION, ""
 
-    def _sample(self, row: Row, number: int, context: str, identity: Any, column: str) -> Sample:
-        texts = as_texts(row[column])
-        try:
-            value = int(texts[0])
-        except (IndexError, ValueError):
-            value = -1
-        if len(texts) != 1 or not 0 <= value <= 999:
-            raise ValueError(f"column {column!r} must be an integer from 0 to 999, got {shown(row[column])}")
-        prompt = (context, _QUESTION, "")
-        return self.make_sample(number if identity is None else identity, prompt, [str(value)], columns=dict(row))
+    def make(self, identity: object, row: Row, prompt: PromptParts) -> Sample:
+        column = "Answer" if "Answer" in row else "answer"
+        answer = [_plain(text) for text in as_texts(row[column], f"column {column!r}")]
+        if len(answer) != 1 or not re.fullmatch("[0-9]{1,3}", answer[0]):
+            raise ValueError(f"column {column!r} must be an integer from 0 to 999, got {quoted(row[column])}")
+        own = row.get("ID", row.get("id"))
+        return self.make_sample(identity if own in (None, "") else own, prompt, answer, columns=row)
 
-    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
+    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> Scores:
         """accuracy: 1 if the boxed integer is a reference."""
         value = extract_integer(prediction)
-        solutions = [int(text) for text in as_texts(references) if re.fullmatch(r"\s*[0-9]+\s*", text)]
-        return {"accuracy": float(value in solutions)}
+        return {"accuracy": float(str(value) in map(_plain, as_texts(references)))}
 
-    def aggregate(self, scores: list[dict[str, float]], samples: list[Sample]) -> dict[str, Any]:
+    def aggregate(self, scores: list[Scores], samples: list[Sample]) -> dict[str, object]:
         """Number of problems, and of those solved."""
         graded = [score["accuracy"] for score in scores if "accuracy" in score]
         return {"correct_answers": int(sum(graded)), "total_problems": len(graded)}

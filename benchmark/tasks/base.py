@@ -10,22 +10,26 @@ A benchmark module (`benchmark/tasks/<module>.py`, listed in `benchmark.tasks.MO
 transformers.
 """
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import dropwhile, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from sparse_attention_hub.errors import UserError as UserError  # re-exported
+from sparse_attention_hub.errors import quoted
+from sparse_attention_hub.models.prompts import encode_continuation, render_chat
 
 T = TypeVar("T")
+Row = dict[str, Any]  # a row of a data file: column name -> value
 PromptParts = tuple[str, str, str]  # context, question, answer prefix
+Scores = dict[str, float]  # metric name -> 0..1
 
 TUNING_SHARE = 0.2
+LONG_TEXT = 5_000_000  # characters of a context that are encoded in any case
+LONG_TOKEN = 100  # characters: more than tokens have on average in any text
 
 
 class ContextTooShortError(UserError):
@@ -43,9 +47,14 @@ class Sample:
     answer_prefix: str  # starts the answer (the assistant's turn)
     references: list[str]  # gold answers as text ([] if unknown); the first one is used for reference_nll
     max_new_tokens: int  # the benchmark's own answer length
-    columns: dict[str, Any] = field(default_factory=dict)  # the data columns, written to raw_results.csv
+    columns: Row = field(default_factory=dict)  # the data columns, written to raw_results.csv
     all_classes: list[str] | None = None
     label: Any = None  # the gold answer for the metric, where it is not `references` (an int, a JSON text)
+
+    def __post_init__(self) -> None:
+        for text in (self.sample_id, self.context, self.question, self.answer_prefix, *self.references):
+            if not isinstance(text, str) or not is_writable(text):
+                raise UserError(f"sample {quoted(self.sample_id)}: prompt and references must be text, got {quoted(text)}")
 
 
 @dataclass(frozen=True)
@@ -95,21 +104,18 @@ class Task(ABC):
 
     name: str
     metric: str
+    description: TaskDescription
     use_chat_template: bool = True  # as the original benchmark does, for a tokenizer that has a template
     # Tokens of a generated task's samples, prompt and answer together. It does not run where fewer are allowed (limits.py):
     # a truncated sample may lack the text that holds its answer.
     fixed_length: int | None = None
-
-    @property
-    @abstractmethod
-    def description(self) -> TaskDescription: ...
 
     @abstractmethod
     def samples(self, request: SampleRequest) -> list[Sample]:
         """The first `request.max_samples` samples. Raises UserError when data are missing or malformed."""
 
     @abstractmethod
-    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
+    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> Scores:
         """Metric name -> 0..1. A metric that cannot be computed here is absent, never 0."""
 
     def make_sample(self, identity: object, prompt: PromptParts, references: list[str], **fields: Any) -> Sample:
@@ -117,13 +123,21 @@ class Task(ABC):
         fields.setdefault("max_new_tokens", self.description.max_new_tokens)
         return Sample(f"{self.name}:{identity}", self.name, *prompt, references, **fields)
 
-    def score(self, prediction: str, sample: Sample) -> dict[str, float]:
+    def score(self, prediction: str, sample: Sample) -> Scores:
         references = sample.references if sample.label is None else sample.label
         return self.score_answer(prediction, references, sample.all_classes)
 
-    def aggregate(self, scores: list[dict[str, float]], samples: list[Sample]) -> dict[str, Any]:
+    def aggregate(self, scores: list[Scores], samples: list[Sample]) -> dict[str, object]:
         """What metrics.json holds beyond the mean of each metric (length buckets, Easy/Hard). Default: nothing."""
         return {}
+
+
+def is_writable(text: str) -> bool:
+    """Whether the text holds no half of a surrogate pair, which no file and no tokenizer takes."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def hash64(text: str) -> int:
@@ -159,7 +173,7 @@ def _render(sample: Sample, tokenizer: Any, use_chat_template: bool) -> tuple[st
     joint = sample.answer_prefix.removesuffix(prefix)
     separator = hashlib.sha256((sample.context + "\0" + sample.question).encode("utf-8", "replace")).hexdigest()[:24]
     content = sample.context + separator + sample.question + joint
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    rendered = render_chat(tokenizer, content)
     before, found, after = rendered.partition(separator)
     if not found:
         raise UserError(f"{sample.task}: the chat template of this tokenizer does not show the user's message as it is")
@@ -196,27 +210,30 @@ def build_prompt(
     loses its middle: its start and end stay, in equal shares, and so does the template text before it. Raises
     ContextTooShortError when question and answer alone do not fit.
     """
+    longest = max(LONG_TEXT, LONG_TOKEN * max_context_length)
+    removed = max(len(sample.context) - longest, 0)  # characters that are cut before they are encoded, which takes minutes
+    if removed:
+        sample = replace(sample, context=sample.context[: longest // 2] + sample.context[-(longest // 2) :])
     head, context, tail = _render(sample, tokenizer, use_chat_template)
-    question_ids = _encode(tokenizer, tail)
+    question_ids = encode_continuation(tokenizer, tail) if head + context else _encode(tokenizer, tail)
     context_ids = _with_one_bos(_encode(tokenizer, head + context), tokenizer, question_ids)
     room = max_context_length - max_new_tokens - len(question_ids)
-    truncated = 0
+    truncated, estimate = 0, removed * len(context_ids) // longest
     if len(context_ids) > room:
         head_ids = _with_one_bos(_encode(tokenizer, head), tokenizer, [])
-        body_ids = _encode(tokenizer, context)
+        body_ids = encode_continuation(tokenizer, context) if head else _encode(tokenizer, context)
         keep = room - len(head_ids)
         if keep < 1:
             raise ContextTooShortError(
                 f"{sample.task}: a context length of {max_context_length} is too short for the question "
-                f"({len(head_ids) + len(question_ids)} tokens) and its answer ({max_new_tokens} tokens): "
-                "raise --max-context-length"
+                f"({len(head_ids) + len(question_ids)} tokens) and its answer ({max_new_tokens} tokens)"
             )
         truncated = max(len(body_ids) - keep, 0)
         front = keep // 2
         context_ids = head_ids + body_ids[:front] + body_ids[front + truncated :]
     if not context_ids:  # a prefill needs a token
         context_ids, question_ids = question_ids[:1], question_ids[1:]
-    return Prompt(context_ids, question_ids, truncated)
+    return Prompt(context_ids, question_ids, truncated + estimate)
 
 
 def prompt_length(sample: Sample, tokenizer: Any, use_chat_template: bool) -> int:

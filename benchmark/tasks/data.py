@@ -1,16 +1,16 @@
 """Rows of a data set: from the user's folder, else from the Hugging Face hub, checked against a schema while reading.
 
-`--data-dir DIR` holds `DIR/<benchmark>/<subset>.jsonl` (or .parquet, .csv) with the hub's columns; in a csv file, lists
-and dicts are JSON. Nothing is evaluated as code: no pickle, no data set scripts (datasets >= 4 has none).
+`--data-dir DIR` holds `DIR/<benchmark>/<subset>.jsonl` (or .parquet, .csv) with the hub's columns. A list or dict may be
+written as text, in JSON or as pandas writes it. Nothing is evaluated as code: no pickle, no data set scripts (datasets >= 4
+has none).
 """
-
-from __future__ import annotations
 
 import contextlib
 import csv
 import functools
 import io
 import json
+import logging
 import os
 import threading
 import urllib.error
@@ -21,27 +21,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_attention_hub.errors import UserError
+from benchmark.tasks.base import Row, is_writable
+from benchmark.tasks.values import parse_text
+from sparse_attention_hub.errors import UserError, quoted
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".parquet", ".csv")
 PROBE_SECONDS = 4.0
 UNREACHABLE = "the hub cannot be reached from here"
-
-Row = dict[str, Any]
+MAX_DEPTH = 50  # levels of lists and dicts in a row; what is written later may add some
 
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-# The types that a schema may give a column. A csv cell that is not text is read as JSON.
+# The types that a schema may give a column.
 KINDS: dict[str, Callable[[Any], bool]] = {
     "text": lambda value: isinstance(value, str),
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "list of texts": _is_texts,
     "text or list of texts": lambda value: isinstance(value, str) or _is_texts(value),
     "dict": lambda value: isinstance(value, dict),
-    "anything": lambda value: True,
+    "anything": lambda value: value is not None,
 }
 
 
@@ -73,6 +76,12 @@ class DataMissingError(UserError):
     reason = ""
 
 
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time it is given: data are read several times in a run."""
+    logger.warning("%s", message)
+
+
 def load_rows(source: Source, data_dir: Path | None) -> Iterator[Row]:
     """The rows in order, read lazily: of the user's file if there is one, else of the hub.
 
@@ -81,10 +90,10 @@ def load_rows(source: Source, data_dir: Path | None) -> Iterator[Row]:
     """
     path = data_file(source, data_dir)
     if path is not None:
-        rows = _read_file(path, source)
+        rows = _read_file(path)
     else:
         rows = _read_archive(source, data_dir) if source.archive else _read_hub(source, data_dir)
-    return _checked(rows, source.columns, location(source, data_dir))
+    return checked(rows, source.columns, location(source, data_dir))
 
 
 def data_file(source: Source, data_dir: Path | None) -> Path | None:
@@ -95,7 +104,7 @@ def data_file(source: Source, data_dir: Path | None) -> Path | None:
 def first_file(data_dir: Path | None, names: list[str]) -> Path | None:
     """The first of these files in the user's folder, if there is one."""
     paths = [] if data_dir is None else [Path(data_dir) / name for name in names]
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.isfile(path)), None)
 
 
 def location(source: Source, data_dir: Path | None) -> str:
@@ -104,83 +113,94 @@ def location(source: Source, data_dir: Path | None) -> str:
     return f"{source.hub_id} ({source.name})" if path is None else str(path)
 
 
-def _checked(rows: Iterator[Row], columns: dict[str, str], where: str) -> Iterator[Row]:
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{where} row {number}: a row must be an object of columns, got {type(row).__name__}")
-        for column, kind in columns.items():
-            optional, kind = kind.startswith("?"), kind.lstrip("?")
-            if optional and row.get(column) in (None, ""):
-                continue
-            if row.get(column) is None:
-                what = "is empty" if column in row else f"is missing (there are {', '.join(map(str, row))})"
-                raise UserError(f"{where} row {number}: column {column!r} {what}; it must be {kind}")
-            if not KINDS[kind](row[column]):
-                raise UserError(f"{where} row {number}: column {column!r} must be {kind}, got {shown(row[column])}")
-        yield row
-
-
-def shown(value: Any) -> str:
-    """The value for a message, at most 40 characters."""
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _read_file(path: Path, source: Source) -> Iterator[Row]:
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-    elif path.suffix == ".csv":
-        yield from _read_csv(path, source)
-    else:
-        with path.open(encoding="utf-8") as lines:
-            yield from _read_jsonl(lines, path)
-
-
-def _read_jsonl(lines: Iterable[str], where: object) -> Iterator[Row]:
+def checked(rows: Iterable[Row], columns: dict[str, str], where: str) -> Iterator[Row]:
+    """The rows with the types of `columns`. UserError, with the row's number, for any fault of a row or in reading it."""
     number = 0
     try:
-        for line in lines:
-            if line.strip():
-                number += 1
-                yield json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where} row {number}: not JSON ({error})") from error
+        for row in rows:
+            number += 1
+            _check(row, columns)
+            yield row
+    except DataMissingError:
+        raise
+    except UserError as error:
+        raise UserError(f"{where} row {number}: {error}") from None
+    except Exception as error:  # of many types, in reading the next row
+        raise UserError(f"{where} row {number + 1}: {_reason(error)}") from error
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 ({quoted(error)}): save it as UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({quoted(error)})"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if type(error) is ValueError and "4300 digits" in str(error):
+        return "a number has more than 4300 digits"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    what = "not in the expected form" if isinstance(error, (KeyError, TypeError, AttributeError)) else "cannot be read"
+    return f"{what} ({type(error).__name__}: {quoted(error)})"
 
-    try:
+
+def _check(row: Row, columns: dict[str, str]) -> None:
+    """UserError unless the row has the columns. A text is parsed where another kind of value is asked for."""
+    if not isinstance(row, dict):
+        raise UserError(f"a row must be an object of columns, got {type(row).__name__}")
+    for column, kind in columns.items():
+        optional, kind = kind.startswith("?"), kind.lstrip("?")
+        value = row.get(column)
+        if optional and value in (None, ""):
+            continue
+        if value is None:
+            what = "is empty" if column in row else f"is missing (there are {quoted(list(row))})"
+            raise UserError(f"column {column!r} {what}; it must be {kind}")
+        brackets = isinstance(value, str) and value.lstrip()[:1] in ("[", "{")
+        if isinstance(value, str) and kind != "text" and (brackets or kind in ("integer", "list of texts", "dict")):
+            try:
+                parsed = parse_text(value)
+            except UserError as error:
+                raise UserError(f"column {column!r} is {error}") from None
+            row[column] = value = parsed if KINDS[kind](parsed) else value
+        if not KINDS[kind](value):
+            raise UserError(f"column {column!r} must be {kind}, got {quoted(value)}")
+    for column, value in row.items():
+        fault = _fault(column) or _fault(value)
+        if fault:
+            raise UserError(f"column {quoted(column)} {fault}")
+
+
+def _fault(value: Any, depth: int = 0) -> str | None:
+    """What keeps a value from being written to a file, if anything does."""
+    if isinstance(value, str) and not is_writable(value):
+        return "holds half of a surrogate pair (\\ud800 to \\udfff), which is no character: remove it"
+    if isinstance(value, (list, dict)):
+        if depth == MAX_DEPTH:
+            return f"is nested more than {MAX_DEPTH} levels deep"
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        return next((fault for item in inner if (fault := _fault(item, depth + 1))), None)
+    return None
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
             yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
+        return
+    with path.open(encoding="utf-8-sig", newline="") as lines:  # Excel writes a byte-order mark, which -sig leaves out
+        yield from _read_csv(lines) if path.suffix == ".csv" else _read_jsonl(lines)
 
 
-def _read_csv(path: Path, source: Source) -> Iterator[Row]:
+def _read_jsonl(lines: Iterable[str]) -> Iterator[Row]:
+    return (json.loads(line) for line in lines if line.strip())
+
+
+def _read_csv(lines: Iterable[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # a context is one cell
-    number = 0
-    try:
-        with path.open(encoding="utf-8", newline="") as lines:
-            for row in csv.DictReader(lines):
-                number += 1
-                yield {name: _cell(value, source.columns.get(name, "text")) for name, value in row.items() if name}
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} row {number + 1}: not csv ({error})") from error
-
-
-def _cell(value: str | None, kind: str) -> Any:
-    optional, kind = kind.startswith("?"), kind.lstrip("?")
-    if value is None or (optional and value == ""):
-        return None
-    if kind == "text" or (kind == "text or list of texts" and not value.startswith("[")):
-        return value
-    try:
-        parsed = json.loads(value)
-    except json.JSONDecodeError:
-        return value  # the schema check says what is wrong, or text is allowed
-    return parsed if KINDS[kind](parsed) else value
+    return ({name: value for name, value in row.items() if name} for row in csv.DictReader(lines))
 
 
 def _read_hub(source: Source, data_dir: Path | None) -> Iterator[Row]:
@@ -211,7 +231,7 @@ def _read_archive(source: Source, data_dir: Path | None) -> Iterator[Row]:
         if member is None:
             raise missing_data(source, data_dir, f"{source.archive} holds no {source.member}")
         with archive.open(member) as file:
-            yield from _read_jsonl(io.TextIOWrapper(file, encoding="utf-8"), f"{source.hub_id} {member}")
+            yield from _read_jsonl(io.TextIOWrapper(file, encoding="utf-8"))
 
 
 def missing_data(source: Source, data_dir: Path | None, reason: str, task: str | None = None) -> DataMissingError:
@@ -228,9 +248,8 @@ def missing_data(source: Source, data_dir: Path | None, reason: str, task: str |
     return error
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else "no message"
+def _first_line(error: Exception) -> str:
+    return quoted(Exception(str(error).strip().partition("\n")[0])) or "no message"
 
 
 @functools.cache

@@ -1,28 +1,25 @@
 """InfiniteBench's scores (OpenBMB, arXiv 2402.13718), as its authors compute them.
 
-A label is the gold answer: a text, number or list. `label_of` makes it from an answer as the copies of the data write it.
+A label is the gold answer: a text, number or list.
 One score is more lenient than the original, which raises there: math_find takes "88.0" for 88.
 """
 
-from __future__ import annotations
-
-import json
 import numbers
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from benchmark.tasks import metrics
-from benchmark.tasks.data import shown
-from benchmark.tasks.sources import as_texts
+from benchmark.tasks.values import as_list, as_texts
+from sparse_attention_hub.errors import quoted
 
 LETTERS = "ABCD"
-Scorer = Callable[[str, Any], float]
 
 
 def _first(label: Any) -> Any:
-    return label[0] if isinstance(label, list) and label else label
+    """The first value of a list, or the value itself."""
+    values = as_list(label)
+    return values[0] if values else label
 
 
 def _blank(text: str, marks: Sequence[str]) -> str:
@@ -40,13 +37,14 @@ def first_digits(prediction: str, label: Any) -> float:
 
 def kv_retrieval(prediction: str, label: Any) -> float:
     """The label, not unwrapped from a list, is one of the words."""
+    label = _first(label) if isinstance(label, str) else label
     return float(str(label) in _blank(prediction, "\n:\"'.,?!{}").split())
 
 
 def code_run(prediction: str, label: Any) -> float:
     """The last word is the integer."""
     words = _blank(prediction, "\n.`'\":").split()
-    expected = _integer(label)
+    expected = integer(label)
     try:
         return float(int(words[-1]) == expected)
     except (IndexError, ValueError):
@@ -55,7 +53,7 @@ def code_run(prediction: str, label: Any) -> float:
 
 def code_debug(prediction: str, label: Any) -> float:
     """Label [function, letter]: starts with "X." or "X:", or names either after the first of four lead-ins."""
-    function, letter = _choice(as_texts(label), None)
+    function, letter = choice(label)
     prediction = prediction.strip()
     if prediction[:2] in (f"{letter}.", f"{letter}:"):
         return 1.0
@@ -70,12 +68,12 @@ def code_debug(prediction: str, label: Any) -> float:
 def math_find(prediction: str, label: Any) -> float:
     """The first number, without its sign, equals the label."""
     match = re.search(r"\d+\.\d+|\d+", prediction)  # digits of any script, as for float()
-    return float(match is not None and float(match.group()) == _number(label))
+    return float(match is not None and float(match.group()) == number(label))
 
 
 def math_calc(prediction: str, label: Any) -> float:
     """Length of the correct leading run of numbers, signs lost, over the number of values."""
-    values = _values(label)
+    values = integers(label)
     correct = 0
     for number, value in zip(re.findall(r"[0-9]+", prediction), values, strict=False):
         if (number.lstrip("0") or "0") != str(value):  # as text: int() refuses very many digits
@@ -87,6 +85,18 @@ def math_calc(prediction: str, label: Any) -> float:
 def longdialogue(prediction: str, label: Any) -> float:
     """Only the first name counts, as written, among the upper-cased words."""
     return float(str(_first(label)) in _blank(prediction, "\n:\"'.,?!{}").upper().split())
+
+
+def longbook_qa(prediction: str, label: Any) -> float:
+    return metrics.best(metrics.word_f1, prediction, as_texts(label))
+
+
+def longbook_qa_chn(prediction: str, label: Any) -> float:
+    return metrics.best(metrics.character_f1_zh, prediction, as_texts(label))
+
+
+def longbook_sum(prediction: str, label: Any) -> float:
+    return metrics.best(metrics.rouge_lsum, prediction, as_texts(label))
 
 
 def longbook_choice(prediction: str, label: Any) -> float:
@@ -109,83 +119,63 @@ def longbook_choice(prediction: str, label: Any) -> float:
     return 0.0
 
 
-def _best(measure: Callable[[str, str], float], prediction: str, label: Any) -> float:
-    return metrics.best(measure, prediction, as_texts(label))
+# Labels: of an answer and the options of its question. ValueError for an answer that is impossible.
 
 
-# subset -> (metric's name, formula)
-SCORES: dict[str, tuple[str, Scorer]] = {
-    "passkey": ("accuracy", first_digits),
-    "number_string": ("accuracy", first_digits),
-    "kv_retrieval": ("accuracy", kv_retrieval),
-    "math_find": ("accuracy", math_find),
-    "math_calc": ("leading_run", math_calc),
-    "code_run": ("accuracy", code_run),
-    "code_debug": ("accuracy", code_debug),
-    "longbook_choice_eng": ("accuracy", longbook_choice),
-    "longbook_qa_eng": ("qa_f1", partial(_best, metrics.word_f1)),
-    "longbook_qa_chn": ("character_f1", partial(_best, metrics.character_f1_zh)),
-    "longbook_sum_eng": ("rouge_lsum", partial(_best, metrics.rouge_lsum)),
-    "longdialogue_qa_eng": ("accuracy", longdialogue),
-}
-
-
-def label_of(subset: str, answer: Any, options: list[str] | None) -> Any:
-    """The label, from an answer that a copy of the data may hold as a value or as a list. Raises ValueError if impossible."""
-    if subset == "code_run":
-        return _integer(answer)
-    if subset == "math_find":
-        return _number(answer)
-    if subset == "math_calc":
-        return _values(answer)
-    if subset in ("passkey", "number_string", "kv_retrieval"):
-        return str(_first(answer))
-    if subset in ("code_debug", "longbook_choice_eng"):
-        return _choice(as_texts(answer), options)
-    return as_texts(answer)
-
-
-def _integer(answer: Any) -> int:
+def integer(answer: Any, options: object = None) -> int:
     try:
         return int(_first(answer))
-    except (ValueError, TypeError):
-        raise ValueError(f"the answer must be an integer, got {shown(answer)}") from None
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"the answer must be an integer, got {quoted(answer)}") from None
 
 
-def _number(answer: Any) -> int | float:
+def number(answer: Any, options: object = None) -> int | float:
     value = _first(answer)
-    if isinstance(value, str) and re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", value.strip()):
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,300}(\.[0-9]+)?", value.strip()):
         return float(value) if "." in value else int(value)
-    if not isinstance(value, numbers.Real):
-        raise ValueError(f"the answer must be a number, got {shown(answer)}")
+    if not isinstance(value, numbers.Real) or not abs(value) < 1e300:  # nor for NaN
+        raise ValueError(f"the answer must be a number, got {quoted(answer)}")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def _values(answer: Any) -> list[int]:
-    """The integers of a list, of its JSON text, or of a list that holds one of them."""
-    values = answer
+def integers(answer: Any, options: object = None) -> list[int]:
+    """The integers of a list, of its text, or of a list that holds one of them."""
+    values = as_list(answer) if isinstance(answer, (list, tuple, str)) else []
+    while len(values) == 1 and (inner := as_list(values[0])) != values:
+        values = inner
     try:
-        while isinstance(values, str) or (len(values) == 1 and isinstance(values[0], (str, list))):
-            values = json.loads(values) if isinstance(values, str) else values[0]
-        integers = [int(value) for value in values]
-    except (ValueError, TypeError):
-        integers = []
-    if not integers:
-        raise ValueError(f"the answer must be a list of integers, got {shown(answer)}")
-    return integers
+        found = [int(value) for value in values]
+    except (ValueError, TypeError, OverflowError):
+        found = []
+    if not found or answer == values[0]:
+        raise ValueError(f"the answer must be a list of integers, got {quoted(answer)}")
+    return found
 
 
-def _choice(answer: list[str], options: list[str] | None) -> list[str]:
+def choice(answer: Any, options: list[str] | None = None) -> list[str]:
     """[option text, letter], from both or one of them."""
-    if len(answer) == 2 and answer[1] in list(LETTERS):
-        return answer
-    if len(answer) != 1:
-        raise ValueError(f"the answer must be an option's text and letter, or one of them, got {shown(answer)}")
-    given = answer[0]
+    texts = as_texts(answer)
+    if len(texts) == 2 and texts[1] in list(LETTERS):
+        return texts
+    if len(texts) != 1:
+        raise ValueError(f"the answer must be an option's text and letter, or one of them, got {quoted(texts)}")
+    given = texts[0]
     if not options or len(options) > len(LETTERS):
-        raise ValueError(f"the answer must be an option's text and letter, got {shown(given)} and no options A to D")
+        raise ValueError(f"the answer must be an option's text and letter, got {quoted(given)} and no options A to D")
     if given in options:
         return [given, LETTERS[options.index(given)]]
     if given in list(LETTERS[: len(options)]):
         return [options[LETTERS.index(given)], given]
-    raise ValueError(f"the answer {shown(given)} is none of the options")
+    raise ValueError(f"the answer {quoted(given)} is none of the options")
+
+
+def text(answer: Any, options: object = None) -> str:
+    """The first text of a list, or the text itself."""
+    found = as_texts(answer)
+    if not found:
+        raise ValueError(f"the answer must be a text or number, got {quoted(answer)}")
+    return found[0]
+
+
+def texts(answer: Any, options: object = None) -> list[str]:
+    return as_texts(answer)

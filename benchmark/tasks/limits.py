@@ -1,27 +1,36 @@
 """The longest prompt: the context length of the request, but no more tokens than the model has positions."""
 
-from __future__ import annotations
-
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from benchmark.tasks.base import ContextTooShortError, SampleRequest, Task
 
 
+def longest_prompt(tokenizer: Any, asked: int, trust_remote_code: bool) -> int:
+    """The context length asked for, or the model's positions if its configuration gives a smaller number."""
+    # The configuration is where the tokenizer came from. A tokenizer's own model_max_length is often not set.
+    positions = _positions(getattr(tokenizer, "name_or_path", ""), trust_remote_code)
+    return asked if positions is None else min(positions, asked)
+
+
 def within_model(request: SampleRequest) -> SampleRequest:
-    """The request, its context length lowered to the model's positions if its configuration gives their number."""
-    positions = _positions(request)
-    return request if positions is None else replace(request, max_context_length=min(positions, request.max_context_length))
+    """The request with `longest_prompt` as its context length."""
+    longest = longest_prompt(request.tokenizer, request.max_context_length, request.trust_remote_code)
+    return replace(request, max_context_length=longest)
 
 
 def fitted(request: SampleRequest, task: Task, model: str) -> SampleRequest:
     """`within_model`, but ContextTooShortError if the task has a fixed length that does not fit: it is never truncated."""
-    length, positions = task.fixed_length, _positions(request)
-    if length is not None and positions is not None and length > positions:
+    length = task.fixed_length or 0
+    positions = longest_prompt(request.tokenizer, length, request.trust_remote_code)
+    if length > positions:
         raise ContextTooShortError(
             f"{task.name} fills {length} tokens, {model} takes {positions} at most: take a shorter task or another model"
         )
-    if length is not None and length > request.max_context_length:
+    if length > request.max_context_length:
         raise ContextTooShortError(
             f"{task.name} fills {length} tokens, more than --max-context-length {request.max_context_length}: "
             f"give --max-context-length {length} or take a shorter task"
@@ -29,15 +38,21 @@ def fitted(request: SampleRequest, task: Task, model: str) -> SampleRequest:
     return within_model(request)
 
 
-def _positions(request: SampleRequest) -> int | None:
-    # The configuration is where the tokenizer came from. A tokenizer's own model_max_length is often not set.
-    return _positions_of(getattr(request.tokenizer, "name_or_path", ""), request.trust_remote_code)
+@contextmanager
+def naming(flag: str, asked: int, allowed: int) -> Iterator[None]:
+    """Add to a ContextTooShortError what bounds the context length: the flag, or the model where it allows less than asked."""
+    try:
+        yield
+    except ContextTooShortError as error:
+        bound = f"raise {flag}" if allowed >= asked else "the model takes no more"
+        raise ContextTooShortError(f"{error}: {bound}") from None
 
 
 @functools.cache
-def _positions_of(path: str, trust_remote_code: bool) -> int | None:
+def _positions(path: str, trust_remote_code: bool) -> int | None:
     if not path:
         return None
+    from sparse_attention_hub.models.config_checks import max_positions
     from sparse_attention_hub.models.notices import quiet_transformers
 
     try:
@@ -47,5 +62,4 @@ def _positions_of(path: str, trust_remote_code: bool) -> int | None:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
     except (OSError, ValueError):  # loading the model will say what is wrong with it
         return None
-    positions: int | None = getattr(config, "max_position_embeddings", None)
-    return positions
+    return max_positions(config)

@@ -1,16 +1,15 @@
 """LongBench (arXiv 2308.14508, github.com/THUDM/LongBench): 21 tasks, English, Chinese and code; 13 in LongBench-E."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmark.tasks import metrics
-from benchmark.tasks.base import PromptParts, Sample, SampleRequest, Task, TaskDescription, UserError, take_split
+from benchmark.tasks.base import PromptParts, Sample, Scores, Task, TaskDescription, UserError
 from benchmark.tasks.data import Row, Source
-from benchmark.tasks.sources import PROMPT_COLUMNS, Form, as_texts, prompt_of, read_samples
+from benchmark.tasks.sources import PROMPT_COLUMNS, DataTask, Form
+from benchmark.tasks.values import as_texts
 
 _PASSAGES = "Answer the question based on the given passages. Only give me the answer and do not output any other words."
 _STORY = "as concisely as you can, using a single phrase if possible. Do not provide any explanation."
@@ -146,65 +145,50 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 LENGTH_BUCKETS = ("0-4k", "4-8k", "8k+")
 
 
-def length_bucket(length: int) -> str:
+def length_bucket(sample: Sample) -> list[str]:
     """LongBench-E's bucket of a context of `length` words."""
-    return LENGTH_BUCKETS[0 if length < 4000 else 1 if length < 8000 else 2]
+    length = sample.columns["length"]
+    return [LENGTH_BUCKETS[0 if length < 4000 else 1 if length < 8000 else 2]]
 
 
-class LongBenchTask(Task):
+class LongBenchTask(DataTask):
     """longbench/<subset> and longbench/<subset>_e."""
 
     def __init__(self, subset: str) -> None:
         self.name = f"longbench/{subset}"
-        self.subset = subset
         self.extended = subset not in SUBSETS
-        self.spec = SUBSETS[subset.removesuffix("_e") if self.extended else subset]
-        self.metric = self.spec.metric
-        self.use_chat_template = not self.spec.plain
-
-    @property
-    def description(self) -> TaskDescription:
-        spec = self.spec
+        spec = self.spec = SUBSETS[subset.removesuffix("_e") if self.extended else subset]
+        self.metric = spec.metric
+        self.use_chat_template = not spec.plain
         size = spec.num_samples_e if self.extended else spec.num_samples
-        return TaskDescription("THUDM/LongBench", self.metric, spec.max_new_tokens, size, "1k to 20k words")
-
-    def samples(self, request: SampleRequest) -> list[Sample]:
+        self.description = TaskDescription("THUDM/LongBench", spec.metric, spec.max_new_tokens, size, "1k to 20k words")
         shared = {
             "answers": "list of texts",
             "all_classes": "?list of texts",
             "length": "integer" if self.extended else "?integer",
             "_id": "?text",
         }
-        forms = [
-            Form({"input": "text", "context": "text", **shared}, self._original),
-            Form(PROMPT_COLUMNS | shared, self._copy),
+        self.forms = [Form({"input": "text", "context": "text", **shared}, self._original), Form(PROMPT_COLUMNS | shared)]
+        self.sources = [
+            Source("longbench", subset, "THUDM/LongBench", archive="data.zip", member=f"{subset}.jsonl"),
+            Source("longbench", subset, "Xnhyacinth/LongBench", config=subset),
+            Source("longbench", subset, "xAlg-AI/att-hub-longbench", config=subset),
         ]
-        sources = [
-            Source("longbench", self.subset, "THUDM/LongBench", archive="data.zip", member=f"{self.subset}.jsonl"),
-            Source("longbench", self.subset, "Xnhyacinth/LongBench", config=self.subset),
-            Source("longbench", self.subset, "xAlg-AI/att-hub-longbench", config=self.subset),
-        ]
-        return take_split(read_samples(sources, forms, request.data_dir), request, lambda sample: sample.context)
 
-    def _original(self, row: Row, number: int) -> Iterator[Sample]:
+    def _original(self, row: Row) -> PromptParts:
         prefix, text = self.spec.answer_prefix, row["input"]
         if self.spec.first_line:  # few-shot: the input may end in the label that starts the answer ("Type:")
             prefix = prefix if text.endswith(prefix) else ""
             text = text.removesuffix(prefix)
-        context = self.spec.context.replace("{context}", row["context"])
-        yield self._sample(row, number, (context, self.spec.question.replace("{input}", text), prefix))
+        return self.spec.context.replace("{context}", row["context"]), self.spec.question.replace("{input}", text), prefix
 
-    def _copy(self, row: Row, number: int) -> Iterator[Sample]:
-        yield self._sample(row, number, prompt_of(row))
-
-    def _sample(self, row: Row, number: int, prompt: PromptParts) -> Sample:
-        classes = list(row.get("all_classes") or []) or None
+    def make(self, identity: object, row: Row, prompt: PromptParts) -> Sample:
+        classes = row.get("all_classes") or None
         if self.metric == "classification" and not classes:
             raise ValueError("column 'all_classes' is empty; it must name the classes")
-        references = as_texts(row["answers"])
-        return self.make_sample(row.get("_id") or number, prompt, references, columns=dict(row), all_classes=classes)
+        return self.make_sample(row.get("_id") or identity, prompt, row["answers"], columns=row, all_classes=classes)
 
-    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
+    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> Scores:
         """The best score over the references; `all_classes` is needed for trec and lsht (UserError without)."""
         if self.spec.first_line:
             prediction = prediction.lstrip("\n").split("\n")[0]
@@ -216,15 +200,11 @@ class LongBenchTask(Task):
             raise UserError(f"{self.name} is scored against its classes: all_classes is needed, got {all_classes}")
         return {self.metric: metrics.best(measure, prediction, as_texts(references))}
 
-    def aggregate(self, scores: list[dict[str, float]], samples: list[Sample]) -> dict[str, Any]:
+    def aggregate(self, scores: list[Scores], samples: list[Sample]) -> dict[str, object]:
         """LongBench-E: mean score and size of each length bucket; an empty bucket has no mean."""
         if not self.extended:
             return {}
-        buckets: dict[str, list[float]] = {name: [] for name in LENGTH_BUCKETS}
-        for score, sample in zip(scores, samples, strict=True):
-            if self.metric in score:
-                buckets[length_bucket(sample.columns["length"])].append(score[self.metric])
-        return {"length_buckets": metrics.group_means(buckets, self.metric)}
+        return {"length_buckets": metrics.group_means(self.metric, scores, samples, LENGTH_BUCKETS, length_bucket)}
 
 
 def make_tasks() -> dict[str, Task]:

@@ -4,19 +4,17 @@ All questions on a document share one context. Without the extra `bertscore`, BE
 data, METEOR.
 """
 
-from __future__ import annotations
-
-import ast
 import json
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from benchmark.tasks import metrics
-from benchmark.tasks.base import PromptParts, Sample, SampleRequest, Task, TaskDescription, UserError, take_split
-from benchmark.tasks.data import Row, Source, shown
-from benchmark.tasks.sources import PROMPT_COLUMNS, Form, as_texts, prompt_of, read_samples
+from benchmark.tasks.base import PromptParts, Sample, Scores, Task, TaskDescription, UserError
+from benchmark.tasks.data import Row, Source
+from benchmark.tasks.sources import PROMPT_COLUMNS, DataTask, Form
+from benchmark.tasks.values import as_list, as_texts, parse_literal, parse_text
+from sparse_attention_hub.errors import quoted
 
 _ANSWER = ("Please answer the question based on the long texts below. \n{input}", "\nQuestion: {Q}\n", "Answer: ")
 
@@ -49,33 +47,7 @@ SUBSETS: dict[str, Subset] = {
     ),
 }  # fmt: skip
 
-MAX_LITERAL = 20_000  # characters of an answer that are parsed; the authors' answers have at most 50 tokens
-
-
-def _parse_literal(text: str) -> Any:
-    """The value that `text` writes as a Python literal, and nothing but it, else None. Nothing is evaluated."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in a model's text
-            return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-
-
-def parse_literal_dict(text: str) -> dict[Any, Any] | None:
-    """The dict that an answer writes as a Python literal, and nothing but it, else None."""
-    value = _parse_literal(text) if len(text) <= MAX_LITERAL else None
-    return value if isinstance(value, dict) else None
-
-
-def _parse_data(value: Any) -> Any:
-    """A value of the data, which may be written as JSON or as a Python literal."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return _parse_literal(value)
+MAX_ANSWER = 20_000  # characters of an answer that are parsed; the authors' answers have at most 50 tokens
 
 
 def cloze_hits(prediction: str, reference: dict[str, Any]) -> tuple[int, int, int]:
@@ -83,7 +55,9 @@ def cloze_hits(prediction: str, reference: dict[str, Any]) -> tuple[int, int, in
 
     An answer that is not a dict hits none. A value that is not a text must be equal in both counts.
     """
-    answer = parse_literal_dict(prediction) or {}
+    answer = parse_literal(prediction, MAX_ANSWER)
+    if not isinstance(answer, dict):
+        answer = {}
     exact = partial = 0
     for mask in reference.keys() & answer.keys():
         given, value = answer[mask], reference[mask]
@@ -95,76 +69,67 @@ def cloze_hits(prediction: str, reference: dict[str, Any]) -> tuple[int, int, in
 
 def _masks(references: Any) -> dict[str, Any]:
     """The gold masks from a dict, its JSON text or a list holding either. UserError for anything else."""
-    masks = references[0] if isinstance(references, (list, tuple)) and len(references) == 1 else references
-    masks = _parse_data(masks)
+    values = as_list(references)
+    masks = values[0] if len(values) == 1 else None
+    masks = parse_text(masks) if isinstance(masks, str) else masks
     if not isinstance(masks, dict) or not masks:
-        raise UserError(f"a cloze reference must be a dict of masks such as {{'<mask-0>': 'Bob'}}, got {shown(references)}")
+        raise UserError(f"a cloze reference must be a dict of masks such as {{'<mask-0>': 'Bob'}}, got {quoted(references)}")
     return {str(mask): value for mask, value in masks.items()}
 
 
-class LoogleTask(Task):
+class LoogleTask(DataTask):
     """loogle/<subset>. Scores: bleu1, bleu4, ROUGE recalls, METEOR, BERTScore; of the cloze exact_match and partial_match."""
 
     def __init__(self, subset: str) -> None:
         self.name = f"loogle/{subset}"
-        self.subset = subset
-        self.spec = SUBSETS[subset]
         self.cloze = subset == "shortdep_cloze"
         self.metric = "exact_match" if self.cloze else "rouge-l"
-
-    @property
-    def description(self) -> TaskDescription:
-        spec = self.spec
-        return TaskDescription("bigainlco/LooGLE", self.metric, spec.max_new_tokens, spec.num_samples, "over 24k tokens")
-
-    def samples(self, request: SampleRequest) -> list[Sample]:
-        answer = "anything" if self.cloze else "text"
-        forms = [
-            Form({**PROMPT_COLUMNS, "answer": "text"}, self._copy),
-            Form({"context": "text", "question": "?text", "answer": answer}, self._one_question),
-            Form({"input": "text", "qa_pairs": "anything", "output": "?anything"}, self._document),
+        spec = self.spec = SUBSETS[subset]
+        self.description = TaskDescription(
+            "bigainlco/LooGLE", self.metric, spec.max_new_tokens, spec.num_samples, "over 24k tokens"
+        )
+        self.forms = [
+            Form({**PROMPT_COLUMNS, "answer": "text"}),
+            Form({"context": "text", "question": "?text", "answer": "anything" if self.cloze else "text"}, self._prompt),
+            Form({"input": "text", "qa_pairs": "anything", "output": "?anything"}, self._prompt, self._questions),
         ]
-        sources = [Source("loogle", self.subset, "bigainlco/LooGLE", config=config) for config in self.spec.configs]
-        sources.append(Source("loogle", self.subset, "simonjegou/loogle", config=self.subset))
-        return take_split(read_samples(sources, forms, request.data_dir), request, lambda sample: sample.context)
+        self.sources = [Source("loogle", subset, "bigainlco/LooGLE", config=config) for config in spec.configs]
+        self.sources.append(Source("loogle", subset, "simonjegou/loogle", config=subset))
 
-    def _copy(self, row: Row, number: int) -> Iterator[Sample]:
-        yield self._sample(prompt_of(row), row["answer"], number, dict(row))
+    def _prompt(self, row: Row) -> PromptParts:
+        spec = self.spec
+        context = spec.context.replace("{input}", row["context"])
+        return context, spec.question.replace("{Q}", row.get("question") or ""), spec.answer_prefix
 
-    def _one_question(self, row: Row, number: int) -> Iterator[Sample]:
-        yield self._sample(self._prompt(row["context"], row.get("question") or ""), row["answer"], number, dict(row))
-
-    def _document(self, row: Row, number: int) -> Iterator[Sample]:
+    def _questions(self, number: int, row: Row) -> Iterator[tuple[object, Row]]:
+        """The questions on a whole document, as rows of one question; a summary has none."""
         columns = {name: value for name, value in row.items() if name not in ("input", "qa_pairs", "output")}
         columns["context"] = row["input"]
-        if row["qa_pairs"] == "none":
-            yield self._sample(self._prompt(row["input"], ""), row["output"], number, columns)
+        pairs = row["qa_pairs"]
+        if pairs == "none":
+            yield number, {**columns, "answer": row["output"]}
             return
-        pairs = _parse_data(row["qa_pairs"])
-        if not isinstance(pairs, list) or not all(isinstance(pair, dict) and "Q" in pair and "A" in pair for pair in pairs):
-            raise ValueError(f"column 'qa_pairs' must be a list of questions with Q and A, got {shown(row['qa_pairs'])}")
+        fits = isinstance(pairs, list) and all(isinstance(p, dict) and isinstance(p.get("Q"), str) and "A" in p for p in pairs)
+        if not fits:
+            raise ValueError(f"column 'qa_pairs' must be a list of questions with Q and A, got {quoted(pairs)}")
         for index, pair in enumerate(pairs):
-            asked = {**columns, "question": pair["Q"], "answer": pair["A"]}
-            yield self._sample(self._prompt(row["input"], pair["Q"]), pair["A"], f"{number}.{index}", asked, "qa_pairs")
+            self._references(pair["A"], "qa_pairs")
+            yield f"{number}.{index}", {**columns, "question": pair["Q"], "answer": pair["A"]}
 
-    def _prompt(self, text: str, question: str) -> PromptParts:
-        spec = self.spec
-        return spec.context.replace("{input}", text), spec.question.replace("{Q}", question), spec.answer_prefix
+    def make(self, identity: object, row: Row, prompt: PromptParts) -> Sample:
+        return self.make_sample(identity, prompt, self._references(row["answer"], "answer"), columns=row)
 
-    def _sample(
-        self, prompt: PromptParts, answer: Any, identity: object, columns: Row, answer_column: str = "answer"
-    ) -> Sample:
-        references = as_texts(answer)
-        if self.cloze:
-            if isinstance(answer, list):  # the answers in the order of the masks
-                answer = {f"<mask-{index}>": value for index, value in enumerate(answer)}
-            try:
-                references = [json.dumps(_masks(answer), ensure_ascii=False, default=str)]
-            except UserError as error:
-                raise ValueError(f"column {answer_column!r}: {error}") from None
-        return self.make_sample(identity, prompt, references, columns=columns)
+    def _references(self, answer: Any, column: str) -> list[str]:
+        if not self.cloze:
+            return as_texts(answer, f"column {column!r}")
+        if isinstance(answer, list):  # the answers in the order of the masks
+            answer = {f"<mask-{index}>": value for index, value in enumerate(answer)}
+        try:
+            return [json.dumps(_masks(answer), ensure_ascii=False, default=str)]
+        except UserError as error:
+            raise ValueError(f"column {column!r}: {error}") from None
 
-    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
+    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> Scores:
         """Each score is the best over the references; without any, that of an empty one.
 
         As in the authors' code, an empty prediction is scored as the word "None".
@@ -186,7 +151,7 @@ class LoogleTask(Task):
         }
         return {name: value for name, value in scores.items() if value is not None}
 
-    def aggregate(self, scores: list[dict[str, float]], samples: list[Sample]) -> dict[str, Any]:
+    def aggregate(self, scores: list[Scores], samples: list[Sample]) -> dict[str, object]:
         """The cloze's micro-average: hits of all samples over masks of all samples."""
         if not self.cloze:
             return {}

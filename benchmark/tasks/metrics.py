@@ -4,8 +4,6 @@ Details such as what counts as punctuation and which exceptions score 0 are the 
 comparable with published ones. Packages that are slow to import are imported by the functions that need them.
 """
 
-from __future__ import annotations
-
 import difflib
 import logging
 import math
@@ -17,11 +15,15 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
+
+from benchmark.tasks.base import Sample, Scores
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ASCII_PUNCTUATION = frozenset(string.punctuation)
 # LongBench's and InfiniteBench's list, which lacks the opening book-title mark (but has the closing one).
@@ -35,14 +37,15 @@ def best(measure: Callable[[str, str], float], prediction: str, references: Iter
     return max((measure(prediction, reference) for reference in references), default=0.0)
 
 
-def group_means(groups: dict[str, list[float]], metric: str) -> dict[str, dict[str, float]]:
-    """Size (`n`) and mean score of each group; an empty group has no mean."""
-    return {
-        name: {"n": len(values), **({metric: sum(values) / len(values)} if values else {})} for name, values in groups.items()
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------- words
+def group_means(
+    metric: str, scores: list[Scores], samples: list[Sample], names: Iterable[str], groups_of: Callable[[Sample], Iterable[str]]
+) -> dict[str, Scores]:
+    """Size (`n`) and mean score of each group of samples; an empty group has no mean, a sample without a score no group."""
+    groups: dict[str, list[float]] = {name: [] for name in names}
+    for score, sample in zip(scores, samples, strict=True):
+        for name in groups_of(sample) if metric in score else ():
+            groups[name].append(score[metric])
+    return {name: {"n": len(group)} | ({metric: sum(group) / len(group)} if group else {}) for name, group in groups.items()}
 
 
 def normalise(text: str) -> str:
@@ -109,8 +112,6 @@ def qa_f1_zh(prediction: str, reference: str) -> float:
     return multiset_f1(words, gold)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ROUGE
-
 # The `rouge` package rebuilds the longest common subsequence by recursion, one level per word. LongBench ran it under
 # Python's default limit and scores a RecursionError as 0; LooGLE has no such rule, so its limit is never reached.
 PUBLISHED_RECURSION_LIMIT = 1000
@@ -118,41 +119,36 @@ AMPLE_RECURSION_LIMIT = 100_000
 _recursion_lock = threading.Lock()
 
 
-def _with_recursion_limit(limit: int, call: Callable[[], Any]) -> Any:
+def _with_recursion_limit(limit: int, call: Callable[[], T]) -> T:
     """Call under `limit` in a new thread: the depth of the caller's stack must not decide whether it overflows."""
-    result: Future[Any] = Future()
-
-    def work() -> None:
-        before = sys.getrecursionlimit()
-        sys.setrecursionlimit(limit)
+    before, limit = sys.getrecursionlimit(), limit + 1  # the executor's own call
+    with _recursion_lock, ThreadPoolExecutor(1, initializer=sys.setrecursionlimit, initargs=(limit,)) as thread:
         try:
-            result.set_result(call())
-        except Exception as error:
-            result.set_exception(error)
+            return thread.submit(call).result()
         finally:
             sys.setrecursionlimit(before)
 
-    with _recursion_lock:
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        thread.join()
-    return result.result()
 
+def _rouge(names: list[str], limit: int, prediction: str, reference: str) -> dict[str, dict[str, float]]:
+    """Scores of the PyPI package `rouge` 1.0.1: metric -> {"r", "p", "f"}; 0 where it raises.
 
-def rouge(prediction: str, reference: str) -> float:
-    """ROUGE-L F of the PyPI package `rouge` 1.0.1, as LongBench uses it.
-
-    Texts are split at full stops, case matters, repeated words count once. 0 where the package raises: for a text of
-    nothing but full stops, or with about a thousand words without one (RecursionError).
+    It does for a text of nothing but full stops, and under `limit` for many words without one.
     """
     from rouge import Rouge
 
-    scorer = Rouge(metrics=["rouge-l"])
+    scorer = Rouge(metrics=names)
     try:
-        scores = _with_recursion_limit(PUBLISHED_RECURSION_LIMIT, lambda: scorer.get_scores([prediction], [reference])[0])
+        scores: dict[str, dict[str, float]] = _with_recursion_limit(
+            limit, lambda: scorer.get_scores([prediction], [reference])[0]
+        )
     except (ValueError, RecursionError):
-        return 0.0
-    return float(scores["rouge-l"]["f"])
+        return {name: {"r": 0.0, "p": 0.0, "f": 0.0} for name in names}
+    return scores
+
+
+def rouge(prediction: str, reference: str) -> float:
+    """ROUGE-L F as LongBench uses it: texts are split at full stops, case matters, repeated words count once."""
+    return float(_rouge(["rouge-l"], PUBLISHED_RECURSION_LIMIT, prediction, reference)["rouge-l"]["f"])
 
 
 def rouge_zh(prediction: str, reference: str) -> float:
@@ -160,15 +156,10 @@ def rouge_zh(prediction: str, reference: str) -> float:
     return rouge(" ".join(chinese_words(prediction)), " ".join(chinese_words(reference)))
 
 
-def rouge_recall(prediction: str, reference: str) -> dict[str, float]:
-    """ROUGE-1, -2 and -L recall of the package `rouge` (LooGLE). All 0 where a text has nothing but full stops."""
-    from rouge import Rouge
-
-    try:
-        scores = _with_recursion_limit(AMPLE_RECURSION_LIMIT, lambda: Rouge().get_scores([prediction], [reference])[0])
-    except ValueError:
-        return {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-l": 0.0}
-    return {name: float(scores[name]["r"]) for name in ("rouge-1", "rouge-2", "rouge-l")}
+def rouge_recall(prediction: str, reference: str) -> Scores:
+    """ROUGE-1, -2 and -L recall (LooGLE)."""
+    scores = _rouge(["rouge-1", "rouge-2", "rouge-l"], AMPLE_RECURSION_LIMIT, prediction, reference)
+    return {name: float(score["r"]) for name, score in scores.items()}
 
 
 @lru_cache(maxsize=4)
@@ -183,7 +174,7 @@ def rouge_lsum(prediction: str, reference: str) -> float:
     return float(_rouge_scorer(("rougeLsum",)).score(reference, prediction)["rougeLsum"].fmeasure)
 
 
-def rouge_triple(prediction: str, references: Iterable[str]) -> dict[str, float]:
+def rouge_triple(prediction: str, references: Iterable[str]) -> Scores:
     """rouge1, rouge2 and rougeL F of `rouge_score` without stemming, each the best over the references (SCROLLS)."""
     names = ("rouge1", "rouge2", "rougeL")
     scores = [_rouge_scorer(names).score(reference, prediction) for reference in references]
@@ -193,9 +184,6 @@ def rouge_triple(prediction: str, references: Iterable[str]) -> dict[str, float]
 def geometric_mean(values: Sequence[float]) -> float:
     """n-th root of the product."""
     return math.prod(values) ** (1 / len(values)) if values else 0.0
-
-
-# ------------------------------------------------------------------------------------ labels, numbers, code (LongBench)
 
 
 def classification(prediction: str, reference: str, all_classes: Sequence[str]) -> float:
@@ -239,10 +227,7 @@ def code_sim(prediction: str, reference: str) -> float:
     return round(100 * difflib.SequenceMatcher(None, line, reference).ratio()) / 100
 
 
-# ------------------------------------------------------------------------------------- BLEU, METEOR, BERTScore (LooGLE)
-
-
-def bleu(prediction: str, reference: str) -> dict[str, float]:
+def bleu(prediction: str, reference: str) -> Scores:
     """bleu1 (1-grams only) and bleu4 (4-grams only, not the usual mean): words by white space, case matters, no smoothing."""
     from nltk.translate.bleu_score import sentence_bleu
 
@@ -277,10 +262,10 @@ def meteor(prediction: str, reference: str, synonyms: Any | None = None) -> floa
     """
     from nltk.translate.meteor_score import single_meteor_score
 
-    synonyms = synonyms if synonyms is not None else wordnet()
+    synonyms = synonyms or wordnet()
     if synonyms is None:
         return None
-    words, reference_words = list(dict.fromkeys(prediction.split())), list(dict.fromkeys(reference.split()))
+    words, reference_words = (list(dict.fromkeys(text.split())) for text in (prediction, reference))
     return float(single_meteor_score(reference_words, words, wordnet=synonyms))
 
 
@@ -288,14 +273,13 @@ def meteor(prediction: str, reference: str, synonyms: Any | None = None) -> floa
 def _bert_scorer() -> Any | None:
     try:
         from bert_score import BERTScorer
+
+        return BERTScorer(lang="en")
     except ImportError:
         logger.warning("BERTScore is not reported: install the extra `bertscore`")
-        return None
-    try:
-        return BERTScorer(lang="en")
     except Exception as error:  # no weights or no network: of many types
         logger.warning("BERTScore is not reported: its model could not be loaded (%s)", error)
-        return None
+    return None
 
 
 def bert(prediction: str, reference: str) -> float | None:

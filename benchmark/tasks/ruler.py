@@ -13,31 +13,30 @@ Score: control characters become newlines, then `string_match` is the share of r
 ignoring case (qa: 1 if any occurs); 0 without references.
 """
 
-from __future__ import annotations
-
 import logging
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmark.tasks import ruler_generators as make
 from benchmark.tasks import ruler_sources as texts
 from benchmark.tasks.base import (
-    ContextTooShortError,
+    PromptParts,
     Sample,
     SampleRequest,
+    Scores,
     Task,
     TaskDescription,
     TaskSelection,
     UserError,
-    hash64,
     in_tuning_split,
-    prompt_length,
-    take_split,
 )
-from benchmark.tasks.data import Source, load_rows
-from benchmark.tasks.ruler_generators import Essays, NeedleTask, Parts, Question
-from benchmark.tasks.sources import PROMPT_COLUMNS, as_texts, prompt_of
+from benchmark.tasks.data import Row, Source
+from benchmark.tasks.ruler_generators import Generator, NeedleTask, Parts, fill_prompt, sample_seed
+from benchmark.tasks.sources import PROMPT_COLUMNS, DataTask, Form
+from benchmark.tasks.values import as_texts
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +61,11 @@ ESSAY_TASKS = tuple(name for name, task in NEEDLES.items() if task.haystack == "
 OWN = "@own"
 
 PUBLISHED_COLUMNS = {**PROMPT_COLUMNS, "answer": "list of texts", "task": "text", "max_new_tokens": "integer"}
-# Tasks, the loader and the files of their texts, and their name in a note.
 OUTSIDE_TEXTS = (
-    (ESSAY_TASKS, texts.load_essays, texts.ESSAYS_FILES, "essays (DIR/ruler/PaulGrahamEssays.json or essays.txt)"),
-    (("qa_1",), texts.load_squad, texts.SQUAD_FILES, "SQuAD (DIR/ruler/squad.json)"),
-    (("qa_2",), texts.load_hotpotqa, texts.HOTPOTQA_FILES, "HotpotQA (DIR/ruler/hotpotqa.json)"),
-)
+    (texts.ESSAYS, ESSAY_TASKS),
+    (texts.SQUAD, ("qa_1",)),
+    (texts.HOTPOTQA, ("qa_2",)),
+)  # and the tasks that need them
 
 
 def string_match(task: str, prediction: str, references: Any) -> dict[str, float]:
@@ -81,16 +79,14 @@ def string_match(task: str, prediction: str, references: Any) -> dict[str, float
 class _RulerTask(Task):
     metric = "string_match"
 
-    def __init__(self, name: str, kind: str, length: int) -> None:
+    def __init__(self, name: str, kind: str, length: int, source: str) -> None:
         self.name = name
         self.kind = kind  # "niah_single_2"
         self.length = length
+        metric = "string_match (any)" if kind.startswith("qa_") else "string_match (all)"
+        self.description = TaskDescription(source, metric, ANSWER_TOKENS[kind], NUM_SAMPLES, f"{length} tokens")
 
-    def _description(self, source: str) -> TaskDescription:
-        metric = "string_match (any)" if self.kind.startswith("qa_") else "string_match (all)"
-        return TaskDescription(source, metric, ANSWER_TOKENS[self.kind], NUM_SAMPLES, f"{self.length} tokens")
-
-    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
+    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> Scores:
         return string_match(self.kind, prediction, references)
 
 
@@ -98,38 +94,30 @@ class GeneratedTask(_RulerTask):
     """`ruler/<length>/<task>`. Sample i is a function of seed, split, task, length, i and the tokenizer."""
 
     def __init__(self, name: str, kind: str, length: int, own_essays: bool = False) -> None:
-        super().__init__(name, kind, length)
+        source = {"qa_1": "generated with SQuAD 2.0", "qa_2": "generated with HotpotQA"}.get(kind, "generated")
+        if kind in ESSAY_TASKS:
+            source = "generated with own essays" if own_essays else "generated with Paul Graham's essays"
+        super().__init__(name, kind, length, source)
         self.fixed_length = length or None
         self.own_essays = own_essays
-
-    @property
-    def description(self) -> TaskDescription:
-        source = {"qa_1": "generated with SQuAD 2.0", "qa_2": "generated with HotpotQA"}.get(self.kind, "generated")
-        if self.kind in ESSAY_TASKS:
-            source = "generated with own essays" if self.own_essays else "generated with Paul Graham's essays"
-        return self._description(source)
 
     def samples(self, request: SampleRequest) -> list[Sample]:
         length = request.length or self.length
         if not length:
             raise UserError(f"task {self.name!r} needs a length: ruler/4096/{self.kind}")
         count = NUM_SAMPLES if request.max_samples is None else request.max_samples
-        essays = corpus = None
-        questions: list[Question] = []
-        if self.kind in ESSAY_TASKS:
-            essays = texts.load_own_essays(request.data_dir) if self.own_essays else texts.load_essays(request.data_dir)
-        if self.kind in CORPORA:
-            corpus = CORPORA[self.kind](request.data_dir)
+        corpus = CORPORA[self.kind](request.data_dir) if self.kind in CORPORA else None
+        if corpus is not None:
             questions = [q for q in corpus.questions if in_tuning_split(q.id) == (request.split == "tuning")]
             count = min(count, len(questions))
         made, short = [], 0
         for index in range(count):
             seed = sample_seed(request.seed, request.split, self.kind, length, index)
             if corpus is not None:
-                generator = make.question_answering(seed, corpus, questions[index])
+                parts = make.question_answering(seed, corpus, questions[index])
             else:
-                generator = self._generator(seed, length, essays, request.tokenizer)
-            sample, ran_out = self._fill(generator, index, length, request)
+                parts = self._generator(seed, length, request)
+            sample, ran_out = fill_prompt(self, self._as_samples(parts, index, length, request), length, request)
             made.append(sample)
             short += ran_out
         if short:
@@ -137,79 +125,63 @@ class GeneratedTask(_RulerTask):
             logger.warning(text, self.name, short, count, length)
         return made
 
-    def _generator(self, seed: int, length: int, essays: Essays | None, tokenizer: Any) -> make.Generator[Parts]:
+    def _generator(self, seed: int, length: int, request: SampleRequest) -> Generator[Parts]:
         if self.kind in NEEDLES:
+            essays = texts.load_essays(request.data_dir, self.own_essays) if self.kind in ESSAY_TASKS else None
             return make.niah(seed, NEEDLES[self.kind], essays)
         if self.kind == "vt":
-            return make.variable_tracking(seed, lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+            return make.variable_tracking(seed, lambda text: len(request.tokenizer.encode(text, add_special_tokens=False)))
         if self.kind == "cwe":
             return make.common_words(seed, length)
         return make.frequent_words(seed, length - ANSWER_TOKENS[self.kind])
 
-    def _fill(self, generator: make.Generator[Parts], index: int, length: int, request: SampleRequest) -> tuple[Sample, bool]:
-        """The sample, and whether its haystack is the largest possible."""
-
-        def build(n: int) -> tuple[Sample, bool]:
-            return self._sample(generator.build(n), index, length, request), n == generator.largest
-
-        def measure(made: tuple[Sample, bool]) -> int:
-            return prompt_length(made[0], request.tokenizer, self.use_chat_template)
-
-        room = ANSWER_TOKENS[self.kind]
-        try:
-            return make.fill(build, measure, length - room, generator.smallest, generator.largest, generator.slack)
-        except make.TooShort as error:
-            raise ContextTooShortError(
-                f"{self.name}: a length of {length} tokens is too short: the smallest prompt has {error} tokens "
-                f"and the answer needs {room}; take a longer one"
-            ) from None
-
-    def _sample(self, parts: Parts, index: int, length: int, request: SampleRequest) -> Sample:
+    def _as_samples(self, parts: Generator[Parts], index: int, length: int, request: SampleRequest) -> Generator[Sample]:
         mark = "" if request.split == "test" else "tuning-"
         at = "" if length == self.length else f"@{length}"
-        columns = {
-            "context": parts.context,
-            "question": parts.question,
-            "answer_prefix": parts.answer_prefix,
-            "answer": parts.answers,
+        fixed = {
             "task": self.kind + (OWN if self.own_essays else ""),
             "max_new_tokens": ANSWER_TOKENS[self.kind],
             "context_length": length,
         }
-        return self.make_sample(f"{mark}{index}{at}", prompt_of(columns), parts.answers, columns=columns)
+
+        def build(n: int) -> Sample:
+            made = parts.build(n)
+            prompt = (made.context, made.question, made.answer_prefix)
+            columns = dict(zip(PROMPT_COLUMNS, prompt, strict=True)) | {"answer": made.answers} | fixed
+            return self.make_sample(f"{mark}{index}{at}", prompt, made.answers, columns=columns)
+
+        # A share of the prompt without the answer.
+        return replace(parts, build=build, slack=min(parts.slack, (length - ANSWER_TOKENS[self.kind]) // 128))
 
 
-def sample_seed(seed: int, split: str, task: str, length: int, index: int) -> int:
-    """64 bits for one sample, independent of the number of samples."""
-    return hash64(f"{seed}/{split}/{task}/{length}/{index}")
-
-
-class PublishedTask(_RulerTask):
+class PublishedTask(_RulerTask, DataTask):
     """One of the 13 tasks in a fixed data set."""
 
     def __init__(self, name: str, kind: str, length: int) -> None:
-        super().__init__(name, kind, length)
         benchmark = name.split("/")[0]
         if benchmark == "ruler_hf":
-            self.source = Source(benchmark, str(length), "simonjegou/ruler", PUBLISHED_COLUMNS, config=str(length))
+            source = Source(benchmark, str(length), "simonjegou/ruler", config=str(length))
         else:
-            hub_id = f"xAlg-AI/att-hub-ruler-{benchmark.removeprefix('ruler')}"
-            self.source = Source(benchmark, kind, hub_id, PUBLISHED_COLUMNS, config=kind, split=kind)
+            source = Source(
+                benchmark, kind, f"xAlg-AI/att-hub-ruler-{benchmark.removeprefix('ruler')}", config=kind, split=kind
+            )
+        super().__init__(name, kind, length, source.hub_id)
+        self.sources = [source]
+        self.forms = [Form(PUBLISHED_COLUMNS, questions=self._of_this_task)]
 
-    @property
-    def description(self) -> TaskDescription:
-        return self._description(self.source.hub_id)
+    def _of_this_task(self, number: int, row: Row) -> Iterable[tuple[object, Row]]:
+        return [(number, row)] if row["task"] == self.kind else []
 
-    def samples(self, request: SampleRequest) -> list[Sample]:
-        rows = (row for row in load_rows(self.source, request.data_dir) if row["task"] == self.kind)
-        chosen = take_split(enumerate(rows), request, lambda numbered: f"{self.name}:{numbered[0]}")
-        if not chosen and request.max_samples != 0:
-            raise UserError(f"{self.name}: no row with task {self.kind!r} in the {request.split} split of its data")
-        return [self._sample(row, number) for number, row in chosen]
+    def read(self, sources: list[Source], data_dir: Path | None) -> Iterator[Sample]:
+        for number, sample in enumerate(super().read(sources, data_dir)):  # numbers count the rows of this task alone
+            yield replace(sample, sample_id=f"{self.name}:{number}")
 
-    def _sample(self, row: dict[str, Any], number: int) -> Sample:
-        columns, references = {**row, "context_length": self.length}, list(row["answer"])
-        return self.make_sample(number, prompt_of(row), references, max_new_tokens=row["max_new_tokens"], columns=columns)
+    def split_key(self, sample: Sample) -> str:
+        return sample.sample_id
+
+    def make(self, identity: object, row: Row, prompt: PromptParts) -> Sample:
+        columns = {**row, "context_length": self.length}
+        return self.make_sample(identity, prompt, row["answer"], max_new_tokens=row["max_new_tokens"], columns=columns)
 
 
 def make_tasks() -> dict[str, Task]:
@@ -233,19 +205,15 @@ def expand(name: str, data_dir: Path | None) -> TaskSelection | None:
         return TaskSelection([f"{name}/{kind}" for kind in TASKS])
     if not re.fullmatch(r"ruler/[1-9]\d{0,8}", name):
         return None
-    missing: dict[str, str] = {}  # task -> what it needs
-    for kinds, load, files, needed in OUTSIDE_TEXTS:
-        if not texts.available(load, files, data_dir):
-            missing |= dict.fromkeys(kinds, needed)
-    suffix = ""
-    if ESSAY_TASKS[0] in missing and texts.own_essays_file(data_dir) is not None:
-        suffix = OWN
-        missing = {kind: needed for kind, needed in missing.items() if kind not in ESSAY_TASKS}
-    names = [f"{name}/{kind}{suffix if kind in ESSAY_TASKS else ''}" for kind in TASKS if kind not in missing]
+    missing = {kind: text.needs for text, kinds in OUTSIDE_TEXTS if not texts.available(text, data_dir) for kind in kinds}
+    own = ESSAY_TASKS[0] in missing and texts.OWN_ESSAYS.file(data_dir) is not None
+    if own:
+        missing = {kind: needs for kind, needs in missing.items() if kind not in ESSAY_TASKS}
+    names = [f"{name}/{kind}{OWN if own and kind in ESSAY_TASKS else ''}" for kind in TASKS if kind not in missing]
     notes = []
     if missing:
         needs = ", ".join(dict.fromkeys(missing.values()))
         notes.append(f"{len(names)} of {len(TASKS)} tasks: needs {needs} in --data-dir DIR, or the hub")
-    if suffix:
+    if own:
         notes.append("essay tasks use your own essays (@own): not comparable with published scores")
     return TaskSelection(names, "; ".join(notes) or None)

@@ -8,19 +8,18 @@ whose prompt fills a token budget. Deliberate differences from the original:
 - a length that is too short for the smallest haystack is an error.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.resources
 import math
 import random
 import string
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate, cycle, pairwise
+from itertools import accumulate, chain, cycle, islice, pairwise
 from typing import Generic, Literal, TypeVar
 
+from benchmark.tasks.base import ContextTooShortError, Sample, SampleRequest, Task, hash64, prompt_length
 from sparse_attention_hub.errors import UserError
 
 Item = TypeVar("Item")
@@ -59,39 +58,62 @@ class TooShort(Exception):
     """The smallest haystack exceeds the budget. The argument is its size in tokens."""
 
 
-def fill(
-    build: Callable[[int], Item], measure: Callable[[Item], int], budget: int, smallest: int, largest: int, slack: int = 32
-) -> Item:
-    """The item with the largest n found whose measure is at most `budget`.
+def sample_seed(seed: int, split: str, task: str, length: int, index: int) -> int:
+    """64 bits for one sample, independent of the number of samples."""
+    return hash64(f"{seed}/{split}/{task}/{length}/{index}")
+
+
+def fill_prompt(task: Task, generator: Generator[Sample], length: int, request: SampleRequest) -> tuple[Sample, bool]:
+    """The largest sample of at most `length` tokens, prompt and answer together, and whether no larger one can be built.
+
+    Raises ContextTooShortError if the smallest one has more, or UserError if the length is the task's own.
+    """
+
+    def measure(sample: Sample) -> int:
+        return prompt_length(sample, request.tokenizer, task.use_chat_template) + sample.max_new_tokens
+
+    try:
+        n, sample = fill(generator, measure, length)
+    except TooShort as error:
+        raised = UserError if length == task.fixed_length else ContextTooShortError
+        raise raised(
+            f"{task.name}: a length of {length} tokens is too short: the smallest prompt and its answer have {error}"
+        ) from None
+    return sample, n == generator.largest
+
+
+def fill(generator: Generator[Item], measure: Callable[[Item], int], budget: int) -> tuple[int, Item]:
+    """The largest n found for which the item's measure is at most `budget`, and the item.
 
     Measuring encodes the whole text, so it is done rarely: sizes grow almost linearly with n, and the search follows the
     secant within a bracket. It stops when one more unit (line, word, document) would not fit, or when fewer tokens are
     unused than about one unit has, or than `slack` (at most 1/128 of the budget).
     """
-    low, best = smallest, build(smallest)
+    low = smallest = generator.smallest
+    best = generator.build(low)
     low_size = first_size = measure(best)
     if low_size > budget:
         raise TooShort(low_size)
     high: int | None = None
-    n = min(largest, smallest * 2 + 8)
+    n = min(generator.largest, smallest * 2 + 8)
     for attempt in range(64):
         if n <= low:
             break
-        item = build(n)
+        item = generator.build(n)
         size = measure(item)
         slope = max((size - first_size) / (n - smallest), 1e-3)
         if size <= budget:
             low, low_size, best = n, size, item
         else:
             high = n
-        filled = budget - low_size < max(slope, min(slack, budget // 128))
-        if filled or low == largest or (high is not None and high - low <= 1):
+        filled = budget - low_size < max(slope, min(generator.slack, budget // 128))
+        if filled or low == generator.largest or (high is not None and high - low <= 1):
             break
         n = low + max(1, math.floor((budget - low_size) / slope))
         if high is not None:
             n = (low + high) // 2 if attempt >= 6 else min(n, high - 1)
-        n = min(n, largest, 64 * (low + 1))  # a bad first slope must not lead to gigabytes of text
-    return best
+        n = min(n, generator.largest, 64 * (low + 1))  # a bad first slope must not lead to gigabytes of text
+    return low, best
 
 
 @functools.cache
@@ -249,7 +271,7 @@ def variable_tracking(seed: int, count_tokens: Callable[[str], int]) -> Generato
     example_value, value = (draw_new(lambda: str(rng.randint(10000, 99998)), seen) for _ in range(2))
     chain = _chain(rng, 3, example_value)
     try:
-        shown = fill(chain.build, lambda parts: count_tokens(parts.prompt), 500, chain.smallest, chain.largest)
+        _, shown = fill(chain, lambda parts: count_tokens(parts.prompt), 500)
     except TooShort as error:
         raise UserError(f"vt: the worked example needs {error} tokens with this tokenizer, more than its 500") from None
     example = shown.prompt + " " + " ".join(shown.answers) + "\n"
@@ -353,13 +375,13 @@ def question_answering(seed: int, corpus: Corpus, question: Question) -> Generat
     order_seed = rng.getrandbits(64)
     near = [i for i in question.near if i not in question.gold]
     rng.shuffle(near)
-    distractors: list[int] = []
-    source = _distractors(rng, near, len(corpus.documents), {*question.gold, *near})
+    known = {*question.gold, *near}
+    others = [i for i in range(len(corpus.documents)) if i not in known]
+    rng.shuffle(others)
 
     def build(n: int) -> Parts:
-        while len(distractors) < n - len(question.gold):
-            distractors.append(next(source))
-        chosen = [*question.gold, *distractors[: n - len(question.gold)]]
+        distractors = islice(chain(near, cycle(others + near)), n - len(question.gold))
+        chosen = [*question.gold, *distractors]
         random.Random(order_seed).shuffle(chosen)
         documents = "\n\n".join(f"Document {i}:\n{corpus.documents[d]}" for i, d in enumerate(chosen, start=1))
         return Parts(
@@ -371,11 +393,3 @@ def question_answering(seed: int, corpus: Corpus, question: Question) -> Generat
 
     spare = len(corpus.documents) > len(question.gold)
     return Generator(build, len(question.gold), 2**40 if spare else len(question.gold))
-
-
-def _distractors(rng: random.Random, near: list[int], total: int, known: set[int]) -> Iterator[int]:
-    """`near`, then all others but `known` in random order, and both again, without end."""
-    yield from near
-    others = [i for i in range(total) if i not in known]
-    rng.shuffle(others)
-    yield from cycle(others + near)

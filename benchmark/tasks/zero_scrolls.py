@@ -4,19 +4,21 @@ The test references are private, so the samples are the validation data, about t
 has the samples of all ten tasks, each scored as its own task; the benchmark's score is the mean over tasks.
 """
 
-from __future__ import annotations
-
 import logging
+import math
 import re
+from bisect import bisect, insort
 from collections.abc import Callable, Iterator
-from itertools import combinations, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from benchmark.tasks import metrics
-from benchmark.tasks.base import PromptParts, Sample, SampleRequest, Task, TaskDescription, TaskSelection, UserError, take_split
+from benchmark.tasks.base import PromptParts, Sample, SampleRequest, Scores, Task, TaskDescription, TaskSelection, UserError
 from benchmark.tasks.data import DataMissingError, Row, Source, data_file, missing_data
-from benchmark.tasks.sources import PROMPT_COLUMNS, Form, as_texts, prompt_of, read_samples
+from benchmark.tasks.sources import PROMPT_COLUMNS, DataTask, Form
+from benchmark.tasks.values import as_texts
+from sparse_attention_hub.errors import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def first_letter(text: str) -> str | None:
 
 def first_percentage(text: str) -> float | None:
     """The first "N%" as a fraction."""
-    found = re.search(r"(\d+(?:\.\d+)?)\s*%", text)
+    found = re.search(r"(?<!\d)(\d+(?:\.\d+)?)\s*%", text)  # (?<!...): else the time grows as the square of many digits
     return float(found[1]) / 100 if found else None
 
 
@@ -57,7 +59,7 @@ def exp_similarity(prediction: str, reference: str) -> float:
             q = float(reference) / (100 if float(reference) > 1 else 1)
         except ValueError:
             return 0.0
-    return 0.0 if p is None else 2.0 ** (-10 * abs(p - q))
+    return 2.0 ** (-10 * abs(p - q)) if p is not None and math.isfinite(q) else 0.0
 
 
 def _order(text: str) -> list[str]:
@@ -70,8 +72,12 @@ def concordance_index(prediction: str, reference: str) -> float:
     if not gold or len(set(gold)) != len(gold) or sorted(guess) != sorted(gold):
         return 0.0
     place = {item: position for position, item in enumerate(guess)}
-    pairs = list(combinations(gold, 2))
-    return sum(place[first] < place[second] for first, second in pairs) / len(pairs) if pairs else 1.0
+    seen: list[int] = []  # sorted places of the earlier items
+    concordant = 0
+    for item in gold:
+        concordant += bisect(seen, place[item])
+        insort(seen, place[item])
+    return concordant / math.comb(len(gold), 2) if len(gold) > 1 else 1.0
 
 
 def same_letter(prediction: str, reference: str) -> float:
@@ -92,60 +98,62 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _merge_references(samples: Iterator[Sample]) -> list[Sample]:
-    """Rows with one id are one question with several references."""
-    merged: dict[str, Sample] = {}
-    for sample in samples:
-        known = merged.setdefault(sample.sample_id, sample)
-        if known is not sample:
-            known.references.extend(text for text in sample.references if text not in known.references)
-    return list(merged.values())
-
-
-class ZeroScrollsTask(Task):
+class ZeroScrollsTask(DataTask):
     """zero_scrolls/<task>."""
+
+    unique_ids = False
 
     def __init__(self, subset: str) -> None:
         self.name = f"zero_scrolls/{subset}"
-        self.subset = subset
-        self.max_new_tokens, self.metric = SUBSETS[subset]
+        tokens, self.metric = SUBSETS[subset]
+        self.description = TaskDescription(f"{HUB_ID} (validation)", self.metric, tokens, None, "5k to 50k words")
+        self.sources = [_source(subset)]
+        self.forms = _forms({"id": "?text"})
 
-    @property
-    def description(self) -> TaskDescription:
-        return TaskDescription(f"{HUB_ID} (validation)", self.metric, self.max_new_tokens, None, "5k to 50k words")
+    def read(self, sources: list[Source], data_dir: Path | None) -> Iterator[Sample]:
+        """Rows with one id are one question with several references."""
+        merged: dict[str, Sample] = {}
+        for sample in super().read(sources, data_dir):
+            known = merged.setdefault(sample.sample_id, sample)
+            if known is not sample:
+                known.references.extend(text for text in sample.references if text not in known.references)
+        return iter(merged.values())
 
-    def samples(self, request: SampleRequest) -> list[Sample]:
-        return _read(self.subset, request)
-
-    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
+    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> Scores:
         """The best over the references. Summaries: `rouge` is the geometric mean of the best rouge1, rouge2 and rougeL."""
         if self.metric != "rouge":
             return {self.metric: metrics.best(MEASURES[self.metric], prediction, as_texts(references))}
         triple = metrics.rouge_triple(prediction, as_texts(references))
         return {"rouge": metrics.geometric_mean(list(triple.values())), **triple}
 
-    def task_score(self, scores: list[dict[str, float]]) -> float:
+    def task_score(self, scores: list[Scores]) -> float:
         """The mean. Summaries: the geometric mean of the mean rouge1, rouge2 and rougeL, as in SCROLLS."""
         if self.metric != "rouge":
             return _mean([score[self.metric] for score in scores])
         return metrics.geometric_mean([_mean([score[name] for score in scores]) for name in ("rouge1", "rouge2", "rougeL")])
 
-    def aggregate(self, scores: list[dict[str, float]], samples: list[Sample]) -> dict[str, Any]:
+    def aggregate(self, scores: list[Scores], samples: list[Sample]) -> dict[str, object]:
         """Summaries: the task's score, which is not the mean of the samples' scores."""
         graded = [score for score in scores if self.metric in score]
         return {"task_score": self.task_score(graded)} if graded and self.metric == "rouge" else {}
 
 
-class ZeroScrollsAllTask(Task):
+class ZeroScrollsAllTask(ZeroScrollsTask):
     """zero_scrolls/default: all ten tasks. `score`: the metric of each sample's own task."""
 
-    name = "zero_scrolls/default"
-    metric = "score"
-
-    @property
-    def description(self) -> TaskDescription:
+    def __init__(self) -> None:
+        self.name = "zero_scrolls/default"
+        self.metric = "score"
         longest = max(tokens for tokens, _ in SUBSETS.values())
-        return TaskDescription(f"{HUB_ID} (validation)", self.metric, longest, None, "5k to 50k words")
+        self.description = TaskDescription(f"{HUB_ID} (validation)", self.metric, longest, None, "5k to 50k words")
+        self.sources = [_source("default")]
+        self.forms = _forms({"id": "?text", "task": "text"})
+
+    def make(self, identity: object, row: Row, prompt: PromptParts) -> Sample:
+        name = row["task"].removeprefix("zero_scrolls/")
+        if name not in SUBSETS:
+            raise ValueError(f"column 'task' must be one of {', '.join(SUBSETS)}, got {quoted(name)}")
+        return ZeroScrollsTask(name).make(identity, row, prompt)
 
     def samples(self, request: SampleRequest) -> list[Sample]:
         """One of each task in turn, so that the first samples cover many tasks.
@@ -153,7 +161,7 @@ class ZeroScrollsAllTask(Task):
         Raises DataMissingError if there are no data for any of them.
         """
         if _own_file("default", request.data_dir):
-            return _read("default", request)
+            return super().samples(request)
         each: list[list[Sample]] = []
         missing: dict[str, str] = {}  # task -> why
         for subset in _available(request.data_dir):
@@ -169,17 +177,17 @@ class ZeroScrollsAllTask(Task):
         turns = zip_longest(*each)
         return [sample for turn in turns for sample in turn if sample is not None][: request.max_samples]
 
-    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> dict[str, float]:
+    def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> Scores:
         raise UserError(f"{self.name} holds ten tasks with different scores: name one, such as zero_scrolls/qasper")
 
-    def score(self, prediction: str, sample: Sample) -> dict[str, float]:
+    def score(self, prediction: str, sample: Sample) -> Scores:
         task = ZeroScrollsTask(sample.task.partition("/")[2])
         scores = task.score(prediction, sample)
         return {"score": scores[task.metric], **scores}
 
-    def aggregate(self, scores: list[dict[str, float]], samples: list[Sample]) -> dict[str, Any]:
+    def aggregate(self, scores: list[Scores], samples: list[Sample]) -> dict[str, object]:
         """The score of each task, their mean, and how many tasks there are."""
-        by_task: dict[str, list[dict[str, float]]] = {}
+        by_task: dict[str, list[Scores]] = {}
         for score, sample in zip(scores, samples, strict=True):
             if "score" in score:
                 by_task.setdefault(sample.task.partition("/")[2], []).append(score)
@@ -194,6 +202,22 @@ def _source(subset: str) -> Source:
     return Source("zero_scrolls", subset, HUB_ID, split="validation", archive=f"{subset}.zip", member="validation.jsonl")
 
 
+def _forms(shared: dict[str, str]) -> list[Form]:
+    answer = "text or list of texts"
+    indices = {"document_end_index": "integer", "query_end_index": "integer"}
+    return [
+        Form({"input": "text", "output": answer, **indices, **shared}, _original_prompt),
+        Form({**PROMPT_COLUMNS, "answer": answer, **shared}),
+    ]
+
+
+def _original_prompt(row: Row) -> PromptParts:
+    text, document_end = row["input"], row["document_end_index"]
+    # Tasks without a query have an index before the document's end.
+    query_end = min(max(row["query_end_index"], document_end), len(text))
+    return text[:document_end], text[document_end:query_end], text[query_end:]
+
+
 def _own_file(subset: str, data_dir: Path | None) -> Path | None:
     return data_file(_source(subset), data_dir)
 
@@ -201,36 +225,6 @@ def _own_file(subset: str, data_dir: Path | None) -> Path | None:
 def _available(data_dir: Path | None) -> list[str]:
     """The tasks in the user's folder if it holds any, else all ten."""
     return [subset for subset in SUBSETS if _own_file(subset, data_dir)] or list(SUBSETS)
-
-
-def _read(subset: str, request: SampleRequest) -> list[Sample]:
-    """The samples of a task; of "default", a file of several tasks, whose column `task` names the one of each row."""
-
-    def sample(row: Row, number: int, prompt: PromptParts, output: Any) -> Iterator[Sample]:
-        name = row["task"].removeprefix("zero_scrolls/") if subset == "default" else subset
-        if name not in SUBSETS:
-            raise ValueError(f"column 'task' must be one of {', '.join(SUBSETS)}, got {name!r}")
-        task = ZeroScrollsTask(name)
-        yield task.make_sample(row.get("id") or number, prompt, as_texts(output), columns=dict(row))
-
-    def original(row: Row, number: int) -> Iterator[Sample]:
-        text, document_end = row["input"], row["document_end_index"]
-        # Tasks without a query have an index before the document's end.
-        query_end = min(max(row["query_end_index"], document_end), len(text))
-        prompt = (text[:document_end], text[document_end:query_end], text[query_end:])
-        return sample(row, number, prompt, row["output"])
-
-    def from_copy(row: Row, number: int) -> Iterator[Sample]:
-        return sample(row, number, prompt_of(row), row["answer"])
-
-    shared = {"id": "?text"} | ({"task": "text"} if subset == "default" else {})
-    indices = {"document_end_index": "integer", "query_end_index": "integer"}
-    forms = [
-        Form({"input": "text", "output": "text or list of texts", **indices, **shared}, original),
-        Form({**PROMPT_COLUMNS, "answer": "text or list of texts", **shared}, from_copy),
-    ]
-    samples = _merge_references(read_samples([_source(subset)], forms, request.data_dir))
-    return take_split(samples, request, lambda sample: sample.context)
 
 
 def make_tasks() -> dict[str, Task]:

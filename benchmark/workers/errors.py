@@ -4,8 +4,13 @@ from __future__ import annotations
 
 #: Exit code of a worker whose device cannot be used any more.
 BROKEN_DEVICE = 70
-#: What errors of torch and of CUDA's libraries say when an allocation failed.
+#: Messages of torch and of CUDA's libraries for an allocation that failed.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+#: Messages of torch, Triton and CUDA's libraries after which no call on the device works.
+_BROKEN_DEVICE = (
+    *("cuda error", "triton error [cuda]", "cublas_status", "cudnn error", "cudnn_status"),
+    *("illegal memory access", "device-side assert", "unspecified launch failure"),
+)
 
 
 class BrokenDeviceError(RuntimeError):
@@ -13,15 +18,15 @@ class BrokenDeviceError(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """An allocation failed, on a GPU or on the CPU."""
+    """Whether an allocation failed, on a GPU or on the CPU."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(phrase in text for phrase in _OUT_OF_MEMORY)
 
 
-def is_passing(error: BaseException) -> bool:
-    """A transient failure (memory, a full or missing disk): the same work may succeed later or on another machine."""
+def is_transient(error: BaseException) -> bool:
+    """Whether the same work may succeed later or on another machine: memory was short, a file could not be read."""
     return is_out_of_memory(error) or isinstance(error, OSError)
 
 
@@ -30,5 +35,7 @@ def check_device(error: BaseException) -> None:
     continues in a fresh process. Out of memory is no such error, whatever its type."""
     if is_out_of_memory(error):
         return
-    if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+    text = str(error).lower()
+    named = isinstance(error, RuntimeError) and any(phrase in text for phrase in _BROKEN_DEVICE)
+    if named or type(error).__name__ == "AcceleratorError":
         raise BrokenDeviceError(f"{type(error).__name__}: {error}") from error

@@ -1,8 +1,8 @@
 """Where jobs run: in this process, or in one spawned process per device; ray_pool.py has the actors of a Ray cluster.
 
 A pool has numbered slots with one worker each, and a slot runs one job at a time. If a worker crashes, the job's future
-raises WorkerDied; if a job takes too long, its worker is killed and the future raises TimeoutError. The slot's next job gets
-a fresh worker.
+raises WorkerDied; if a job takes too long, its worker is killed and the future raises TimeoutError. The slot's next job then
+gets a fresh worker.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GPU_WORKERS = 4
 
 
 class WorkerDied(Exception):
-    """The worker's process ended in the middle of a job."""
+    """The worker's process ended during a job."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,17 @@ class Slot:
 
 
 class Job(Protocol):
-    """What a pool runs, pickled to a worker: some parts, each of which gives a record for a journal."""
+    """What a pool runs, pickled to a worker: some parts, each of which results in a record for a journal."""
 
     @property
     def parts(self) -> int: ...
 
-    def run(self, deadline: float | None = None, on_record: Callable[[], None] | None = None) -> int:
-        """Do and journal the parts in this process. No part is started after the deadline (time.monotonic) or once the job is
-        told to stop. Returns how many were done."""
+    def run(self, after_each: Callable[[], None] | None = None) -> int:
+        """Do and journal the parts until the job is told to stop. Returns how many were done."""
 
     def records(self) -> Iterator[Any]:
-        """Do the parts where the parent's files cannot be written: yields the process id once all is loaded, then one
-        picklable record per part."""
+        """Do the parts where the parent's files cannot be written: yields None once everything is loaded, then one picklable
+        record per part."""
 
     def portable(self) -> Job:
         """The same job without paths of this machine, for `records` on another one."""
@@ -66,8 +65,8 @@ class Job(Protocol):
     def stopped(self) -> bool:
         """Whether it was told to stop after the current part."""
 
-    def begin(self, part: int | None, pid: int | None = None) -> None:
-        """Note that process `pid` is doing a part (None: loading)."""
+    def begin(self, part: int | None) -> None:
+        """Note which part is in progress (None: loading)."""
 
     def keep(self, record: Any) -> None:
         """Journal one of the `records`."""
@@ -80,7 +79,7 @@ class Pool(Protocol):
         """Run a job; the future's result is how many parts were done within `timeout` seconds."""
 
     def renew(self, slot: int) -> None:
-        """End a slot's worker, whatever it is doing; the next job gets a fresh one."""
+        """End a slot's worker at once; the next job gets a fresh one."""
 
     def kill(self) -> None:
         """Stop every worker now and leave no process behind."""
@@ -132,7 +131,7 @@ def has_pebble() -> bool:
 
 
 class InProcessPool:
-    """One worker: this process. The time limit is checked between parts; nothing can be killed. release: called at the end."""
+    """One worker: this process. The time limit is checked after each part; nothing can be killed. release: called at the end."""
 
     def __init__(self, slot: Slot, on_record: Callable[[], None], release: Callable[[], None]) -> None:
         self.slots = [slot]
@@ -140,18 +139,21 @@ class InProcessPool:
 
     def submit(self, slot: int, job: Job, timeout: float | None) -> Future[int]:
         future: Future[int] = Future()
-        deadline = None if timeout is None else time.monotonic() + timeout
+        started = time.monotonic()
+
+        def after_each() -> None:
+            self._on_record()
+            if timeout is not None and time.monotonic() - started > timeout:
+                raise TimeoutError
+
         try:
-            done = job.run(deadline, self._on_record)
+            future.set_result(job.run(after_each))
         except Exception as error:
             future.set_exception(error)
-        else:
-            late = deadline is not None and time.monotonic() > deadline and done < job.parts
-            future.set_exception(TimeoutError()) if late else future.set_result(done)
         return future
 
     def renew(self, slot: int) -> None:
-        pass  # there is no other process
+        """There is no other process to end."""
 
     def kill(self) -> None:
         self._release()
@@ -196,6 +198,7 @@ def add_log_file(log: Path | None) -> logging.Handler | None:
     if log is None:
         return None
     handler = logging.FileHandler(log)
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: no traceback per line
     handler.setFormatter(logging.Formatter("%(asctime)s %(process)d %(levelname)s %(message)s"))
     logging.getLogger("benchmark").addHandler(handler)
     logging.getLogger("benchmark").setLevel(logging.INFO)
@@ -226,6 +229,8 @@ class ProcessPools:
     def submit(self, slot: int, job: Job, timeout: float | None) -> Future[int]:
         from pebble import ProcessExpired, ProcessPool
 
+        if slot in self._pools and not self._pools[slot].active:  # it broke while idle
+            self.renew(slot)
         if slot not in self._pools:
             context = multiprocessing.get_context("spawn")
             initargs = (self.slots[slot], os.getpid(), self._log)
@@ -241,7 +246,7 @@ class ProcessPools:
             except ProcessExpired as error:
                 outer.set_exception(WorkerDied(_how(error.exitcode)))
             except (CancelledError, Exception) as error:
-                # A broken pool has lost its process too; errors of the job itself keep their type.
+                # A broken pool has lost its process; errors of the job itself keep their type.
                 broken = type(error).__name__ in ("BrokenProcessPool", "CancelledError")
                 outer.set_exception(WorkerDied("while starting") if broken else error)
 

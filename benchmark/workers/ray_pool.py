@@ -84,7 +84,7 @@ class RayPool:
             self._drop(slot, actor)
             future.set_exception(error)
         except errors.RayTaskError as error:
-            if isinstance(error.cause, BrokenDeviceError):  # its process is of no more use
+            if isinstance(error.cause, BrokenDeviceError):  # its process cannot be used any more
                 self._drop(slot, actor)
                 future.set_exception(WorkerDied(f"with a device error: {_short(error.cause)}"))
             else:
@@ -124,19 +124,20 @@ class RayPool:
         """Journal what the actor sends until the job must stop. Returns the number of parts."""
         job.begin(None)
         stream = actor.records.options(num_returns="streaming").remote(job.portable())
-        pid = self._next(stream, deadline)
+        if (loaded := self._next(stream, deadline)) is None:
+            return 0
+        self._ray.get(loaded)
         for part in range(job.parts):
-            if pid is None or self._stopping.is_set() or job.stopped():
+            if job.stopped():
                 return part
-            job.begin(part, self._ray.get(pid))
-            ready = self._next(stream, deadline)
-            if ready is None:
+            job.begin(part)
+            if (record := self._next(stream, deadline)) is None:
                 return part
-            job.keep(self._ray.get(ready))
+            job.keep(self._ray.get(record))
         return job.parts
 
     def _next(self, stream: Any, deadline: float | None) -> Any:
-        """A reference to what the actor sends next; None at the end, or when the pool is being stopped."""
+        """A reference to the next thing that the actor sends; None at its end, or if the pool is being stopped."""
         while not self._stopping.is_set():
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError

@@ -1,4 +1,4 @@
-"""The lock of a results folder, and signals that stop a run in good order."""
+"""The lock of a results folder, and the signals that stop a run."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def results_lock(folder: Path) -> Iterator[None]:
-    """Allow one run at a time in a results folder: UserError if there is another. The lock ends with the process that holds
-    it, even if that is killed."""
+def results_lock(folder: Path, flag: str = "--benchmark-results-dir") -> Iterator[None]:
+    """Allow one run at a time in a folder, which `flag` names: UserError if there is another. The lock ends with the process
+    that holds it, even if that is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(f"another run writes to {folder}: wait for it, or choose another --benchmark-results-dir") from None
+        raise UserError(f"another run writes to {folder}: wait for it, or choose another {flag}") from None
     except OSError as error:  # some network file systems have no locks
         logger.warning("%s cannot be locked (%s): start no other run there", folder, error.strerror)
     try:

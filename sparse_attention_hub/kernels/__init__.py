@@ -60,9 +60,11 @@ def dot(queries: Tensor, keys: Tensor, mask: Mask, scaling: float, softcap: floa
     return dot_torch(call)
 
 
-def log_mass(queries: Tensor, keys: Tensor, mask: Mask, scaling: float, known: Known | None = None) -> Tensor:
+def log_mass(
+    queries: Tensor, keys: Tensor, mask: Mask, scaling: float, known: Known | None = None, softcap: float | None = None
+) -> Tensor:
     """The log-sum-exp of `attend` alone, without reading values: (B, H, Q)."""
-    call = Call(queries, keys, None, mask, scaling, known=known or Known())
+    call = Call(queries, keys, None, mask, scaling, softcap, known=known or Known())
     return (_attend_cpu(call) if choose_backend("auto", queries, keys) == "cpu" else attend_torch(call))[1]
 
 

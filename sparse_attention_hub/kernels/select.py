@@ -5,7 +5,6 @@ Scores are of the lowest number of their type where a key is not allowed. Compil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,24 +30,23 @@ def lowest(dtype: torch.dtype) -> float | int:
 def choose(
     scores: Tensor,
     mask: Mask,
-    sizes: Sequence[int] | Tensor,
+    sizes: Tensor,
     order: Order | None = None,
     allowed: Tensor | None = None,
 ) -> KeyLists:
     """The `sizes` highest-scored keys of each row that the mask has not; rows with fewer take all of them.
 
-    scores: (B, h, Q, N), h = 1, kv heads or H. sizes: one an item, or int64 (B, h', Q). order: of the scores, where known: then
+    scores: (B, h, Q, N), h = 1, kv heads or H. sizes: int64 (B, h', Q) or (B, h', 1). order: of the scores, where known: then
     it is walked, and the scores are not read. Of keys that tie for the last places the most recent are taken.
     allowed: bool (B, 1, Q, N); None where the scores of other keys are the lowest already.
     """
     batch, _, rows, keys = mask.shape
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
-    if not isinstance(sizes, Tensor):
-        sizes = torch.tensor(sizes, device=scores.device).view(-1, 1, 1)
     heads = max(scores.shape[1], mask.shared_heads, sizes.shape[1])
     sizes = expand_heads(sizes.expand(-1, -1, rows), heads).clamp(max=keys)
     width = int(sizes.max()) if sizes.numel() else 0
+    sizes = sizes.to(scores.device)
     if not uses_loops(scores):
         return _choose_anywhere(scores, mask, sizes, width, allowed)
     from ..loops import select

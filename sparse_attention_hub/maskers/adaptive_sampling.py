@@ -78,8 +78,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         left = inputs.left(mask)
         if int(left.max()) == 0:
             return mask
-        rate = self.config.base_rate_sampling
-        wanted = torch.full_like(left, rate) if isinstance(rate, int) else (left * rate).long()
+        wanted = inputs.share_of(left, self.config.base_rate_sampling)
         drawn = inputs.draw(mask, wanted.clamp(min=2))  # one sample has no spread
         base = inputs.mask(drawn.lists()._replace(probability=None))  # kept for certain
         budget = self._budget(inputs, mask, base)
@@ -108,6 +107,8 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
             variance = variance + error
             quantile = _quantiles(self.config.delta, counts - 1)
         total = (static - top).exp() + samples.sum(-1) + mean * rest
+        if inputs.sinks is not None:  # they are part of the denominator, and known exactly
+            total = total + (inputs.sinks.to(top.dtype).view(1, -1, 1) - top).clamp(max=80.0).exp()
         # A few numbers per row: NumPy takes a fraction of torch's time; in float64 no square overflows.
         spread, whole, left = (t.cpu().numpy().astype(np.float64) for t in (variance.sqrt(), total, rest))
         # Sampling with replacement would need n0 draws; without, n0 / (1 + n0 / rest) are enough.

@@ -20,7 +20,9 @@ class AttentionInputs:
     """One attention call as maskers see it.
 
     queries (B, H, Q, D), keys and values (B, Hkv, N, D), H a multiple of Hkv. attention_mask: see Layout.
-    scaling: default D ** -0.5. seeds: of `uniform()`, one per item, default 0. cache: shared with other calls.
+    scaling: default D ** -0.5. seeds: of `uniform()`, one per item, default 0. cache: shared with other calls. softcap: scores are
+    softcap * tanh(score / softcap). sinks (H,): a logit per head that joins the softmax's denominator; it is never a key.
+    latent: numbers of the one latent vector per token that all heads' keys and values are made of (MLA), 0 without one.
     """
 
     def __init__(
@@ -33,8 +35,13 @@ class AttentionInputs:
         layer_idx: int = 0,
         seeds: list[int] | None = None,
         cache: CallCache | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        latent: int = 0,
     ) -> None:
         _check(queries, keys, values, attention_mask)
+        self.softcap, self.sinks, self.latent = softcap, sinks, latent
         self.queries, self.keys, self.values = queries, keys, values
         #: (B, H, Q, N)
         self.shape: tuple[int, int, int, int] = (*queries.shape[:3], keys.shape[2])
@@ -45,6 +52,8 @@ class AttentionInputs:
         place = (self.shape, keys.shape[1], queries.device)
         self.layout = once(self.cache.layouts, place, lambda: Layout(*place, attention_mask))
         self.state: MaskerState | None = None
+        #: Factors on fractional sizes in this layer, float64 (h,), h = 1, kv heads or H: see head_budgets.py.
+        self.factors: Tensor | None = None
 
     def for_masker(self, state: MaskerState | None) -> AttentionInputs:
         """The same call, cached values included, with one masker's own state."""
@@ -76,9 +85,20 @@ class AttentionInputs:
         """int64 (B, N), counted without padding, -1 on padding."""
         return self.layout.key_positions
 
-    def resolve(self, size: int | float) -> list[int]:
-        """A size, int (tokens) or float (fraction of N), in tokens for each item: B integers."""
-        return self.layout.resolve(size)
+    def resolve(self, size: int | float) -> Tensor:
+        """A size, int (tokens) or float (fraction of N), in tokens for each item and, under head budgets, each head:
+        int64 (B, h, 1) on the CPU, h = 1, kv heads or H."""
+        return self.layout.resolve(size, self.factors)
+
+    def share_of(self, counts: Tensor, size: int | float) -> Tensor:
+        """A size as a fraction of counts int64 (B, h, Q) instead of N; floored, 0 included."""
+        if isinstance(size, int):
+            return torch.full_like(counts, size)
+        if self.factors is None:
+            return (counts * size).long()
+        factors = self.factors.to(counts.device).view(1, -1, 1)
+        heads = max(counts.shape[1], factors.shape[1])
+        return (expand_heads(counts, heads) * (expand_heads(factors, heads) * size).clamp(max=1.0)).long()
 
     def mask(self, chosen: Tensor | KeyLists) -> Mask:
         """A mask of lists or of flags (bool, or float inclusion probabilities, (B, h, Q, N)); h = 1, kv heads or H."""
@@ -119,7 +139,11 @@ class AttentionInputs:
 
     def scores(self) -> Tensor:
         """Scaled logits plus additive bias, float32 (B, H, Q, N), -inf where not allowed."""
-        return once(self.cache.call, "scores", lambda: self.layout.biased(group_scores(self.queries, self.keys, self.scaling)))
+
+        def make() -> Tensor:
+            return self.layout.biased(group_scores(self.queries, self.keys, self.scaling, self.softcap))
+
+        return once(self.cache.call, "scores", make)
 
     def sorted_scores(self) -> tuple[Tensor, Tensor]:
         """(values, key indices) of the scores in falling order, each (B, H, Q, N); of equal ones the most recent first."""
@@ -148,13 +172,13 @@ class AttentionInputs:
         """Scores of the mask's keys in the order of its lists: float32 (B, H, Q, K), -inf on padding."""
         known = self.known().scores
         if known is None:
-            return dot(self.queries, self.keys, mask, self.scaling)
+            return dot(self.queries, self.keys, mask, self.scaling, self.softcap)
         indices = expand_heads(mask.lists().indices, self.shape[1])
         return known.gather(-1, indices.clamp(min=0).long()).masked_fill_(indices < 0, NEVER)
 
     def log_mass(self, mask: Mask) -> Tensor:
-        """Log of the sum of exp(score) / p over the mask's keys: float32 (B, H, Q), -inf for none."""
-        return log_mass(self.queries, self.keys, mask, self.scaling, known=self.known())
+        """Log of the sum of exp(score) / p over the mask's keys, without the sinks: float32 (B, H, Q), -inf for none."""
+        return log_mass(self.queries, self.keys, mask, self.scaling, known=self.known(), softcap=self.softcap)
 
     @property
     def usable_values(self) -> Tensor:

@@ -52,6 +52,11 @@ class Layout:
         return self.allowed[:, 0, -1].sum(-1).tolist()
 
     @cached_property
+    def totals(self) -> Tensor:
+        """`n_allowed` as sizes: int64 (B, 1, 1) on the CPU."""
+        return torch.tensor(self.n_allowed).view(-1, 1, 1)
+
+    @cached_property
     def key_positions(self) -> Tensor:
         """Position of each key among the keys its item may use, counted without padding: int64 (B, N), -1 on padding."""
         if self._mask is None:
@@ -86,21 +91,22 @@ class Layout:
         bias = self._mask.float().expand(self.allowed.shape).masked_fill(~self.allowed, 0.0)
         return bias if bool(bias.any()) else None
 
-    def first_keys(self, sizes: list[int]) -> Mask:
-        """The first sizes[b] allowed keys of each item, as far as a row may see them."""
-        if self.shape[2] == 1 and self.all_allowed:  # one range of keys for all heads and items
-            return Mask.from_range(0, sizes[0], self.shape, self.device, self.kv_heads)
-        limit = torch.tensor(sizes, device=self.device).view(-1, 1, 1, 1)
+    def first_keys(self, sizes: Tensor) -> Mask:
+        """The first keys of each item, as far as a row may see them. sizes: int64 (B, h, 1), see `resolve`."""
+        if self.shape[2] == 1 and self.all_allowed and sizes.shape[1] == 1:  # one range of keys for all heads and items
+            return Mask.from_range(0, int(sizes[0]), self.shape, self.device, self.kv_heads)
+        limit = sizes.to(self.device).unsqueeze(-1)
         flags = (self.key_positions[:, None, None, :] < limit) & self.allowed
         return Mask.from_dense(flags, self.shape[1], self.kv_heads)
 
-    def last_keys(self, sizes: list[int]) -> Mask:
-        """Of each row the sizes[b] most recent keys, its own included: those in (i - size, i] for a row at position i."""
-        if self.shape[2] == 1 and self.all_allowed:
+    def last_keys(self, sizes: Tensor) -> Mask:
+        """Of each row the most recent keys, its own included: those in (i - size, i] for a row at position i.
+        sizes: int64 (B, h, 1), see `resolve`."""
+        if self.shape[2] == 1 and self.all_allowed and sizes.shape[1] == 1:
             total = self.shape[3]
-            return Mask.from_range(total - sizes[0], total, self.shape, self.device, self.kv_heads)
+            return Mask.from_range(total - int(sizes[0]), total, self.shape, self.device, self.kv_heads)
         age = self.row_positions[:, None, :, None] - self.key_positions[:, None, None, :]
-        limit = torch.tensor(sizes, device=self.device).view(-1, 1, 1, 1)
+        limit = sizes.to(self.device).unsqueeze(-1)
         return Mask.from_dense((age < limit) & self.allowed, self.shape[1], self.kv_heads)
 
     def biased(self, scores: Tensor) -> Tensor:
@@ -119,11 +125,16 @@ class Layout:
         shares = counts.float().mean(1) / lengths.masked_fill(lengths == 0, float("nan"))
         return float(shares.nanmean())
 
-    def resolve(self, size: int | float) -> list[int]:
-        """A size in tokens (int) or as a fraction of N (float, floored, at least 1), for each item: B integers."""
+    def resolve(self, size: int | float, factors: Tensor | None = None) -> Tensor:
+        """A size in tokens (int) or as a fraction of N (float, floored, at least 1), for each item: int64 (B, h, 1) on the CPU.
+
+        factors: on fractions, float64 (h,), h = 1, kv heads or H; None = 1 for all heads.
+        """
         if isinstance(size, int):
-            return [min(size, n) for n in self.n_allowed]
-        return [min(n, max(1, int(size * n))) for n in self.n_allowed]
+            return self.totals.clamp(max=size)
+        shares = [size] if factors is None else (size * factors).tolist()
+        tokens = [[min(n, max(1, int(share * n))) for share in shares] for n in self.n_allowed]
+        return torch.tensor(tokens).unsqueeze(-1)
 
     def fill_empty_rows(self, mask: Mask) -> tuple[Mask, int]:
         """Rows that attend to nothing attend to their last allowed key. Returns the mask and how many rows that were."""

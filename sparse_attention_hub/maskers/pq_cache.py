@@ -79,12 +79,10 @@ class PQCacheMasker(Masker[PQCacheConfig]):
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
-        sizes = inputs.resolve(self.config.heavy_size)
+        whole = inputs.resolve(self.config.heavy_size) >= inputs.layout.totals
         # Keys inside the offset are not chosen, unless the budget is all keys.
-        offsets = [
-            0 if k >= n else min(self.config.init_offset, n) for k, n in zip(sizes, inputs.layout.n_allowed, strict=True)
-        ]
-        closed = mask.union(inputs.layout.first_keys(offsets)) if any(offsets) else mask
+        offsets = inputs.resolve(self.config.init_offset).masked_fill(whole, 0)
+        closed = mask.union(inputs.layout.first_keys(offsets)) if bool(offsets.any()) else mask
         return mask.union(inputs.choose_top(scores, closed, self.config.heavy_size))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:

@@ -59,8 +59,8 @@ class QuestTopKMasker(Masker[QuestTopKMaskerConfig]):
         page = self.config.page_size
         starts, scores = self.shared(inputs, lambda: self._page_scores(inputs))
         pages = scores.shape[-1]
-        sizes = zip(inputs.resolve(self.config.heavy_size), inputs.layout.n_allowed, strict=True)
-        kept = [pages if size >= n else min(pages, max(MIN_PAGES, size // page)) for size, n in sizes]
+        sizes = inputs.resolve(self.config.heavy_size)
+        kept = torch.where(sizes >= inputs.layout.totals, pages, (sizes // page).clamp(min=MIN_PAGES))
         chosen = choose(scores, Mask.empty((*inputs.shape[:3], pages), inputs.device), kept)
         return mask.union(inputs.mask(expand_pages(chosen, starts, page, inputs.allowed)))
 

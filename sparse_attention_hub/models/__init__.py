@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .embedded import EMBEDDED_MODEL
-    from .load import LanguageModel, check_place, load_model, load_shape, load_tokenizer
+    from .load import LanguageModel, check_model, check_place, load_model, load_shape, load_tokenizer
     from .plugin import SparseSession, sparse_attention
     from .session import Answer, Forced, Prefilled, answer, answer_many, estimate_bytes, forced_many, prefill
 else:  # hidden from type checkers, for which every unknown name would be Any
@@ -25,6 +25,6 @@ else:  # hidden from type checkers, for which every unknown name would be Any
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["EMBEDDED_MODEL", "LanguageModel", "check_place", "load_model", "load_shape", "load_tokenizer"]
+__all__ = ["EMBEDDED_MODEL", "LanguageModel", "check_model", "check_place", "load_model", "load_shape", "load_tokenizer"]
 __all__ += ["Answer", "Forced", "Prefilled", "answer", "answer_many", "estimate_bytes"]
 __all__ += ["forced_many", "prefill", "SparseSession", "sparse_attention"]

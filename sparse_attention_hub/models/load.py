@@ -6,37 +6,35 @@ import functools
 import hashlib
 import inspect
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import UserError
-from .embedded import EMBEDDED_MODEL, embedded_folder
-from .notices import quiet_transformers
+from .config_checks import ATTENTION_KINDS, HYBRID_KINDS, check_raw_config, layer_kinds, max_positions
+from .prompts import render_chat
+from .rope import length_dependent
+from .sources import model_files
+
+if TYPE_CHECKING:
+    from .cache import SharedPrefixCache
+    from .lockstep import LayerCall
 
 logger = logging.getLogger(__name__)
 _log_once = functools.cache(logger.info)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DENSE_BACKENDS = ("auto", "sdpa", "flash")
-_OFFLINE = f"or take {EMBEDDED_MODEL}, which needs no network"
-#: Seconds to wait for the hub before it counts as unreachable.
-_HUB_TIMEOUT = 8.0
-#: Names of the hub client's error classes, or of their base classes, that mean a network problem.
-_NETWORK = {"ConnectionError", "NetworkError", "TimeoutException", "TransportError", "ProxyError", "SSLError"}
 
 
 @dataclass
 class LanguageModel:
     """A causal language model ready for inference.
 
-    dense_backend: transformers' name of the attention that prefills. keeps_logits: the model can compute
-    logits of the last tokens only. full_layers: those without a sliding window, set by `sparse_layers`.
+    dense_backend: transformers' name of the attention that prefills. keeps_logits: the model can compute logits of the last
+    tokens only. takes_positions: it can be told the tokens' positions. length_dependent: its modules whose rotary factors depend on the text's length. layers, continues: what
+    `probe` found out.
     """
 
     id: str
@@ -50,7 +48,10 @@ class LanguageModel:
     max_positions: int | None
     attention_configs: list[Any]
     keeps_logits: bool
-    full_layers: list[int] | None = None
+    takes_positions: bool
+    length_dependent: list[Any]
+    layers: dict[int, LayerCall] | None = None
+    continues: bool | None = None
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, *, name: str = "model", dense_backend: str = "auto") -> LanguageModel:
@@ -60,6 +61,7 @@ class LanguageModel:
         check_supported(model, name)
         config = model.config.get_text_config(decoder=True)
         embeddings = model.get_input_embeddings().weight
+        takes = [inspect.signature(module.forward).parameters for module in (model, model.base_model)]
         return cls(
             id=name,
             model=model.eval(),
@@ -69,10 +71,18 @@ class LanguageModel:
             dense_backend=_pick_dense(dense_backend, embeddings.device, embeddings.dtype),
             eos_token_ids=_eos_ids(model, tokenizer),
             num_layers=config.num_hidden_layers,
-            max_positions=getattr(config, "max_position_embeddings", None),
+            max_positions=max_positions(config),
             attention_configs=attention_configs(model),
-            keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
+            keeps_logits="logits_to_keep" in takes[0],
+            takes_positions=all("position_ids" in parameters for parameters in takes),
+            length_dependent=length_dependent(model),
         )
+
+    def new_cache(self, capacity: int) -> SharedPrefixCache:
+        """An empty cache for `capacity` tokens."""
+        from .cache import SharedPrefixCache
+
+        return SharedPrefixCache(self.model.config.get_text_config(decoder=True), capacity)
 
     @functools.cached_property
     def weights_fingerprint(self) -> str:
@@ -96,23 +106,97 @@ def load_model(
     place = pick_device(device)
     number = pick_dtype(dtype, place)
     _pick_dense(dense_backend, place, number)  # an impossible choice fails here, before minutes of loading
-    with _model_files(model_id, trust_remote_code) as (path, options):
+    with model_files(model_id, trust_remote_code) as (path, options):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        config = _checked_config(path, model_id, options)
+        tokenizer = _usable(AutoTokenizer.from_pretrained(path, **options))
+        check_tokenizer(tokenizer, config, model_id)
+        _check_without_weights(config, model_id, trust_remote_code)
+        options |= {"config": config, "dtype": number, "output_loading_info": True}
         if device == "sharded":
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=number, device_map="auto", **options)
+            model, report = AutoModelForCausalLM.from_pretrained(path, device_map="auto", **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=number, **options).to(place)  # type: ignore[arg-type]
+            model, report = AutoModelForCausalLM.from_pretrained(path, **options)
+            model = model.to(place)
+        _check_weights(report, len(model.state_dict()), model_id)
     return LanguageModel.wrap(model, tokenizer, name=model_id, dense_backend=dense_backend)
 
 
 def load_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer alone, without weights. UserError as load_model."""
-    with _model_files(model_id, trust_remote_code) as (path, options):
+    with model_files(model_id, trust_remote_code) as (path, options):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path, **options)
+        return _usable(AutoTokenizer.from_pretrained(path, **options))
+
+
+def check_model(model_id: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, after all checks of a model that need no weights. UserError, one line, if it is not supported."""
+    from .probe import sparse_of
+
+    with model_files(model_id, trust_remote_code) as (path, options):
+        from transformers import AutoTokenizer
+
+        config = _checked_config(path, model_id, options)
+        tokenizer = _usable(AutoTokenizer.from_pretrained(path, **options))
+        check_tokenizer(tokenizer, config, model_id)
+        calls = _check_without_weights(config, model_id, trust_remote_code)
+        if calls is not None:
+            sparse_of(calls, model_id)
+        if tokenizer.chat_template:
+            render_chat(tokenizer, "Hello")
+    return tokenizer
+
+
+def _checked_config(path: str, model_id: str, options: dict[str, Any]) -> Any:
+    """The model's config. An attention that it names is dropped: the caller decides. UserError for impossible sizes."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    check_raw_config(PreTrainedConfig.get_config_dict(path, **options)[0], f"model {model_id!r}")
+    config = AutoConfig.from_pretrained(path, **options)
+    config._attn_implementation = None
+    return config
+
+
+def _check_without_weights(config: Any, model_id: str, trust_remote_code: bool) -> dict[int, LayerCall] | None:
+    from .probe import calls_without_weights
+
+    return calls_without_weights(config, model_id, trust_remote_code)
+
+
+def _usable(tokenizer: Any) -> Any:
+    """A tokenizer whose longest text is a number: it is compared with, for a warning."""
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        tokenizer.model_max_length = int(longest) if str(longest).isdigit() else 2**62
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, config: Any, name: str) -> None:
+    """UserError if the tokenizer gives tokens that the model's embedding lacks. A padding token that was added is never used."""
+    rows = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if not isinstance(rows, int) or len(tokenizer) <= rows:
+        return
+    beyond = {token for token, index in tokenizer.get_vocab().items() if index >= rows} - {tokenizer.pad_token}
+    if beyond:
+        raise UserError(
+            f"model {name!r}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows} ({len(beyond)} have no row): "
+            "take the tokenizer that belongs to the weights"
+        )
+
+
+def _check_weights(report: dict[str, Any], weights: int, name: str) -> None:
+    """UserError if the files lack weights, which would be random numbers; weights that the model does not use are noted."""
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing:
+        more = f"; {len(unexpected)} others are not of this model, such as {unexpected[0]}" if unexpected else ""
+        raise UserError(
+            f"model {name!r}: {len(missing)} of {weights} weights are missing from its files, such as {missing[0]}{more}: "
+            "check config.json and the names in the files"
+        )
+    if unexpected:
+        logger.warning("model %r: %d weights of its files are not used, such as %s", name, len(unexpected), unexpected[0])
 
 
 def check_place(device: str, dtype: str, dense_backend: str) -> None:
@@ -122,111 +206,24 @@ def check_place(device: str, dtype: str, dense_backend: str) -> None:
 
 
 def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[int, int]:
-    """(layers, bytes of one token's keys and values in one layer), without weights. UserError as load_model."""
-    with _model_files(model_id, trust_remote_code) as (path, options):
-        from transformers import AutoConfig
+    """(attention layers, mean bytes of one token's keys and values in one), without weights. UserError as load_model."""
+    with model_files(model_id, trust_remote_code) as (path, options):
+        config = _checked_config(path, model_id, options)
+        calls = _check_without_weights(config, model_id, trust_remote_code)
+    config = config.get_text_config(decoder=True)
+    if calls is None:  # the model's code needs weights to run: the usual shapes
+        layers = sum(kind in (*ATTENTION_KINDS, *HYBRID_KINDS) for kind in layer_kinds(config))
+        numbers = 2 * _usual_kv_width(config)
+    else:
+        layers = len(calls)
+        numbers = sum(call.token_numbers for call in calls.values()) // layers
+    return layers, numbers * likely_dtype(dtype, pick_device("auto")).itemsize
 
-        config = AutoConfig.from_pretrained(path, **options).get_text_config(decoder=True)
-    _, kv_heads, dim = head_shape(config)
-    return config.num_hidden_layers, 2 * kv_heads * dim * likely_dtype(dtype, pick_device("auto")).itemsize
 
-
-def head_shape(config: Any) -> tuple[int, int, int]:
-    """(query heads, kv heads, channels per head) of a text decoder's config."""
-    heads: int = config.num_attention_heads
+def _usual_kv_width(config: Any) -> int:
+    heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
-
-
-@contextmanager
-def _model_files(model_id: str, trust_remote_code: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The folder or hub id, and the options, for `from_pretrained`. Errors inside become UserErrors."""
-    if not isinstance(model_id, str) or not model_id.strip():
-        raise UserError(f"a model is a hub id, a folder or {EMBEDDED_MODEL}, got {model_id!r}")
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    folder = _local_folder(model_id)
-    if folder is None and not _hub_has(model_id):
-        options["local_files_only"] = True
-    try:
-        with quiet_transformers():
-            yield folder or model_id, options
-    except UserError:
-        raise
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"model {model_id!r} does not fit into the GPU's memory: take the cpu or a smaller model", "device"
-        ) from None
-    except Exception as error:
-        raise _explain(error, model_id, from_hub=folder is None) from error
-
-
-def _local_folder(model_id: str) -> str | None:
-    """The folder of a local or the embedded model; None for a hub id."""
-    if model_id.startswith("embedded/"):
-        return str(embedded_folder(model_id))
-    folder = Path(model_id).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"folder {model_id!r} holds no model: config.json is missing")
-        return str(folder)
-    if model_id.startswith((".", "/", "~", os.sep)) or model_id.count("/") > 1 or "\\" in model_id:
-        raise UserError(f"no folder {model_id!r}: give a model's folder, a hub id (organisation/name), {_OFFLINE}")
-    return None
-
-
-def _hub_has(model_id: str) -> bool:
-    """Whether the hub has a model; False: only the local cache has it. UserError if neither has it.
-
-    One short request: the loaders would retry for minutes.
-    """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = isinstance(try_to_load_from_cache(model_id, "config.json"), str)
-    except HFValidationError:
-        raise UserError(f"{model_id!r} is neither a folder nor a hub id (organisation/name): correct it, {_OFFLINE}") from None
-    if constants.HF_HUB_OFFLINE:
-        if not cached:
-            raise UserError(f"model {model_id!r} is not in the local cache and HF_HUB_OFFLINE is set: unset it, {_OFFLINE}")
-        return False
-    try:
-        get_hf_file_metadata(hf_hub_url(model_id, "config.json"), timeout=_HUB_TIMEOUT)
-    except Exception as error:
-        if not cached:
-            raise _explain(error, model_id, from_hub=True) from None
-        return False
-    return True
-
-
-def _explain(error: Exception, model_id: str, from_hub: bool) -> UserError:
-    """Why a model could not be loaded, and what to do."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if "trust_remote_code" in text:
-        return UserError(f"model {model_id!r} brings its own code: read it, then let it run", "trust_remote_code")
-    return UserError(_reason(error, text, f"model {model_id!r}", from_hub))
-
-
-def _reason(error: Exception, text: str, name: str, from_hub: bool) -> str:
-    if from_hub:
-        kinds: set[str] = set()  # names, because the hub's client moves its classes between versions
-        cause: BaseException | None = error
-        while cause is not None:
-            kinds |= {kind.__name__ for kind in type(cause).__mro__}
-            cause = cause.__cause__ or cause.__context__
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if "GatedRepoError" in kinds or status == 403:
-            return f"{name} is gated: accept its terms on its page and log in with `hf auth login`, {_OFFLINE}"
-        if "RepositoryNotFoundError" in kinds or status in (401, 404):
-            return f"{name} is unknown to the hub (or private: `hf auth login`): check the name, {_OFFLINE}"
-        if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
-            return f"{name} is no transformers model: its repository has no config.json; take another model, {_OFFLINE}"
-        if kinds & _NETWORK or "LocalEntryNotFoundError" in kinds or "connect" in text.lower():
-            return f"{name} cannot be fetched, the hub is unreachable ({type(error).__name__}): check the network, {_OFFLINE}"
-    if "model type" in text and "does not recognize" in text.lower():
-        return f"{name} has a model type that this transformers does not know: take another model or update it"
-    text = text if len(text) <= 200 else text[:197] + "..."
-    return f"{name} cannot be loaded ({text}): check its files, {_OFFLINE}"
+    return int(kv_heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

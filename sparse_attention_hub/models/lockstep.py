@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ from ..maskers.layout import Layout
 from ..maskers.state import AttentionState
 from .dense import dense_rows
 from .load import LanguageModel
-from .switch import SessionAttention, SparseMeans, checked_window
+from .rope import factors_of
+from .rules import Rule, layer_rule, refuse_mask
+from .switch import SessionAttention, SparseMeans
 
 if TYPE_CHECKING:
     from .session import Prefilled
@@ -27,9 +29,25 @@ LOCKSTEP = "sparse_hub_lockstep"
 
 #: Called after each layer's attention of a row, with keyword arguments: layer_idx; result, an
 #: AttentionResult, None for a dense row; queries (1, H, Q, D), after RoPE, of the last Q positions; keys,
-#: values (1, Hkv, N, D), views of the cache, valid only during the call; scaling; step, 0 for the question,
-#: 1, 2, ... for the generated tokens (1 for a forced answer that is not fed stepwise).
+#: values (1, Hkv, N, D), views of the cache, valid only during the call; scaling; softcap and sinks where the layer
+#: has them; step, 0 for the question, 1, 2, ... for the generated tokens (1 for a forced answer that is not fed stepwise).
 Recorder = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a layer's attention was called with: its rule, query and kv heads, channels of a key and of a value."""
+
+    rule: Rule
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+
+    @property
+    def token_numbers(self) -> int:
+        """Numbers that the cache holds of one token."""
+        return self.kv_heads * (self.key_width + self.value_width)
 
 
 @dataclass
@@ -57,34 +75,51 @@ class Lockstep:
     def __init__(self, lm: LanguageModel, prefilled: Prefilled, rows: list[Row], seed: int = 0) -> None:
         self.lm, self.prefilled, self.rows, self.seed = lm, prefilled, rows, seed
         self.step = 0
-        self.windows: dict[int, int | None] = {}  # sliding window per layer that was called
-        self._calls = 0  # of attention, in the current forward pass
+        self.layers: dict[int, LayerCall] = {}  # of those that were called
+        self._called: set[int] = set()  # layers that called attention in the current forward pass
         self._filling = False  # the current pass ends before the last layer's attention
         self._layouts: dict[Hashable, Layout] = {}  # shared by all rows and layers of one forward pass
 
     def forward(self, ids: Tensor, keep: int) -> Tensor:
         """Logits (rows, keep, V) of the last `keep` of ids (rows, Q)."""
         options: dict[str, Any] = {"logits_to_keep": keep} if self.lm.keeps_logits else {}
-        logits: Tensor = self._run(self.lm.model, ids, **options).logits[:, -keep:]
-        return logits
+        if self.prefilled.cache.get_seq_length() and ids.shape[1] > 1 and self.lm.continues is False:
+            # The recurrent layers of this model begin anew in every pass of several tokens.
+            logits = [self._run(self.lm.model, part, **options).logits[:, -1:] for part in ids.split(1, dim=1)]
+            return torch.cat(logits[-keep:], 1)
+        last: Tensor = self._run(self.lm.model, ids, **options).logits[:, -keep:]
+        return last
 
     def fill(self, ids: Tensor) -> None:
         """Put the keys and values of ids (rows, Q) into the cache; skip the rest of the last layer."""
-        self._run(self.lm.model.base_model, ids, filling=True)
+        self._run(self.lm.model.base_model, ids, filling=not self.prefilled.cache.recurrent)
 
     @torch.no_grad()
     def _run(self, module: Any, ids: Tensor, filling: bool = False, **options: Any) -> Any:
         """The module's output, None if filling. UserError if a layer did not use this attention."""
+        cache, expected = self.prefilled.cache, len(self.prefilled.cache.attention)
         self._layouts.clear()
-        self._calls, self._filling, output = 0, filling, None
-        with _ATTENTION.used_by(self, self.lm.attention_configs), suppress(_Filled):
-            output = module(input_ids=ids, past_key_values=self.prefilled.cache, use_cache=True, **options)
-        if self._calls != self.lm.num_layers:
+        self._called, self._filling, output = set(), filling, None
+        if self.lm.takes_positions:  # a few models count from 0 in every pass
+            held = cache.get_seq_length()
+            options["position_ids"] = torch.arange(held, held + ids.shape[1], device=ids.device)[None]
+        cache.defer(True)
+        try:
+            with _ATTENTION.used_by(self, self.lm.attention_configs), self.factors(), suppress(_Filled):
+                output = module(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+        finally:
+            cache.defer(False)
+        if len(self._called) != expected:
             raise UserError(
-                f"model {self.lm.id!r} has {self.lm.num_layers} layers but {self._calls} of them used the attention "
+                f"this model has {expected} attention layers but {len(self._called)} of them used the attention "
                 "that was set: its code does not follow transformers' attention interface, take another model"
             )
         return output
+
+    def factors(self) -> AbstractContextManager[None]:
+        """The rotary factors of the whole text, where they depend on its length."""
+        modules, length = self.lm.length_dependent, self.prefilled.text_length
+        return factors_of(modules, length) if modules and length else nullcontext()
 
     def attend(
         self,
@@ -92,45 +127,54 @@ class Lockstep:
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        mask: None,
+        mask: Tensor | None,
         scale: float | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """queries (rows, H, Q, D) -> (rows, Q, H, D). Keys and values come from each row's view of the cache."""
+        """queries (rows, H, Q, D), new keys and values (rows, Hkv, Q, D) -> (rows, Q, H, D). The earlier keys and values come
+        from each row's view of the cache."""
+        refuse_mask(mask)
         layer_idx: int = module.layer_idx
-        window = self.windows[layer_idx] = checked_window(module, kwargs)
+        if layer_idx in self._called:
+            raise UserError(
+                "this model calls its attention more than once per layer, which is not supported: take another model"
+            )
+        self._called.add(layer_idx)
+        rule, layer = layer_rule(module, kwargs), self.prefilled.cache.layers[layer_idx]
         scaling = scale if scale is not None else queries.shape[-1] ** -0.5
-        self._calls += 1
-        if self._filling and self._calls == self.lm.num_layers:
+        layer.append(keys, values)
+        self.layers[layer_idx] = LayerCall(rule, queries.shape[1], keys.shape[1], keys.shape[3], values.shape[3])
+        if self._filling and len(self._called) == len(self.prefilled.cache.attention):
             raise _Filled
         draws: dict[Hashable, object] = {}  # all rows use the same random numbers
         outputs = []
         for index, row in enumerate(self.rows):
             own = queries if len(self.rows) == 1 else queries[index : index + 1]
-            keys, values = self.prefilled.cache.layers[layer_idx].view(index)
+            keys, values = layer.view(index)
             result = None
-            if row.memory is None or window is not None:
-                output = dense_rows(own, keys, values, scaling, window)
+            if row.memory is None or rule.limited:
+                output = dense_rows(own, keys, values, scaling, rule)
             else:
                 self._prepare(row.memory, layer_idx, keys[:, :, : self.prefilled.context_length])
                 cache = CallCache(draws=draws, layouts=self._layouts)
-                inputs = AttentionInputs(own, keys, values, None, scaling, layer_idx, [self.seed], cache)
+                place = None, scaling, layer_idx, [self.seed], cache
+                inputs = AttentionInputs(own, keys, values, *place, **rule.scores, latent=rule.latent)
                 result = row.memory.attention.attend_inputs(inputs, row.memory.state)
                 output = result.output.to(own.dtype)
                 row.add(result, own.shape[2])
             outputs.append(output)
-            for recorder in row.recorders if window is None else ():
-                recorder(
-                    layer_idx=layer_idx, result=result, queries=own, keys=keys, values=values, scaling=scaling, step=self.step
-                )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            seen = {"queries": own, "keys": keys, "values": values, "scaling": scaling, **rule.scores}
+            for recorder in () if rule.limited else row.recorders:
+                recorder(layer_idx=layer_idx, result=result, step=self.step, **seen)
+        return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs)  # some models call `view` on it
 
     def _prepare(self, memory: Memory, layer_idx: int, keys: Tensor) -> None:
         """Fit the maskers on the context's keys, once per layer; attentions with equal codes share the work."""
         if layer_idx in memory.prepared:
             return
-        known = self.prefilled.learned.of(memory.attention.maskers, self.prefilled.name, keys, layer_idx)
-        for position in range(len(memory.attention.maskers)):
+        maskers = memory.attention.maskers_of(layer_idx)
+        known = self.prefilled.learned.of(maskers, self.prefilled.name, keys, layer_idx)
+        for position in range(len(maskers)):
             memory.state.adopt(layer_idx, position, known.entry(layer_idx, position).fork(self.prefilled.context_length))
         memory.prepared.add(layer_idx)
         self.prefilled.learned.trim()

@@ -28,9 +28,12 @@ from transformers.masking_utils import sdpa_mask
 
 from ..attention import ResearchAttention
 from ..errors import UserError
+from ..maskers.inputs import AttentionInputs
 from ..maskers.layout import FORBIDDEN_BIAS
+from .dense import dense_with_mask
 from .load import LanguageModel
-from .switch import SessionAttention, SparseMeans, attention_configs, check_supported, checked_window
+from .rules import layer_rule
+from .switch import SessionAttention, SparseMeans, attention_configs, check_supported
 
 PLUGIN = "sparse_hub"
 
@@ -100,17 +103,19 @@ class SparseSession(SparseMeans):
     ) -> Tensor:
         """queries (B, H, Q, D), keys and values (B, Hkv, N, D) -> (B, Q, H, D)."""
         self.calls += 1
-        windowed = checked_window(module, kwargs) is not None
-        self.windowed_calls += windowed
+        rule = layer_rule(module, kwargs)
+        self.windowed_calls += rule.limited
         if mask is None:
             raise UserError(
                 "no attention mask reached the sparse attention, so padding and order are unknown: "
                 "this model builds its own masks, take another model"
             )
         view = self._view
-        if not windowed and (view is None or view.mask is not mask):  # all layers of a pass share one mask
+        if not rule.limited and (view is None or view.mask is not mask):  # all layers of a pass share one mask
             view = self._view = _View(mask, batch=queries.shape[0], length=queries.shape[2])
-        if windowed or view is None or (view.prefill and self.dense_prefill):
+        if rule.limited or view is None or (view.prefill and self.dense_prefill):
+            if rule.scores:
+                return dense_with_mask(queries, keys, values, mask, scaling, rule)
             # With a mask given, transformers' own function aligns nothing by itself.
             return sdpa_attention_forward(module, queries, keys, values, mask, scaling=scaling, is_causal=False)[0]
         seeds = [self.seeds] * len(queries) if isinstance(self.seeds, int) else self.seeds
@@ -121,16 +126,19 @@ class SparseSession(SparseMeans):
         for i, (first, end) in enumerate(view.spans):
             own_keys = keys[i : i + 1, :, first:end]
             item = self._item(i, module.layer_idx, own_keys, max(0, end - first - queries.shape[2]))
-            result = self.attention(
+            own_mask = None if view.causal[i] else view.full[i : i + 1, :, :, first:end]
+            inputs = AttentionInputs(
                 queries[i : i + 1],
                 own_keys,
                 values[i : i + 1, :, first:end],
-                attention_mask=None if view.causal[i] else view.full[i : i + 1, :, :, first:end],
-                scaling=scaling,
-                layer_idx=module.layer_idx,
-                state=item.state,
-                seeds=seeds[i],
+                own_mask,
+                scaling,
+                module.layer_idx,
+                [int(seeds[i])],
+                **rule.scores,
+                latent=rule.latent,
             )
+            result = self.attention.attend_inputs(inputs, item.state)
             item.seen = own_keys[0, :, :, 0].clone()
             rows = int((~result.density_rows.isnan()).sum())  # rows of padding do not count
             if rows:

@@ -12,17 +12,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..attention import ResearchAttention
-from ..errors import UserError
+from ..errors import NonFiniteError, UserError
 from ..maskers.shared_states import SharedStates
 from .cache import SharedPrefixCache
-from .load import LanguageModel, head_shape
+from .load import LanguageModel
 from .lockstep import Lockstep, Memory, Recorder, Row
+from .probe import continues, layer_calls
+from .probe import sparse_layers as sparse_layers  # re-exported
 from .switch import switched
 
 SparseFrom = Literal["question", "decode"]
@@ -57,7 +59,8 @@ class Forced:
 
 @dataclass
 class Prefilled:
-    """A context's KV cache, and the masker states fitted on its keys. name: of the context in `learned`."""
+    """A context's KV cache, and the masker states fitted on its keys. name: of the context in `learned`. text_length: tokens of
+    context, question and answer; rotary factors that depend on the length are those of so many."""
 
     cache: SharedPrefixCache
     context_length: int
@@ -65,6 +68,7 @@ class Prefilled:
     states: dict[tuple[ResearchAttention, int], Memory] = field(default_factory=dict)
     learned: SharedStates = field(default_factory=SharedStates)
     name: str = ""
+    text_length: int = 0
 
     @property
     def room(self) -> int:
@@ -85,6 +89,7 @@ class Prefilled:
 def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
     """Run the context through the model once, densely and without the LM head; `room` tokens can follow.
 
+    Where rotary factors depend on the text's length ("longrope", "dynamic"), it is that of context and room together.
     UserError for an empty context or one longer than the model's positions.
     """
     if not context_ids:
@@ -95,40 +100,30 @@ def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
     if lm.max_positions is not None and length > lm.max_positions:
         raise UserError(f"the context has {length} tokens, {lm.id} takes {lm.max_positions}: shorten it", "max_context_length")
     started = time.perf_counter()
-    cache = SharedPrefixCache(lm.num_layers, length + room)
-    prefilled = Prefilled(cache, length, 0.0)
+    cache = lm.new_cache(length + room)
+    prefilled = Prefilled(cache, length, 0.0, text_length=length + room)
     ids = torch.tensor([context_ids], device=lm.device)
-    if lm.dense_backend == "sdpa":
-        batch = Lockstep(lm, prefilled, [Row()])
-        for part in torch.split(ids, _prefill_chunk(lm), dim=1):
+    batch = Lockstep(lm, prefilled, [Row()])
+    if lm.dense_backend == "sdpa" or not _fused(lm):
+        for part in torch.split(ids, length if not continues(lm) else _prefill_chunk(lm), dim=1):
             batch.fill(part)
     else:
-        with switched(lm.attention_configs, lm.dense_backend), torch.no_grad():
+        with switched(lm.attention_configs, lm.dense_backend), batch.factors(), torch.no_grad():
             lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     if cache.get_seq_length() != length:
         raise UserError(f"model {lm.id!r} does not keep its keys in the cache it is given: take another model")
+    cache.save()
     prefilled.seconds = time.perf_counter() - started
     return prefilled
 
 
+def _fused(lm: LanguageModel) -> bool:
+    """Whether another attention of transformers can prefill: it knows windows, but not all else that layers may ask."""
+    return not any(call.rule.scores or call.rule.latent or call.rule.chunk for call in layer_calls(lm).values())
+
+
 def _prefill_chunk(lm: LanguageModel) -> int:
     return _CHUNKS["cpu"] if lm.device.type == "cpu" else _CHUNKS["gpu"]
-
-
-def sparse_layers(lm: LanguageModel) -> list[int]:
-    """The layers that can be sparse, in order: those without a sliding window. UserError if the model has none.
-
-    A forward pass over one token finds them: configurations name their windows in many ways.
-    """
-    if lm.full_layers is None:
-        batch = Lockstep(lm, Prefilled(SharedPrefixCache(lm.num_layers, 1), 0, 0.0), [Row()])
-        batch.fill(torch.tensor([[0]], device=lm.device))
-        lm.full_layers = sorted(layer for layer, window in batch.windows.items() if window is None)
-    if not lm.full_layers:
-        raise UserError(
-            f"model {lm.id!r} has sliding-window layers only, which stay dense: nothing of it can be sparse, take another model"
-        )
-    return lm.full_layers
 
 
 def answer(
@@ -164,6 +159,7 @@ def answer_many(
 
     sparse_from: "question" (question and answer are sparse) or "decode" (the question is dense, once for
     all rows). An answer ends with EOS or after exactly max_new_tokens tokens, EOS counted.
+    NonFiniteError, which names the attention, if logits are not finite; the other attentions can be asked without it.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
@@ -171,6 +167,7 @@ def answer_many(
     with _asked(lm, prefilled, question_ids, attentions, max_new_tokens, sparse_from, seed, recorders) as (batch, logits):
         rows = batch.rows
         while True:
+            _check_finite(logits, batch.rows)
             chosen = logits[:, -1].argmax(dim=-1)
             unfinished = []
             for index, (row, token) in enumerate(zip(batch.rows, chosen.tolist(), strict=True)):
@@ -216,18 +213,21 @@ def forced_many(
 
     The answer's last token is predicted but never fed, as in generation. stepwise: feed the tokens one by
     one, as slow as generation and equal to it. In one pass, sizes that are a fraction of N use the N of
-    the last token, and pages hold tokens that come later.
+    the last token, and pages hold tokens that come later. NonFiniteError as answer_many.
     """
     if not answer_ids:
         raise UserError("the answer has no tokens: nothing to force")
     with _asked(lm, prefilled, question_ids, attentions, len(answer_ids), sparse_from, seed, recorders) as (batch, logits):
         target = torch.tensor(answer_ids, device=lm.device)
+        _check_finite(logits, batch.rows)
         predictions = [_predicted(logits, target[:1])]
         done, step = 1, 1 if stepwise else len(answer_ids) - 1
         while done < len(answer_ids):
             batch.step += 1
             ids = target[done - 1 : done - 1 + step].expand(len(batch.rows), -1)
-            predictions.append(_predicted(batch.forward(ids, step), target[done : done + step]))
+            logits = batch.forward(ids, step)
+            _check_finite(logits, batch.rows)
+            predictions.append(_predicted(logits, target[done : done + step]))
             done += step
         losses, hits = (torch.cat(parts, 1) for parts in zip(*predictions, strict=True))
         return [
@@ -242,6 +242,19 @@ def _predicted(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     target = target.to(logits.device)
     losses = [torch.nn.functional.cross_entropy(scores.float(), target, reduction="none") for scores in logits]
     return torch.stack(losses), logits.argmax(dim=-1) == target
+
+
+def _check_finite(logits: Tensor, rows: Sequence[Row]) -> None:
+    """NonFiniteError if a row of logits (rows, n, V) has NaN or infinite numbers."""
+    finite = logits.isfinite().flatten(1).all(1).tolist()
+    if all(finite):
+        return
+    row = rows[finite.index(False)]
+    names = "dense" if row.memory is None else repr([type(masker.config).__name__ for masker in row.memory.attention.maskers])
+    raise NonFiniteError(
+        f"logits are not finite under {names} attention after {len(row.tokens)} tokens: check the weights for NaN; if the dtype is "
+        "float16, take bfloat16 or float32"
+    )
 
 
 @contextmanager
@@ -305,14 +318,20 @@ def _asked(
 def estimate_bytes(lm: LanguageModel, context_tokens: int, room: int, forks: int) -> int:
     """Rough peak memory, without the weights, of a prefill and answers under `forks` attentions: KV cache,
     private tails, activations of the larger of the two passes, and one row's attention scores."""
-    config = lm.model.config.get_text_config(decoder=True)
-    heads, kv_heads, dim = head_shape(config)
+    config, calls = lm.model.config.get_text_config(decoder=True), layer_calls(lm)
     number = lm.dtype.itemsize  # bytes
-    token = 2 * lm.num_layers * kv_heads * dim * number
+    token = sum(call.token_numbers for call in calls.values()) * number
     tails = forks * room * token if forks > 1 else 0
-    row = (6 * config.hidden_size + 3 * getattr(config, "intermediate_size", 4 * config.hidden_size)) * number
-    at_once = context_tokens if lm.dense_backend != "sdpa" else min(context_tokens, _prefill_chunk(lm))
+    row = (6 * config.hidden_size + 3 * _feed_forward(config)) * number
+    at_once = min(context_tokens, _prefill_chunk(lm)) if lm.dense_backend == "sdpa" and continues(lm) else context_tokens
     activations = max(at_once, forks * room) * row
+    heads = max(call.heads for call in calls.values())
     scores = 4 * heads * min(room, 64) * (context_tokens + room) * 4
     logits = forks * config.vocab_size * (number + 4)
     return int((context_tokens + room) * token + tails + activations + scores + logits)
+
+
+def _feed_forward(config: Any) -> int:
+    """Channels of a feed-forward layer."""
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return max(width) if isinstance(width, list) else int(width)

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..attention import AttentionResult
 from ..errors import UserError
+from .config_checks import check_config
 
 
 class SessionAttention:
@@ -81,7 +82,7 @@ def attention_configs(model: Any) -> list[Any]:
 
 def attention_modules(model: Any) -> list[Any]:
     """The decoder's attention layers: modules that know their layer and project queries or keys."""
-    projections = ("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack")
+    projections = ("q_proj", "k_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack", "kv_b_proj")
     return [
         module
         for module in model.modules()
@@ -91,40 +92,15 @@ def attention_modules(model: Any) -> list[Any]:
     ]
 
 
-_SOFT_CAP = "soft-caps attention scores, which sparse attention here does not do: take another model"
-_SINKS = "has learned attention sinks, which are not supported: take another model"
-_CHANGED = "changes its attention scores in a way that is not supported: take another model"
-
-
 def check_supported(model: Any, name: str) -> None:
-    """UserError for models whose attention this library would get wrong."""
-    config, layers = model.config.get_text_config(decoder=True), attention_modules(model)
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    problems = {
-        _SOFT_CAP: getattr(config, "attn_logit_softcapping", None),
-        "shares keys between layers, which is not supported: take another model": getattr(config, "num_kv_shared_layers", 0),
-        f"has layers of kind {', '.join(sorted(kinds))}, not plain attention: take another model": kinds,
-        "is an encoder-decoder model: take a decoder-only one": getattr(config, "is_encoder_decoder", False),
-        _SINKS: any(getattr(layer, "sinks", None) is not None for layer in layers),
-        "has no attention layers that can be switched: take a model of the transformers library": not layers,
-    }
-    for problem, present in problems.items():
-        if present:
-            raise UserError(f"model {name!r} {problem}")
-
-
-def checked_window(module: Any, kwargs: dict[str, Any]) -> int | None:
-    """The sliding window of a layer's call, in keys. None without one, or if no position reaches beyond it.
-
-    UserError if the layer asks its attention for more than softmax(QK)V.
-    """
-    refused = {"softcap": _SOFT_CAP, "s_aux": _SINKS, "position_bias": _CHANGED, "indices": _CHANGED}
-    for name, problem in refused.items():
-        if kwargs.get(name) is not None:
-            raise UserError(f"this model {problem}")
-    window: int | None = kwargs.get("sliding_window")
-    longest = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-    return None if window is not None and longest is not None and window >= longest else window
+    """UserError for models whose attention cannot be switched, or would be computed wrongly."""
+    config = model.config.get_text_config(decoder=True)
+    check_config(config, name)
+    if not attention_modules(model) or not type(model)._can_set_attn_implementation():
+        raise UserError(
+            f"model {name!r} ({config.model_type}) computes attention in its own code, not through transformers' attention "
+            "interface, so it cannot be made sparse: take another model"
+        )
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..attention import dense_attention
 from ..maskers.shared_states import SharedStates
-from .load import LanguageModel, head_shape
+from .load import LanguageModel
 
 if TYPE_CHECKING:
     from .session import Prefilled
@@ -38,7 +38,8 @@ _Calls = dict[int, list[tuple[Tensor, Tensor, Tensor]]]
 @dataclass(frozen=True)
 class TraceLayer:
     """One layer of a trace: queries (1, H, R, D), after RoPE, of the last R positions; keys and values
-    (1, Hkv, N, D) of the context and those rows; dense (1, R, H, D), their dense output in float32."""
+    (1, Hkv, N, D) of the context and those rows; dense (1, R, H, D), their dense output in float32; softcap and sinks (H,): see
+    AttentionInputs."""
 
     layer_idx: int
     queries: Tensor
@@ -46,6 +47,8 @@ class TraceLayer:
     values: Tensor
     dense: Tensor
     scaling: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 class Trace:
@@ -75,37 +78,45 @@ class Trace:
     def layer(self, layer_idx: int, device: torch.device | str = "cpu") -> TraceLayer:
         """Read one layer; on a CPU its tensors are views of the mapped file."""
         with safe_open(self.folder / _layer_file(layer_idx), framework="pt", device=str(device)) as stored:
-            tensors = {name: stored.get_tensor(name) for name in ("queries", "keys", "values", "dense")}
-        return TraceLayer(layer_idx, scaling=self.meta["scaling"][str(layer_idx)], **tensors)
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        softcap = self.meta.get("softcap", {}).get(str(layer_idx))
+        return TraceLayer(layer_idx, scaling=self.meta["scaling"][str(layer_idx)], softcap=softcap, **tensors)
 
     def prefilled(self, lm: LanguageModel, room: int, states: SharedStates | None = None) -> Prefilled | None:
         """The context's KV cache rebuilt from the trace, instead of prefilling again; None if the trace
         lacks layers. states: masker states to share with replays of this trace."""
-        from .cache import SharedPrefixCache
         from .session import Prefilled
 
         if len(self.layers) != lm.num_layers:
             return None
-        cache = SharedPrefixCache(lm.num_layers, self.context_length + room)
+        cache = lm.new_cache(self.context_length + room)
         for index, layer in enumerate(cache.layers):
             stored = self.layer(index, lm.device)
             layer.update(stored.keys[:, :, : self.context_length], stored.values[:, :, : self.context_length])
         learned = SharedStates() if states is None else states
-        return Prefilled(cache, self.context_length, 0.0, learned=learned, name=self.key)
+        length = self.meta.get("text_length", 0)
+        return Prefilled(cache, self.context_length, 0.0, learned=learned, name=self.key, text_length=length)
 
 
 def trace_key(lm: LanguageModel, context_ids: list[int], question_ids: list[int], max_new_tokens: int, sparse_from: str) -> str:
     """A hash of everything that determines a trace except the layers kept."""
     device = [str(lm.dtype), lm.device.type, lm.dense_backend]
     parts = [FORMAT, lm.weights_fingerprint, device, context_ids, question_ids, max_new_tokens, sparse_from]
+    if lm.length_dependent:
+        parts.append("rotary factors of the whole text")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
 def layer_bytes(lm: LanguageModel, tokens: int, rows: int) -> int:
     """Bytes of one layer of a trace with keys and values of `tokens`, queries and outputs of `rows`."""
-    heads, kv_heads, dim = head_shape(lm.model.config.get_text_config(decoder=True))
+    from .probe import layer_calls
+
     number = lm.dtype.itemsize
-    return dim * (2 * kv_heads * tokens * number + heads * rows * (number + 4))
+    return max(
+        call.token_numbers * tokens * number + call.heads * rows * (call.key_width * number + call.value_width * 4)
+        for call in layer_calls(lm).values()
+        if not call.rule.limited
+    )
 
 
 def record_trace(
@@ -128,14 +139,14 @@ def record_trace(
 
     kept = set(sparse_layers(lm) if layers is None else layers)
     calls: _Calls = defaultdict(list)
-    scalings: dict[int, float] = {}
+    scores: dict[int, dict[str, Any]] = {}
 
-    def record(*, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, step: int, **_: Any) -> None:
+    def record(*, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, result: None, step: int, **about: Any) -> None:
         if layer_idx in kept:
             new = slice(-queries.shape[2], None)
             wanted = queries[:, :, :0] if step == 0 and sparse_from == "decode" else queries
             calls[layer_idx].append((wanted.clone(), keys[:, :, new].clone(), values[:, :, new].clone()))
-            scalings[layer_idx] = scaling
+            scores[layer_idx] = about  # scaling, and softcap and sinks where the layer has them
 
     prefilled = prefill(lm, context_ids, len(question_ids) + max_new_tokens)
     reply = answer(lm, prefilled, question_ids, None, max_new_tokens, recorder=record)
@@ -148,7 +159,7 @@ def record_trace(
         meta = {
             "format": FORMAT,
             "key": trace_key(lm, context_ids, question_ids, max_new_tokens, sparse_from),
-            **_write_layers(building, prefilled, calls, scalings),
+            **_write_layers(building, prefilled, calls, scores),
             "model": lm.id,
             "dtype": str(lm.dtype),
             "context_length": len(context_ids),
@@ -157,6 +168,7 @@ def record_trace(
             "answer": reply.text,
             "stopped": reply.stopped,
             "sparse_from": sparse_from,
+            "text_length": prefilled.text_length,
         }
         (building / META).write_text(json.dumps(meta))
         shutil.rmtree(folder, ignore_errors=True)
@@ -166,20 +178,25 @@ def record_trace(
     return Trace(folder, meta)
 
 
-def _write_layers(folder: Path, prefilled: Prefilled, calls: _Calls, scalings: dict[int, float]) -> dict[str, Any]:
+def _write_layers(folder: Path, prefilled: Prefilled, calls: _Calls, scores: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Save the layers that have queries, one at a time in memory; returns their part of `trace.json`."""
-    about: dict[str, Any] = {"files": {}, "scaling": {}, "bytes": 0, "rows": 0, "layers": []}
+    about: dict[str, Any] = {"files": {}, "scaling": {}, "softcap": {}, "bytes": 0, "rows": 0, "layers": []}
     for layer_idx, parts in sorted(calls.items()):
         queries, *new = (torch.cat(tensors, 2) for tensors in zip(*parts, strict=True))
         if queries.shape[2] == 0:
             continue
         keys, values = (torch.cat(pair, 2) for pair in zip(prefilled.context_keys(layer_idx), new, strict=True))
-        dense = dense_attention(queries, keys, values, scaling=scalings[layer_idx]).float()
+        own = scores[layer_idx]
+        dense = dense_attention(queries, keys, values, **own).float()
         tensors = {"queries": queries, "keys": keys, "values": values, "dense": dense}
+        if "sinks" in own:
+            tensors["sinks"] = own["sinks"]
         path = folder / _layer_file(layer_idx)
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
         about["files"][path.name] = _sha256(path)
-        about["scaling"][str(layer_idx)] = scalings[layer_idx]
+        about["scaling"][str(layer_idx)] = own["scaling"]
+        if "softcap" in own:
+            about["softcap"][str(layer_idx)] = own["softcap"]
         about["layers"].append(layer_idx)
         about["bytes"] += path.stat().st_size
         about["rows"] = queries.shape[2]

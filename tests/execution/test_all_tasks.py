@@ -12,8 +12,8 @@ from benchmark.execution.jobs import BenchmarkUnit
 from benchmark.execution.runner import run_benchmarks
 from benchmark.raytune.run_full_benchmark import main
 from benchmark.settings import Settings
-from benchmark.speed.toy import toy_configs
 from benchmark.tasks import expand_task
+from tests.toy import toy_configs
 
 DATA = Path(__file__).parents[1] / "data"
 TASKS = [

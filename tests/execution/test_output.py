@@ -18,10 +18,10 @@ from benchmark.execution.messages import Request
 from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
 from benchmark.report.table import closing_table
 from benchmark.settings import Settings
-from benchmark.speed.toy import ToyTask, toy_configs
-from benchmark.storage.records import Difference
+from benchmark.storage.benchmark_records import Difference
 from benchmark.storage.results import Journal, fingerprint, safe_name, write_json, write_text
 from benchmark.tasks.base import Sample, answer_seed
+from tests.toy import ToyTask, toy_configs
 
 Make = Callable[..., Settings]
 
@@ -162,7 +162,7 @@ def test_the_tree_and_what_its_files_hold(toy_unit: BenchmarkUnit, toy_task: Toy
     assert summary["config_run_used"] == "run_x" and summary["notes"] == ["a note"]
     assert [entry["configuration"] for entry in summary["results"]] == [c.name for c in toy_unit.configs]
     assert summary["phase2_results"] == {"total": 3, "completed": 3, "partial": 0, "failed": 0, "skipped": 0}
-    table = closing_table(outcome.summary)
+    table = closing_table(outcome)
     assert max(map(len, table.splitlines())) <= 100 and "toy/count" in table
 
 
@@ -180,7 +180,7 @@ def test_a_missing_figure_is_empty_and_never_none_or_nan(
 
 
 def test_the_table_marks_what_needs_a_look(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
-    summary = run_benchmarks([toy_unit], make_settings(max_requests=2), in_process=True).summary
+    summary = run_benchmarks([toy_unit], make_settings(max_requests=2), in_process=True)
     dense, *_ = summary.results
     dense = dense.model_copy(update={"model": "m" * 60, "task": "loogle/longdep_summarization", "error": 12.5})
     difference = Difference(difference=-0.125, interval=(-0.25, -0.01), n=2, better=0, worse=2, p_value=0.5)

@@ -25,15 +25,16 @@ import benchmark.execution.answer_sample as answer_sample
 import benchmark.execution.runner as execution
 import benchmark.execution.worker as worker
 from benchmark.execution.jobs import UnitRun
-from benchmark.execution.messages import Batch, Options
 from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
-from benchmark.execution.worker import BatchJob, answer_batch, run_batch
+from benchmark.execution.worker import Batch, answer_batch
 from benchmark.settings import Settings, SparseConfig
-from benchmark.speed.toy import ToyTask, save_tiny_model
-from benchmark.storage.records import Failure, SampleLine, to_json
+from benchmark.speed.toy import save_tiny_model
+from benchmark.storage.benchmark_records import SampleLine
+from benchmark.storage.records import Failure, to_json
 from benchmark.storage.results import Journal, safe_name
 from benchmark.workers.pools import ProcessPools, Slot, WorkerDied, plan_slots
 from sparse_attention_hub.errors import UserError
+from tests.toy import ToyTask
 
 Make = Callable[..., Settings]
 
@@ -56,8 +57,7 @@ class ScriptedPool:
         self.renewed = 0
         ScriptedPool.made.append(self)
 
-    def submit(self, slot: int, job: BatchJob, timeout: float | None) -> Future[int]:
-        batch = job.batch
+    def submit(self, slot: int, batch: Batch, timeout: float | None) -> Future[int]:
         self.batches.append(batch)
         word = self.script.pop(0) if len(self.script) > 1 else self.script[0]
         future: Future[int] = Future()
@@ -72,7 +72,7 @@ class ScriptedPool:
         for record in answer_batch(batch):
             if kind != "ok" and done == int(count):
                 break  # killed in the middle of this sample
-            job.keep(record)
+            batch.keep(record)
             done += 1
         if kind == "die":
             future.set_exception(WorkerDied("by signal SIGKILL"))
@@ -172,9 +172,9 @@ def test_two_runs_write_the_same_files_but_for_times(
 
 def test_answers_are_as_long_as_task_and_flag_allow(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
     outcome = run_benchmarks([toy_unit], make_settings(max_new_tokens=200), in_process=True)
-    assert [entry.samples.capped for entry in outcome.summary.results] == [0, 0, 0]  # the task's own 12
+    assert [entry.samples.capped for entry in outcome.results] == [0, 0, 0]  # the task's own 12
     outcome = run_benchmarks([toy_unit], make_settings(max_new_tokens=3), in_process=True)
-    assert [entry.samples.capped for entry in outcome.summary.results] == [4, 4, 4]
+    assert [entry.samples.capped for entry in outcome.results] == [4, 4, 4]
 
 
 def test_a_context_is_prefilled_once_for_all_questions_and_configurations(
@@ -208,7 +208,7 @@ def test_short_memory_halves_the_batch_until_it_fits(
 
     monkeypatch.setattr(models, "answer_many", short)
     outcome = run_benchmarks([toy_unit], make_settings(max_requests=2), in_process=True)
-    assert outcome.failures == [] and all(entry.samples.ok == 2 for entry in outcome.summary.results)
+    assert outcome.failures == [] and all(entry.samples.ok == 2 for entry in outcome.results)
     assert sizes == [3, 1, 2, 1, 1] + [1, 1, 1]  # the second sample does not try what failed before
 
 
@@ -264,7 +264,7 @@ def test_a_failing_configuration_fails_alone_and_counts_in_no_mean(
     monkeypatch.setattr(models, "answer_many", sabotage)
     settings = make_settings()
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    dense, local, sampling = outcome.summary.results
+    dense, local, sampling = outcome.results
     assert dense.samples.ok == local.samples.ok == 4
     assert sampling.samples.failed == 4 and sampling.score is None and sampling.density is None
     assert {entry.problem for entry in outcome.failures} == {"ZeroDivisionError: broken masker"}
@@ -275,7 +275,7 @@ def test_a_failing_configuration_fails_alone_and_counts_in_no_mean(
 
     monkeypatch.setattr(models, "answer_many", real)  # mended: only what failed is run
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    assert outcome.failures == [] and outcome.summary.results[2].samples.ok == 4
+    assert outcome.failures == [] and outcome.results[2].samples.ok == 4
 
 
 def test_a_configuration_that_cannot_be_made_fails_alone(
@@ -298,22 +298,28 @@ def test_a_configuration_that_cannot_be_made_fails_alone(
 def test_text_that_cannot_be_encoded_fails_its_sample_only(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of a surrogate pair, as a truncating exporter leaves it in somebody's data."""
-    real = toy_task.samples
+    """A tokenizer may refuse a prompt, or a reference."""
+    build, encode = worker.build_prompt, answer_sample.reference_ids
 
-    def torn(request: Any) -> Any:
-        made = real(request)
-        made[1] = replace(made[1], references=["\ud83d"], columns={**made[1].columns, "letter": "\ud83d"})
-        made[2] = replace(made[2], question="\ud83d?")
-        return made
+    def build_prompt(sample: Any, *rest: Any, **options: Any) -> Any:
+        if sample.sample_id == "toy/count:2":
+            raise ValueError("no such character")
+        return build(sample, *rest, **options)
 
-    monkeypatch.setattr(toy_task, "samples", torn)
+    def reference_ids(tokenizer: Any, prompt: Any, reference: str) -> list[int]:
+        if reference == second:
+            raise ValueError("no such character")
+        return encode(tokenizer, prompt, reference)
+
+    second = toy_task.samples(_request())[1].references[0]
+    monkeypatch.setattr(worker, "build_prompt", build_prompt)
+    monkeypatch.setattr(answer_sample, "reference_ids", reference_ids)
     settings = make_settings()
     run_benchmarks([toy_unit], settings, in_process=True)
     assert statuses(settings, toy_unit) == ["ok", "ok", "failed", "ok"]
     folder = settings.benchmark_results_dir / safe_name(toy_unit.model) / "dense" / "toy_count"
     rows = list(csv.DictReader((folder / "raw_results.csv").open(newline="", encoding="utf-8")))
-    assert rows[1]["letter"] == "\\ud83d" and rows[1]["reference_nll"] == "" and rows[0]["reference_nll"] != ""
+    assert rows[1]["reference_nll"] == "" and rows[0]["reference_nll"] != ""
 
 
 def test_files_that_cannot_be_written_are_a_failure_and_the_rest_goes_on(
@@ -332,7 +338,7 @@ def test_files_that_cannot_be_written_are_a_failure_and_the_rest_goes_on(
     outcome = run_benchmarks(units, settings, in_process=True)
     (problem,) = outcome.failures
     assert problem.task == "toy/other" and "no space left" in problem.problem
-    assert len(outcome.summary.results) == 3 and len(counted) == 4
+    assert len(outcome.results) == 3 and len(counted) == 4
     monkeypatch.setattr(execution, "write_unit", real)
     assert run_benchmarks(units, settings, in_process=True).failures == [] and len(counted) == 4
 
@@ -341,13 +347,13 @@ def test_a_question_too_long_for_the_context_is_a_failure_record(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make
 ) -> None:
     outcome = run_benchmarks([toy_unit], make_settings(max_context_length=20), in_process=True)
-    assert all(entry.samples.failed == 4 for entry in outcome.summary.results)
+    assert all(entry.samples.failed == 4 for entry in outcome.results)
     assert "--max-context-length" in outcome.failures[0].problem
 
 
 def test_truncated_contexts_are_counted(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
     outcome = run_benchmarks([toy_unit], make_settings(max_context_length=100), in_process=True)
-    assert [entry.samples.truncated for entry in outcome.summary.results] == [4, 4, 4]
+    assert [entry.samples.truncated for entry in outcome.results] == [4, 4, 4]
 
 
 # -- scoring ---------------------------------------------------------------------------------------------------------
@@ -367,7 +373,7 @@ def test_a_metric_that_raises_marks_its_sample_and_keeps_the_answer(
     first = toy_task.samples(_request())[0].references
     toy_task.score_answer = bad  # type: ignore[method-assign]
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    marked = outcome.summary.results[0].samples
+    marked = outcome.results[0].samples
     assert marked.unscored >= 1 and marked.ok == 4 - marked.unscored
     folder = settings.benchmark_results_dir / safe_name(toy_unit.model) / "dense" / "toy_count"
     with (folder / "raw_results.csv").open(newline="") as stream:
@@ -378,7 +384,7 @@ def test_a_metric_that_raises_marks_its_sample_and_keeps_the_answer(
     before = len(counted)
     outcome = run_benchmarks([toy_unit], replace(settings, rescore=True), in_process=True)
     assert len(counted) == before  # nothing was run
-    assert outcome.summary.results[0].samples.ok == 4 and outcome.failures == []
+    assert outcome.results[0].samples.ok == 4 and outcome.failures == []
 
 
 def test_rescoring_says_what_is_missing(
@@ -387,7 +393,7 @@ def test_rescoring_says_what_is_missing(
     settings = make_settings(max_requests=2)
     run_benchmarks([toy_unit], settings, in_process=True)
     outcome = run_benchmarks([toy_unit], replace(settings, rescore=True, max_requests=4), in_process=True)
-    assert outcome.summary.results[0].samples.missing == outcome.summary.results[0].samples.ok == 2
+    assert outcome.results[0].samples.missing == outcome.results[0].samples.ok == 2
     assert len(counted) == 2
 
 
@@ -408,7 +414,7 @@ def test_rescoring_leaves_alone_what_has_no_recorded_answers(
     other = SparseConfig("sink_local_25pct", ResearchAttentionConfig([SinkMaskerConfig(sink_size=9)]), (SinkMaskerConfig,))
     unit = replace(toy_unit, configs=(toy_unit.configs[0], other))
     outcome = run_benchmarks([unit, replace(unit, task="toy/other")], replace(settings, rescore=True), in_process=True)
-    assert [entry.configuration for entry in outcome.summary.results] == ["dense"] and len(counted) == 2
+    assert [entry.configuration for entry in outcome.results] == ["dense"] and len(counted) == 2
     told = [(entry.task, entry.configuration) for entry in outcome.failures]
     assert told == [("toy/count", "sink_local_25pct"), ("toy/other", None)]
     after = result_files(settings.benchmark_results_dir)
@@ -430,7 +436,7 @@ def test_nothing_is_run_twice_and_more_samples_add_to_what_is_there(
     settings = make_settings(max_requests=2)
     first = run_benchmarks([toy_unit], settings, in_process=True)
     again = run_benchmarks([toy_unit], settings, in_process=True)  # all is done: no work, the same results
-    assert _timeless(to_json(first.summary)) == _timeless(to_json(again.summary)) and len(counted) == 2
+    assert _timeless(to_json(first)) == _timeless(to_json(again)) and len(counted) == 2
     run_benchmarks([toy_unit], replace(settings, max_requests=4), in_process=True)
     assert [sample for sample, _ in counted] == [f"toy/count:{i}" for i in range(4)]
 
@@ -450,8 +456,8 @@ def test_one_configuration_under_two_names_is_run_once(
     local = toy_unit.configs[1]
     unit = replace(toy_unit, configs=(*toy_unit.configs, SparseConfig("other_50pct", local.config, local.masker_classes)))
     outcome = run_benchmarks([unit], make_settings(), in_process=True)
-    assert {len(configs) for _, configs in counted} == {3} and len(outcome.summary.results) == 4
-    assert outcome.summary.results[1].score == outcome.summary.results[3].score
+    assert {len(configs) for _, configs in counted} == {3} and len(outcome.results) == 4
+    assert outcome.results[1].score == outcome.results[3].score
 
 
 def test_changed_settings_keep_the_old_results_and_are_noted(
@@ -461,7 +467,7 @@ def test_changed_settings_keep_the_old_results_and_are_noted(
     run_benchmarks([toy_unit], settings, in_process=True)
     outcome = run_benchmarks([toy_unit], replace(settings, sparse_from="decode"), in_process=True)
     assert len(counted) == 8
-    assert any("sparse_from: question -> decode" in note for note in outcome.summary.notes)
+    assert any("sparse_from: question -> decode" in note for note in outcome.notes)
     base = settings.benchmark_results_dir / safe_name(toy_unit.model) / "sink_local_25pct"
     aside = [path for path in base.iterdir() if path.name != "toy_count"]
     assert len(aside) == 1 and json.loads((aside[0] / "config.json").read_text())["sparse_from"] == "question"
@@ -492,7 +498,7 @@ def test_results_of_changed_data_keep_their_files_and_fewer_samples_are_no_chang
     run_benchmarks([toy_unit], settings, in_process=True)
     for count in (2, 4):
         outcome = run_benchmarks([toy_unit], replace(settings, max_requests=count), in_process=True)
-        assert outcome.summary.notes == [] and len(counted) == 4
+        assert outcome.notes == [] and len(counted) == 4
     base = settings.benchmark_results_dir / safe_name(toy_unit.model) / "dense"
     first = (base / "toy_count" / "raw_results.csv").read_text()
     good = toy_task.samples
@@ -503,7 +509,7 @@ def test_results_of_changed_data_keep_their_files_and_fewer_samples_are_no_chang
 
     toy_task.samples = edited  # type: ignore[method-assign]
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    assert len(counted) == 4 and all("other data" in note for note in outcome.summary.notes)
+    assert len(counted) == 4 and all("other data" in note for note in outcome.notes)
     (aside,) = (path for path in base.iterdir() if path.name != "toy_count")
     assert (aside / "raw_results.csv").read_text() == first
     toy_task.context += 1
@@ -558,7 +564,7 @@ def test_an_interrupted_forced_run_resumes_and_the_next_one_reruns_all(
     counted.clear()
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
     assert [sample for sample, _ in counted] == ["toy/count:2", "toy/count:3"]
-    assert any("--force-benchmark: continues" in note for note in outcome.summary.notes)
+    assert any("--force-benchmark: continues" in note for note in outcome.notes)
     found = result_files(settings.benchmark_results_dir)
     found["benchmark_summary.json"]["notes"] = []
     assert found == whole
@@ -577,7 +583,7 @@ def test_a_new_version_is_noted_and_rescoring_finds_the_old_answers(
     counted.clear()
     outcome = run_benchmarks([toy_unit], replace(settings, rescore=True), in_process=True)
     assert counted == [] and outcome.failures == []
-    assert all(result.samples.ok == 4 for result in outcome.summary.results)
+    assert all(result.samples.ok == 4 for result in outcome.results)
     for name, rows in result_files(settings.benchmark_results_dir).items():
         if name.endswith(("raw_results.csv", "micro_metrics.jsonl")) and name in whole:
             assert rows == whole[name]
@@ -585,8 +591,7 @@ def test_a_new_version_is_noted_and_rescoring_finds_the_old_answers(
     assert len(counted) == 4
     names = ", ".join(config.name for config in toy_unit.configs)
     assert any(
-        f"code or files of maskers changed, so these configurations run again: {names}" in note
-        for note in outcome.summary.notes
+        f"code or files of maskers changed, so these configurations run again: {names}" in note for note in outcome.notes
     )
 
 
@@ -669,7 +674,7 @@ def test_a_timeout_ends_its_task_and_is_recorded(
     outcome = run_benchmarks([toy_unit], settings)
     found = statuses(settings, toy_unit)
     assert found.count("timeout") == 8 - found.count("ok") >= 1
-    assert outcome.summary.results[0].samples.timed_out == found.count("timeout")
+    assert outcome.results[0].samples.timed_out == found.count("timeout")
     assert all("--benchmark-timeout" in entry.problem for entry in outcome.failures)
     scripted("ok")
     outcome = run_benchmarks([toy_unit], settings)
@@ -708,15 +713,15 @@ def test_a_task_without_data_is_a_failure_and_the_rest_goes_on(
     monkeypatch.setattr(jobs, "get_task", lambda name: Absent(name=name) if name == "toy/absent" else toy_task)
     outcome = run_benchmarks([replace(toy_unit, task="toy/absent"), toy_unit], make_settings(), in_process=True)
     assert [entry.problem for entry in outcome.failures] == ["toy/absent: its data are not there, pass --data-dir"]
-    assert to_json(outcome.summary.phase2_results) == {"total": 6, "completed": 3, "partial": 0, "failed": 3, "skipped": 0}
+    assert to_json(outcome.phase2_results) == {"total": 6, "completed": 3, "partial": 0, "failed": 3, "skipped": 0}
 
 
 def test_what_failed_in_the_search_is_in_the_summary(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
     failed = Failure(phase=1, model="m", task="t", configuration=None, status="failed", problem="a trial")
     outcome = run_benchmarks([toy_unit], make_settings(max_requests=1), failures=[failed], in_process=True)
-    assert outcome.failures == outcome.summary.failures == [failed] and len(outcome.summary.results) == 3
+    assert outcome.failures == [failed] and len(outcome.results) == 3
     outcome = run_benchmarks([], make_settings(), failures=[failed], in_process=True)
-    assert outcome.failures == [failed] and outcome.summary.results == []
+    assert outcome.failures == [failed] and outcome.results == []
 
 
 def test_nothing_to_do_and_bad_models_are_user_errors(toy_unit: BenchmarkUnit, make_settings: Make) -> None:
@@ -745,7 +750,7 @@ def test_one_interrupt_finishes_the_sample_in_work_and_writes_what_is_there(
     monkeypatch.setattr(worker, "answer_sample", interrupt)
     settings = make_settings()
     outcome = run_benchmarks([toy_unit], settings, in_process=True)
-    assert outcome.interrupted and outcome.summary.interrupted
+    assert outcome.interrupted and outcome.interrupted
     assert statuses(settings, toy_unit) == ["ok", "ok", "missing", "missing"]
     assert "the same command resumes" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
@@ -816,7 +821,7 @@ def test_without_pebble_it_runs_in_this_process(
     monkeypatch.setitem(sys.modules, "pebble", None)
     monkeypatch.setitem(sys.modules, "ray", None)
     outcome = run_benchmarks([toy_unit], make_settings(max_requests=1))
-    assert outcome.failures == [] and outcome.summary.results[0].samples.ok == 1
+    assert outcome.failures == [] and outcome.results[0].samples.ok == 1
 
 
 # -- real processes --------------------------------------------------------------------------------------------------
@@ -831,7 +836,8 @@ def _batch(unit: BenchmarkUnit, settings: Settings, folder: Path) -> Batch:
         False,
         run.configs,
         tuple(run.missing()),
-        Options(device="cpu", max_context_length=512),
+        settings,
+        "cpu",
         journal=folder / "journal.jsonl",
         status=folder / "status.json",
     )
@@ -851,76 +857,33 @@ def test_worker_processes_time_out_die_and_are_replaced(
     """One pool through all that happens to a worker: a time limit that kills, a SIGKILL, and the stop at the end."""
     toy_task.total = 400
     settings = make_settings(max_requests=400)
-    batch = _batch(toy_unit, settings, tmp_path)
+    batch, journal = _batch(toy_unit, settings, tmp_path), tmp_path / "journal.jsonl"
     pools = ProcessPools([Slot("worker-0", "cpu", 1)], None)
     try:
-        future = pools.submit(0, BatchJob(batch), timeout=1.5)  # counted from when the worker is up
+        future = pools.submit(0, batch, timeout=1.5)  # counted from when the worker is up
+        (first,) = pools.pids()
         with pytest.raises(TimeoutError):
             future.result(timeout=120)
-        first = json.loads(batch.status.read_text())["pid"]  # type: ignore[union-attr]
         pools.renew(0)
         assert not _is_alive(first)
 
-        future = pools.submit(0, BatchJob(batch), timeout=None)
-        while (second := json.loads(batch.status.read_text())["pid"]) == first or not batch.journal.exists():  # type: ignore[union-attr]
+        journal.unlink(missing_ok=True)
+        future = pools.submit(0, batch, timeout=None)
+        while not journal.exists():
             time.sleep(0.05)
+        (second,) = pools.pids()
         os.kill(second, signal.SIGKILL)
         with pytest.raises(WorkerDied, match="SIGKILL"):
             future.result(timeout=60)
         pools.renew(0)
 
         small = replace(batch, requests=batch.requests[:1], journal=tmp_path / "small.jsonl")
-        assert pools.submit(0, BatchJob(small), timeout=60).result(timeout=120) == 1
+        assert pools.submit(0, small, timeout=60).result(timeout=120) == 1
         assert len(Journal(tmp_path / "small.jsonl").read()) == 1
         last = pools.pids()
     finally:
         pools.kill()
     assert last and not any(_is_alive(pid) for pid in last)
-
-
-@pytest.mark.timeout(300)
-def test_kills_of_workers_parent_and_group_lose_nothing(tmp_path: Path) -> None:
-    """The fault run at small size: the final files are an undisturbed run's, and nothing journalled is run again."""
-    from benchmark.speed.fault_run import fault_run
-
-    figures = fault_run(tmp_path, kills=3, samples=10, seed=1, pause=(0.1, 0.5), workers=1, calm_workers=0)
-    assert figures["kills"] == 3
-    assert figures["files_equal"] == 1 and figures["answered_twice"] == 0
-    assert figures["failures"] == 0 and figures["processes_left"] == 0
-
-
-@pytest.mark.timeout(240)
-def test_signals_to_a_run_with_workers_end_it_in_order_or_at_once(tiny_model: str, tmp_path: Path) -> None:
-    """Ctrl-C reaches the whole group: the workers finish their samples, the files are written, exit code 130. Twice: now."""
-    from benchmark.speed import fault_run
-
-    def start_and_wait() -> subprocess.Popen[bytes]:
-        before = fault_run._journalled(results)
-        process = fault_run._start(tiny_model, results, samples=300, workers=1)
-        while fault_run._journalled(results) == before:
-            assert process.poll() is None, results.with_suffix(".log").read_text()
-            time.sleep(0.02)
-        return process
-
-    results = tmp_path / "results"
-    process = start_and_wait()
-    group = fault_run._group(process.pid)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    summary = json.loads((results / "benchmark_summary.json").read_text())
-    assert summary["interrupted"] and summary["results"][0]["samples"]["ok"] == fault_run._journalled(results)
-    assert summary["results"][0]["samples"]["missing"] > 0 and summary["failures"] == []
-
-    process = start_and_wait()
-    group |= fault_run._group(process.pid)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 130
-    deadline = time.monotonic() + 10
-    while any(_is_alive(pid) for pid in group) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(_is_alive(pid) for pid in group)
 
 
 @pytest.mark.timeout(240)
@@ -954,11 +917,11 @@ def _answers(base: Path) -> list[list[str]]:
     return [[row["predicted_answer"] for row in rows] for _, rows in sorted(files.items())]
 
 
-def test_run_batch_journals_each_sample_at_once(
+def test_a_batch_journals_each_sample_at_once(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, tmp_path: Path
 ) -> None:
     batch = _batch(toy_unit, make_settings(), tmp_path)
     counts: list[int] = []
-    run_batch(batch, lambda: counts.append(len(Journal(batch.journal).read())))  # type: ignore[arg-type]
+    batch.run(lambda: counts.append(len(Journal(batch.journal).read())))  # type: ignore[arg-type]
     assert counts == [1, 2, 3, 4]
     shutil.rmtree(tmp_path, ignore_errors=True)

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tiny_models import build
 
-from benchmark.search.spec import resolved_place
+from benchmark.search.spec import device_and_dtype
 from benchmark.settings import Settings
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models import answer, load_model, load_tokenizer, prefill
@@ -240,7 +240,7 @@ def test_looking_at_a_place_does_not_start_cuda(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sparse_attention_hub.models.load._log_once", lambda line: None)
     for device in ("auto", "cuda", "cuda:1", "sharded"):
         check_place(device, "auto", "auto")
-    assert resolved_place(Settings(models=(), tasks=())) == ["cuda", "torch.bfloat16"]
+    assert device_and_dtype(Settings(models=(), tasks=())) == ["cuda", "torch.bfloat16"]
     layers, size = load_shape(EMBEDDED_MODEL)
     assert (layers, size) == (30, 2 * 3 * 64 * 2)
 

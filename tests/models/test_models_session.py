@@ -33,6 +33,7 @@ from sparse_attention_hub.models import (
     prefill,
     session,
 )
+from sparse_attention_hub.models.rules import Rule
 
 CONTEXT, QUESTION, NEW = tokens(90), tokens(11, seed=2), 7
 
@@ -362,7 +363,7 @@ def test_dense_rows_is_softmax_over_what_each_row_may_see(
         for join in (dense._can_join, lambda *_: False):  # and with masks, as a GPU does
             with monkeypatch.context() as patched:
                 patched.setattr(dense, "_can_join", join)
-                found = dense.dense_rows(queries, keys, values, 0.3, window)
+                found = dense.dense_rows(queries, keys, values, 0.3, Rule(window=window))
             assert found.dtype == dtype
             assert torch.allclose(found.double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
 

@@ -55,11 +55,11 @@ class Letters:
         return "".join(chr(200 + i) for i in ids if not (skip_special_tokens and i == self.eos_token_id))
 
 
-def build(architecture: str, seed: int = 0) -> Any:
-    """A tiny random model in float32 on CPU."""
+def build(architecture: str, seed: int = 0, **sizes: Any) -> Any:
+    """A tiny random model in float32 on CPU. sizes: of a Llama, others than SIZES."""
     torch.manual_seed(seed)
     if architecture == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
+        model: Any = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes}))
     elif architecture == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
     elif architecture == "mistral":

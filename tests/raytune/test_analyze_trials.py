@@ -75,7 +75,8 @@ def test_the_newest_run_with_trials_is_read(searches: Path) -> None:
     assert len(run.studies) == 4, "levels of one search share their trials"
     study = next(study for study in run.studies if study.combination == "sink_local_oracle_top_k")
     assert [level.budget for level in study.levels] == [0.05, 0.1]
-    assert study.levels[0].trial is not None and study.levels[0].trial.trial_id == "la_00002"
+    best = study.best_trial(study.levels[0])
+    assert best is not None and best.trial_id == "la_00002"
     assert run.budgets == [0.05, 0.1]
 
 
@@ -142,10 +143,10 @@ def test_names_keep_both_ends() -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--run", "run_x"], "no run 'run_x'"),
+        (["--run", "run_x"], "--run 'run_x': no such run"),
         (["--optimal-configs-dir", "nowhere"], "no such folder"),
         (["--run", "run_20240103_000000"], "contains no finished search"),
-        (["--compare", "run_20240101_000000", "run_y"], "no run 'run_y'"),
+        (["--compare", "run_20240101_000000", "run_y"], "--compare 'run_y': no such run"),
         (["--run", "run_20240101_000000", "--compare", "a", "b"], "cannot be given together"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,12 +16,13 @@ from typing import Any
 import pytest
 
 import benchmark.report.__main__ as report
+from benchmark.command_line import run_command
 from benchmark.raytune import analyze_trials, run_full_benchmark
 from benchmark.raytune.plan import choose_configs, make_settings
 from benchmark.raytune.run_full_benchmark import get_all_sparse_configs, main, parse_arguments
 from benchmark.settings import Settings, as_sparse_configs, snake_case
 from sparse_attention_hub import OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
-from tests.search.search_files import best_config
+from sparse_attention_hub.errors import UserError
 
 SCRIPT = Path(run_full_benchmark.__file__)
 ROOT = SCRIPT.parents[2]
@@ -116,7 +120,6 @@ def test_a_context_too_short_for_the_question(empty_folder: Path, capsys: pytest
         ("{", "Invalid JSON"),
         ("[1]", "should be an object, got [1]"),
         (json.dumps({"model": "m", "task": "t", "masker_name": "x", "sparse_config": None}), "field sparse_config"),
-        (json.dumps(best_config(model="m")), "on m, which its name does not say"),
     ],
 )
 def test_foreign_files_among_the_results(
@@ -136,6 +139,67 @@ def test_the_plan(capsys: pytest.CaptureFixture[str], empty_folder: Path) -> Non
     for part in ("12 studies", "at most 144 trials", "ruler/1024/fwe", "Phase 2", "GB", "benchmark_summary.json"):
         assert part in printed
     assert list(empty_folder.iterdir()) == []
+
+
+DRY = {
+    "unknown model": (["--models", "./no/such/folder"], "no/such/folder"),
+    "unsupported model": (["--models", "encoder"], "encoder"),
+    "no such run": (["--phase", "2", "--config-run", "run_20240315_143022"], "run_20240315_143022"),
+    "a folder that cannot be made": (["--optimal-configs-dir", "/proc/found"], "--optimal-configs-dir"),
+    "too short a context": (["--tasks", "infinite_bench/passkey", "--search-max-context-length", "20"], "--search-max-context"),
+    "no tuning samples": (["--tasks", "infinite_bench/passkey"], "has no tuning samples"),
+}
+
+
+@pytest.mark.parametrize("case", DRY)
+def test_a_dry_run_checks_what_a_run_checks(
+    case: str, empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (empty_folder / "encoder").mkdir()
+    (empty_folder / "encoder/config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5Model"]}))
+    if case == "no tuning samples":
+        message = "task 'infinite_bench/passkey' has no tuning samples"
+
+        def none(*_: Any) -> Any:
+            raise UserError(message)
+
+        monkeypatch.setattr("benchmark.search.samples.tuning_samples", none)
+    arguments, named = DRY[case]
+    assert main(["--debug", "--dry-run", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert named in printed.err and len(printed.err.strip().splitlines()) == 1 and printed.out == ""
+
+
+def test_traces_have_the_lengths_of_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--phase", "1", "--tasks", "ruler/1024/fwe", "--search-max-requests", "1", "--search-max-context-length", "8192"]
+    assert main(["--debug", "--dry-run", "--device", "cpu", "--dtype", "float32", *flags]) == 0
+    # 30 layers of 3 kv heads with 64 channels, keys and values of 4 bytes, for 1024 tokens
+    assert "about 0.05 GB of keys and values" in capsys.readouterr().out
+
+
+def test_a_console_that_cannot_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> int:
+        print("\u540d\u524d")
+        raise UserError("model '\u540d' is not there")
+
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert run_command(fails) == 2
+    written = {}
+    for name, stream in streams.items():
+        stream.flush()
+        written[name] = stream.buffer.getvalue()  # type: ignore[attr-defined]
+    assert written["stdout"] == b"\\u540d\\u524d\n" and b"model '\\u540d' is not there" in written["stderr"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EACCES, 2)])
+def test_what_a_file_system_refuses_is_one_line(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> int:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    assert run_command(fails) == code
+    assert capsys.readouterr().err == f"error: /some/file: {os.strerror(number)}\n"
 
 
 @pytest.mark.parametrize("folder", [".", "benchmark/raytune"])

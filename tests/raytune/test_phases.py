@@ -15,7 +15,8 @@ from benchmark.search.config_search import SearchOutcome
 from benchmark.search.spec import StudySpec, study_id
 from benchmark.search.trial import Level
 from benchmark.speed.toy import save_tiny_model
-from benchmark.storage.records import BestConfig, read_record
+from benchmark.storage.records import read_record
+from benchmark.storage.search_records import BestConfig
 from tests.search.search_files import best_config, write_level
 
 TASK, SPARSE = "infinite_bench/passkey", "sink_local_10pct"

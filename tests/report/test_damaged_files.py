@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 from benchmark.execution.jobs import BenchmarkUnit
 from benchmark.execution.runner import run_benchmarks
 from benchmark.report.data import Tree, read_tree
+from benchmark.report.page import write_report
 from benchmark.settings import Settings
-from benchmark.speed.toy import ToyTask, save_tiny_model, toy_configs
-from benchmark.storage.records import FoundBy
+from benchmark.speed.toy import save_tiny_model
+from benchmark.storage.benchmark_records import FoundBy
 from sparse_attention_hub.errors import UserError
+from tests.toy import ToyTask, toy_configs
 
 SPARSE = "sink_local_25pct"
 FILES = {"metrics.json": f"tiny/{SPARSE}/toy_count", "config.json": f"tiny/{SPARSE}/toy_count", "benchmark_summary.json": "."}
@@ -123,6 +126,12 @@ def test_a_damaged_field_costs_its_file_only(name: str, damage: str, results: Pa
         assert all(isinstance(value, int) for _, value in others), "a number without a bound, such as a seed"
 
 
+def test_a_result_says_what_the_whole_model_reads(results: Path) -> None:
+    for row in read_tree(results).rows:
+        assert row.metrics.layers == row.metrics.sparse_layers == 2
+        assert row.metrics.model_kv_fraction == row.metrics.kv_fraction is not None
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\0", '{"a": ' + "[" * 100000, "[" * 100000 + "]" * 100000, "\ud83d"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_holds_no_record_is_left_out(name: str, text: str, results: Path, tmp_path: Path) -> None:
@@ -153,13 +162,28 @@ def test_the_sample_run_and_moved_results_are_no_rows(results: Path, tmp_path: P
     assert len(tree.rows) == 2 and tree.damaged == []
 
 
-@pytest.mark.parametrize("value", ["nan", "x", "inf"])
-def test_a_score_that_is_no_number_is_an_error_in_one_line(value: str, results: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["nan", "x", "inf", "9" * 5000, "\x1b[31m"])
+def test_a_score_that_is_no_number_costs_its_result_only(value: str, results: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(results, tmp_path / "copy")
     (row,) = (row for row in read_tree(folder).rows if row.name == SPARSE)
     path = row.folder / "raw_results.csv"
     lines = path.read_text()
-    score = next(iter(row.sample_scores().values()))
+    score = next(iter(row.scores.values()))
     path.write_text(lines.replace(f'"{score}"', f'"{value}"'))
-    with pytest.raises(UserError, match="raw_results.csv: cannot be read"):
-        row.sample_scores()
+    tree = read_tree(folder)
+    (line,) = tree.damaged
+    assert [row.name for row in tree.rows] == ["dense"]
+    assert line.startswith(f"{path}: ") and "must be a number" in line and line.isprintable() and len(line) < 800
+    page = unescape(write_report(folder).read_text())
+    assert line in page and "dense" in page
+
+
+@pytest.mark.parametrize("text", ["", "\0", "status", '"a', "a,b\n1,2,3\n", "\ud83d"])
+def test_a_table_that_is_none_costs_its_result_only(text: str, results: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(results, tmp_path / "copy")
+    path = folder / "tiny" / SPARSE / "toy_count" / "raw_results.csv"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    tree = read_tree(folder)
+    assert all(line.startswith(f"{path}: ") and "\n" not in line for line in tree.damaged)
+    assert len(tree.rows) + len(tree.damaged) == 2 and not any(row.scores for row in tree.rows if row.name == SPARSE)
+    write_report(folder)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.search.trial import RUNGS
-from benchmark.storage.records import BestConfig, TrialsFile, parse_record, write_record
+from benchmark.storage.records import parse_record, write_record
 from benchmark.storage.results import result_key
+from benchmark.storage.search_records import BestConfig, TrialsFile
 from sparse_attention_hub import OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
 
 TEMPLATE = ResearchAttentionConfig([SinkMaskerConfig(0.01), OracleTopKConfig(0.05)])
@@ -64,7 +65,7 @@ def best_config(**changes: Any) -> dict[str, Any]:
         "search_time": 20.0,
         "num_trials": 10,
         "failed_trials": 0,
-        "passing_failures": 0,
+        "transient_failures": 0,
         "best_trial_id": "abc_00000",
         "confirmation": confirmation | changes.pop("confirmation", {}),
         "provenance": provenance | changes.pop("provenance", {}),

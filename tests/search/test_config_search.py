@@ -7,21 +7,22 @@ import json
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from benchmark.search import config_search
-from benchmark.search import output as search_files
 from benchmark.search.config_search import SearchOutcome, find_finished, run_search
-from benchmark.search.spec import StudySpec, outcome_path, write_outcome
+from benchmark.search.output import trial_id, write_level_files
+from benchmark.search.spec import StudySpec, StudyWork, study_id
 from benchmark.search.study import Study
 from benchmark.search.trial import Level, Progress
 from benchmark.settings import Settings
-from benchmark.storage.records import Evaluation, StudyOutcome, read_record, write_record
 from benchmark.storage.rerun import ForcedRun
 from benchmark.storage.results import Journal, result_key, write_json
+from benchmark.storage.search_records import Evaluation
 from sparse_attention_hub import LocalMaskerConfig, OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
 from sparse_attention_hub.errors import UserError
 
@@ -70,17 +71,17 @@ def test_a_dead_ray_address_is_one_line_and_nothing_is_written(settings: Setting
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
         started = time.monotonic()
-        with pytest.raises(UserError, match=f"--ray-address {address}: no Ray cluster") as told:
+        with pytest.raises(UserError, match=f"--ray-address {address}: no Ray cluster") as raised:
             search([STUDY], _with(settings, ray_address=address))
-    assert time.monotonic() - started < 30 and "\n" not in str(told.value)
+    assert time.monotonic() - started < 30 and "\n" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_searches_in_one_ray_folder_are_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_search, "start_ray", lambda _: False)
     settings.ray_results_dir.mkdir()
-    with FileLock(settings.ray_results_dir / ".search.lock"):
-        with pytest.raises(UserError, match="--ray-results-dir .* another search"):
+    with FileLock(settings.ray_results_dir / ".lock"):
+        with pytest.raises(UserError, match="another run writes to .* another --ray-results-dir"):
             search([STUDY], settings)
         assert not settings.optimal_configs_dir.exists()
 
@@ -89,9 +90,9 @@ def test_a_finished_study_is_copied_with_its_failed_trials(settings: Settings) -
     _finish(settings, failing=True)
     outcome = search([STUDY], settings, "run_20240316_143022")
     old, new = sorted(settings.optimal_configs_dir.iterdir())
-    assert {p.name: p.read_bytes() for p in old.iterdir()} == {p.name: p.read_bytes() for p in new.iterdir()}
+    assert {p.name: p.read_bytes() for p in old.iterdir()} == {p.name: p.read_bytes() for p in results(new)}
     # A copy is as old as what was found: a forced search that was interrupted would take it for its own.
-    assert {p.name: p.stat().st_mtime for p in old.iterdir()} == {p.name: p.stat().st_mtime for p in new.iterdir()}
+    assert {p.name: p.stat().st_mtime for p in old.iterdir()} == {p.name: p.stat().st_mtime for p in results(new)}
     assert outcome.run_dir == new and len(outcome.levels) == 2
     assert outcome.failed_trials == {"m_t_x": outcome.levels[0].failed_trials}
 
@@ -101,7 +102,7 @@ def test_studies_with_transient_failures_are_searched_again(settings: Settings) 
     _finish(settings, failing=True)
     assert find_finished(STUDY, settings.optimal_configs_dir, identity) is not None
     for path in settings.optimal_configs_dir.glob("*/*pct.json"):
-        write_json(path, {**json.loads(path.read_text()), "passing_failures": 1})
+        write_json(path, {**json.loads(path.read_text()), "transient_failures": 1})
     assert find_finished(STUDY, settings.optimal_configs_dir, identity) is None
 
 
@@ -116,8 +117,8 @@ def test_a_forced_search_reuses_only_its_own_files(settings: Settings) -> None:
     for path in settings.optimal_configs_dir.glob("*/*pct.json"):
         path.touch()  # found again since
     again = ForcedRun(settings.ray_results_dir, "--force-search", identity)
-    (told,) = again.begin()
-    assert "continues" in told and str(again.path) in told
+    (note,) = again.begin()
+    assert "continues" in note and str(again.path) in note
     assert find_finished(STUDY, settings.optimal_configs_dir, identity, again) is not None
     assert ForcedRun(settings.ray_results_dir, "--force-search", "another").since is None
     ForcedRun(settings.ray_results_dir, "--force-search", "another").end()
@@ -138,13 +139,12 @@ def test_files_are_written_as_soon_as_a_study_is_finished(settings: Settings, mo
             (self.callback,) = run_config.callbacks
 
         def fit(self) -> None:
-            write_record(
-                outcome_path(settings.ray_results_dir.resolve(), STUDY, STUDY.identity(settings, "s")), _outcome(False)
-            )
-            trial = type("Trial", (), {"config": {"study": "m_t_x"}})
-            self.callback.on_trial_result(1, [], trial, {"finished": True, "progress": Progress("search")})
+            _write(settings, failing=False)
+            trial = SimpleNamespace(config={"study": "m_t_x"})
+            ended = {"finished": True, "progress": Progress("search"), "problem": None}
+            self.callback.on_trial_result(1, [], trial, ended)
             (run,) = settings.optimal_configs_dir.iterdir()
-            written.append({path.name for path in run.iterdir()})
+            written.append({path.name for path in results(run)})
             raise KeyboardInterrupt
 
     monkeypatch.setattr("ray.tune.Tuner", Tuner)
@@ -153,19 +153,33 @@ def test_files_are_written_as_soon_as_a_study_is_finished(settings: Settings, mo
     monkeypatch.setattr(config_search, "start_ray", lambda _: False)
     outcome = search([STUDY, other], settings)
     assert len(written[0]) == 6 and outcome.interrupted and len(outcome.levels) == 2
-    assert outcome.failures == {"m_u_x": "was not finished"} and outcome.failed_trials == {}
+    assert outcome.unfinished == ["m_u_x"] and outcome.failures == {} and outcome.failed_trials == {}
 
 
-def test_a_missing_or_damaged_outcome_is_one_line(settings: Settings) -> None:
-    identity = STUDY.identity(settings, "s")
+def test_missing_or_damaged_files_of_a_worker_are_one_line(settings: Settings) -> None:
     outcome = SearchOutcome(settings.optimal_configs_dir / "run_20240315_143022")
-    path = outcome_path(settings.ray_results_dir, STUDY, identity)
-    problem = config_search._collect(STUDY, path, settings, identity, outcome)
-    assert problem is not None and str(path) in problem and "must see --ray-results-dir" in problem
-    write_json(path, {"study": "m_t_x", "error": None, "seconds": "long"})
-    problem = config_search._collect(STUDY, path, settings, identity, outcome)
-    assert problem is not None and "field seconds" in problem and "got 'long'" in problem and "\n" not in problem
+    work = config_search._work(STUDY, settings, "s")
+    problem = config_search._collect(outcome, work, None)
+    assert problem is not None and str(work.results) in problem and "must see --ray-results-dir" in problem
+    assert config_search._collect(outcome, work, "no answer has a sparse row") == "no answer has a sparse row"
+    _write(settings, failing=False)
+    for path in work.results.glob("*pct.json"):
+        write_json(path, {**json.loads(path.read_text()), "num_trials": "many"})
+    problem = config_search._collect(outcome, work, None)
+    assert problem is not None and "field num_trials" in problem and "got 'many'" in problem and "\n" not in problem
     assert outcome.failures == {"m_t_x": problem} and outcome.levels == []
+
+
+@pytest.mark.parametrize("character", ["x", "模"])
+def test_names_of_any_length_become_files(character: str, settings: Settings) -> None:
+    name = character * 300
+    levels = tuple(Level(f"{name}_{level.name}", level.budget, level.template) for level in STUDY.levels)
+    spec = StudySpec(f"/models/{name}", f"{name}/task", name, levels)
+    work = _write(settings, failing=False, spec=spec)
+    outcome = SearchOutcome(settings.optimal_configs_dir / "run_20240315_143022")
+    assert config_search._collect(outcome, work, None) is None and len(outcome.levels) == 2
+    assert find_finished(spec, settings.optimal_configs_dir, work.identity) == outcome.run_dir
+    assert len(f"search_{study_id(spec)}".encode()) <= 255
 
 
 def test_failed_trials_are_counted_and_rungs_named(settings: Settings) -> None:
@@ -177,9 +191,9 @@ def test_failed_trials_are_counted_and_rungs_named(settings: Settings) -> None:
         record = json.loads((run / f"{stem}.json").read_text())
         trials = json.loads((run / f"{stem}_trials.json").read_text())["trials"]
         assert failed == record["failed_trials"] == sum(trial["status"] != "completed" for trial in trials) > 0
-        told = record["confirmation"]
-        assert (told["error_from"], told["density_from"]) == (
-            ("forced forward",) * 2 if told["confirmed"] else ("full replay",) * 2
+        confirmation = record["confirmation"]
+        assert (confirmation["error_from"], confirmation["density_from"]) == (
+            ("forced forward",) * 2 if confirmation["confirmed"] else ("full replay",) * 2
         )
         assert {"attention_backend", "dense_backend", "weights", "device", "dtype", "versions"} <= record["provenance"].keys()
 
@@ -203,10 +217,12 @@ def _with(settings: Settings, **changes: Any) -> Settings:
     return dataclasses.replace(settings, **changes)
 
 
-def _outcome(failing: bool) -> StudyOutcome:
-    """The outcome of STUDY, with figures of a formula."""
-    import tempfile
-    from types import SimpleNamespace
+def results(run: Path) -> list[Path]:
+    return [path for path in run.iterdir() if not path.name.startswith(".")]
+
+
+def _write(settings: Settings, failing: bool, spec: StudySpec = STUDY) -> StudyWork:
+    """Write what a worker writes of a study, with figures of a formula."""
 
     class Formula:
         key = "formula"
@@ -230,23 +246,20 @@ def _outcome(failing: bool) -> StudyOutcome:
                 )
             return found
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        study = Study(STUDY.space(), list(STUDY.levels), Formula(), Journal(path / "j"), num_samples=12, timeout=60, seed=0)
-        for _ in study.run():
-            pass
-        lm = SimpleNamespace(dtype="torch.float32", device="cpu", dense_backend="sdpa")
-        world = SimpleNamespace(samples=[], traces=[], layers=[0], lm=lm)
-        write_outcome(path / "o", STUDY, study, world, 1.0)  # type: ignore[arg-type]
-        return read_record(path / "o", StudyOutcome, "")
+    work = config_search._work(spec, settings, "s")
+    study = Study(spec.space(), list(spec.levels), Formula(), Journal(work.journal), num_samples=12, timeout=60, seed=0)
+    for _ in study.run():
+        pass
+    lm = SimpleNamespace(dtype="torch.float32", device="cpu", dense_backend="sdpa")
+    world = SimpleNamespace(samples=[], traces=[], layers=[0], lm=lm)
+    write_level_files(work, study, world, 1.0)  # type: ignore[arg-type]
+    return work
 
 
 def _finish(settings: Settings, failing: bool) -> SearchOutcome:
     """STUDY as if it had been searched in a run of its own."""
-    identity = STUDY.identity(settings, "s")
     outcome = SearchOutcome(settings.optimal_configs_dir / "run_20240315_143022")
-    path = outcome_path(settings.ray_results_dir, STUDY, identity)
-    write_record(path, _outcome(failing))
-    assert config_search._collect(STUDY, path, settings, identity, outcome) is None
-    assert search_files.trial_id(identity, 0) == f"{identity[:8]}_00000"
+    work = _write(settings, failing)
+    assert config_search._collect(outcome, work, None) is None
+    assert outcome.levels[0].best_trial_id.startswith(trial_id(work.identity, 0)[:10])
     return outcome

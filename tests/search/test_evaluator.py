@@ -1,20 +1,24 @@
-"""What a study is told of the world: which layers are looked at, how figures are averaged, what traces cost, what has a key."""
+"""The evaluator: which layers it replays, how figures are averaged, the size of traces, what determines its key."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 
 from tiny_models import build, tokens, wrap
 
 from benchmark.search import evaluator as evaluation
-from benchmark.search.evaluator import ErrorMeter, TraceEvaluator, TuningSample, samples_key
+from benchmark.search.evaluator import TraceEvaluator
+from benchmark.search.samples import TuningSample, samples_key
 from benchmark.settings import Settings
 from benchmark.tasks.base import Prompt, Sample
 from sparse_attention_hub import LocalMaskerConfig, OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
@@ -74,9 +78,7 @@ def test_what_rung_two_reproduced_is_not_generated_again(tmp_path: Path, monkeyp
     confirmed = made.evaluate(configs, 2, 60.0)
     assert confirmed[0].reproduced == 1.0
     asked: list[int] = []
-    monkeypatch.setattr(
-        "sparse_attention_hub.models.answer_many", lambda *a, **k: asked.append(len(a[3])) or answer_many(*a, **k)
-    )
+    monkeypatch.setattr(evaluation, "answer_many", lambda *a, **k: asked.append(len(a[3])) or answer_many(*a, **k))
     for found, one, forced in zip(made.evaluate(configs, 3, 60.0), expected, confirmed, strict=True):
         assert found.sample_scores == one.sample_scores
         assert found.density == pytest.approx(one.density, abs=1e-9)
@@ -88,9 +90,9 @@ def test_what_rung_two_reproduced_is_not_generated_again(tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("samples")
 def test_a_model_of_windows_only_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="sliding-window layers only") as told:
+    with pytest.raises(UserError, match="sliding-window layers only") as raised:
         evaluator(wrap(build("mistral_sliding")), tmp_path)
-    assert "\n" not in str(told.value) and list(tmp_path.iterdir()) == []
+    assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("samples")
@@ -110,14 +112,12 @@ def test_samples_count_alike_however_many_rows_they_have(samples: list[TuningSam
     (found,) = made.evaluate(CONFIGS[:1], 3, 60.0)
     alone = []
     for entry in samples:
-        meter = ErrorMeter()
         prefilled = prefill(lm, entry.prompt.context_ids, 30)
         attention = made._attention(CONFIGS[0])
         ids, limit = entry.prompt.question_ids, entry.max_new_tokens
-        answer_many(lm, prefilled, ids, [attention], limit, seed=entry.seed, recorders=[meter])
-        alone.append(meter)
+        alone += answer_many(lm, prefilled, ids, [attention], limit, seed=entry.seed)
     assert found.error is None
-    assert found.density == pytest.approx(sum(meter.density for meter in alone) / 2, rel=1e-4)
+    assert found.density == pytest.approx(sum(answer.density for answer in alone) / 2, rel=1e-4)
 
 
 @pytest.mark.usefixtures("samples")
@@ -173,3 +173,29 @@ def test_what_a_kill_left_of_a_trace_is_removed(tmp_path: Path) -> None:
     (tmp_path / f".{first.name}.abcdef" / "layer_000.safetensors").write_bytes(b"half")
     evaluator(lm, tmp_path)
     assert not any(path.is_dir() for path in tmp_path.glob(".*")) and (first / "trace.json").is_file()
+
+
+@pytest.mark.usefixtures("samples")
+@pytest.mark.parametrize("part", ["lm_head", "layers.1.self_attn.v_proj"])
+def test_a_dense_answer_that_is_not_finite_is_one_line(part: str, tmp_path: Path) -> None:
+    lm = wrap(build("llama"))
+    (weight,) = [weight for name, weight in lm.model.named_parameters() if name.endswith(f"{part}.weight")]
+    weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="tuning sample s1 has no dense answer on .*not finite") as raised:
+        evaluator(lm, tmp_path)
+    assert "\n" not in str(raised.value) and not list(tmp_path.glob("*/trace.json"))
+
+
+@pytest.mark.usefixtures("samples")
+def test_a_trace_that_is_not_finite_is_one_line(tmp_path: Path) -> None:
+    lm = wrap(build("llama"))
+    folder = evaluator(lm, tmp_path).traces[1].folder
+    path = folder / "layer_002.safetensors"
+    tensors = load_file(path)
+    tensors["dense"][0, 0] = float("inf")
+    save_file(tensors, path)
+    meta = json.loads((folder / "trace.json").read_text())
+    meta["files"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "trace.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="tuning sample s2 has no dense answer on .*layer 2 is not finite"):
+        evaluator(lm, tmp_path)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from benchmark.search.local_search import LocalSearch, _scaled, _value
-from benchmark.storage.records import Evaluation
+from benchmark.storage.search_records import Evaluation
 
 KINDS: dict[str, BaseDistribution] = {
     "log": FloatDistribution(0.005, 0.5, log=True),

@@ -10,8 +10,8 @@ import pytest
 from benchmark.search.proposals import BATCH, STARTUP, Proposals
 from benchmark.search.space import CombinationSpace
 from benchmark.search.trial import Level
-from benchmark.speed.search_speed import template
-from benchmark.storage.records import Evaluation
+from benchmark.speed.search_setup import template
+from benchmark.storage.search_records import Evaluation
 
 BUDGETS = (0.05, 0.1, 0.25, 0.5)
 

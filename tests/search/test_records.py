@@ -16,7 +16,8 @@ from benchmark.raytune import analyze_trials
 from benchmark.report.search_run import read_run
 from benchmark.report.search_tables import hyperparameter_effects
 from benchmark.settings import Settings, SparseConfig
-from benchmark.storage.records import BestConfig, TrialsFile, read_record
+from benchmark.storage.records import read_record
+from benchmark.storage.search_records import BestConfig, TrialsFile
 from sparse_attention_hub.errors import UserError
 from tests.search.search_files import TEMPLATE, best_config, figures, trial, trials_file, write_level
 
@@ -123,7 +124,7 @@ def test_tools_accept_what_is_legal_and_name_what_is_not(
             if damage != "text":  # one kind of damage for each field is enough
                 continue
         try:
-            load_units(run, settings, chosen, list(settings.tasks))
+            load_units([run], settings, chosen, list(settings.tasks))
         except UserError as error:
             assert "\n" not in str(error) and (str(file) in str(error) or "--sparse-from" in str(error)), path
         assert analyze_trials.main(options) == 0, path

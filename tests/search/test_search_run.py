@@ -49,13 +49,18 @@ def finished(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a run that are not hidden."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
 def runs(folder: Path) -> list[Path]:
     return sorted((folder / "optimal_configs").iterdir())
 
 
 def test_it_writes_three_files_a_level_and_the_results_tree(finished: Path, model: str) -> None:
     (found,) = runs(finished)
-    names = sorted(path.name for path in found.iterdir())
+    names = sorted(contents(found))
     assert len(names) == 9
     for config in CONFIGS[1:]:
         stem = next(name for name in names if name.endswith(f"_{config}.json")).removesuffix(".json")
@@ -86,8 +91,7 @@ def test_it_writes_three_files_a_level_and_the_results_tree(finished: Path, mode
 def test_a_second_run_copies_the_first(finished: Path, model: str) -> None:
     printed = run(model, finished, "--phase", "1")
     assert "copied from run_" in printed and "Ray" not in printed
-    first, second = runs(finished)[0], runs(finished)[-1]
-    assert {p.name: p.read_bytes() for p in first.iterdir()} == {p.name: p.read_bytes() for p in second.iterdir()}
+    assert contents(runs(finished)[0]) == contents(runs(finished)[-1])
 
 
 def test_phase_2_alone_uses_the_newest_run_and_reuses_its_answers(finished: Path, model: str) -> None:
@@ -96,29 +100,22 @@ def test_phase_2_alone_uses_the_newest_run_and_reuses_its_answers(finished: Path
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_another_objective_reads_the_same_trials(finished: Path, model: str) -> None:
-    journals = finished / "ray_results" / "journals"
-    before = {path.name: path.read_bytes() for path in journals.glob("*.jsonl")}
-    run(model, finished, "--phase", "1", "--objective", "sparsity_5")
-    assert before == {path.name: path.read_bytes() for path in journals.glob("*.jsonl")}
-    first, last = runs(finished)[0], runs(finished)[-1]
-    for path in last.glob("*pct.json"):
-        found, known = json.loads(path.read_text()), json.loads((first / path.name).read_text())
-        assert found["provenance"]["objective"] == "sparsity_5" and found["objective"] != known["objective"]
-        assert found["hyperparams"] == known["hyperparams"]  # a level with a budget is chosen by that
+def test_levels_with_a_budget_are_not_searched_again_for_another_objective(finished: Path, model: str) -> None:
+    printed = run(model, finished, "--phase", "1", "--objective", "sparsity_5")
+    assert printed.count("copied from run_") == 2
+    assert contents(runs(finished)[0]) == contents(runs(finished)[-1])
 
 
 def evaluations(journal: Path) -> list[dict[str, Any]]:
     return [record for line in Journal(journal).read() for record in line["evaluations"]]
 
 
-@pytest.mark.parametrize("flags", [[], pytest.param(["--force-search"], marks=pytest.mark.slow)], ids=["plain", "forced"])
-def test_a_killed_search_resumes_and_ends_like_an_undisturbed_one(
-    finished: Path, model: str, tmp_path: Path, flags: list[str]
-) -> None:
-    """SIGKILL to the whole process group in the middle of the search; the journalled trials are not evaluated again."""
+@pytest.mark.slow
+def test_a_killed_forced_search_resumes_and_ends_like_an_undisturbed_one(finished: Path, model: str, tmp_path: Path) -> None:
+    """SIGKILL to the whole process group in the middle of the search; the journalled trials are not evaluated again.
+    tests/faults/test_search_kills.py kills searches that are not forced."""
     process = subprocess.Popen(
-        command(model, "--phase", "1", *flags),
+        command(model, "--phase", "1", "--force-search"),
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -134,7 +131,7 @@ def test_a_killed_search_resumes_and_ends_like_an_undisturbed_one(
     process.wait()
     kept = {path.name: path.read_bytes() for path in journals.glob("*.jsonl")}
     assert any(kept.values())
-    run(model, tmp_path, "--phase", "1", *flags)
+    run(model, tmp_path, "--phase", "1", "--force-search")
     for name, content in kept.items():
         whole = content[: content.rfind(b"\n") + 1]
         assert (journals / name).read_bytes().startswith(whole)
@@ -148,7 +145,7 @@ def test_a_stopped_search_says_how_to_resume(model: str, tmp_path: Path, number:
     process = subprocess.Popen(
         command(model, "--phase", "1", "--num-samples", "500"),
         cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -157,16 +154,15 @@ def test_a_stopped_search_says_how_to_resume(model: str, tmp_path: Path, number:
     while time.monotonic() < deadline and not list((tmp_path / "ray_results").glob("journals/*.jsonl")):
         time.sleep(0.1)
     process.send_signal(number)
-    printed = process.communicate(timeout=120)[1]
+    table, printed = process.communicate(timeout=120)
     assert process.returncode == 130, printed
     assert "run the same command again" in printed
+    assert "interrupted " in table and "FAILED" not in table
 
 
 def comparable(folder: Path) -> dict[str, Any]:
     """The result files without their times."""
-    return {
-        path.name: without_times(json.loads(path.read_text())) for path in sorted(folder.iterdir()) if path.suffix == ".json"
-    }
+    return {path.name: without_times(json.loads(path.read_text())) for path in sorted(folder.glob("[!.]*.json"))}
 
 
 def without_times(value: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.search.spec import StudySpec, plan_studies, resolved_place, study_id
+from benchmark.search.spec import StudySpec, device_and_dtype, plan_studies, study_id
 from benchmark.settings import Settings, SparseConfig
 from benchmark.speed.toy import save_tiny_model
 from sparse_attention_hub import MaskerConfig, OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
@@ -30,13 +30,18 @@ def study(model: str = "org/m", *names: str) -> StudySpec:
     return studies[0]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"num_samples": 7}, {"objective": "sparsity_5"}, {"search_timeout": 5.0}, {"trace_budget_gb": 1.0}]
-)
+@pytest.mark.parametrize("changes", [{"num_samples": 7}, {"search_timeout": 5.0}, {"trace_budget_gb": 1.0}])
 def test_how_trials_are_read_leaves_the_journal_as_it_is(changes: dict[str, object]) -> None:
     other = replace(SETTINGS, **changes)  # type: ignore[arg-type]
     assert study().identity(other, "s") != study().identity(SETTINGS, "s")
     assert study().journal_identity(other, "s") == study().journal_identity(SETTINGS, "s")
+
+
+@pytest.mark.parametrize("names", [["x_5pct", "x_10pct"], ["x"], ["x_5pct", "x"]])
+def test_an_objective_counts_only_where_a_level_has_no_budget(names: list[str]) -> None:
+    found, other = study("org/m", *names), replace(SETTINGS, objective="sparsity_5")
+    assert (found.identity(other, "s") == found.identity(SETTINGS, "s")) == ("x" not in names)
+    assert found.journal_identity(other, "s") == found.journal_identity(SETTINGS, "s")
 
 
 @pytest.mark.parametrize(
@@ -61,11 +66,11 @@ def test_other_levels_are_another_search_on_the_same_journal() -> None:
 
 
 def test_auto_is_what_it_means_here() -> None:
-    assert resolved_place(SETTINGS) == ["cpu", "torch.float32"]
+    assert device_and_dtype(SETTINGS) == ["cpu", "torch.float32"]
     explicit = replace(SETTINGS, dtype="float32")
     assert study().identity(SETTINGS, "s") == study().identity(explicit, "s")
     # Only the cluster's machines know.
-    assert resolved_place(replace(SETTINGS, ray_address="head:6379", dtype="auto")) == ["cluster", "cpu", "auto"]
+    assert device_and_dtype(replace(SETTINGS, ray_address="head:6379", dtype="auto")) == ["cluster", "cpu", "auto"]
 
 
 def test_new_weights_in_an_old_folder_are_another_search(tmp_path: Path) -> None:

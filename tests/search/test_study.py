@@ -12,8 +12,8 @@ from ray import tune
 from benchmark.search.space import CombinationSpace, nearest, parameter_name
 from benchmark.search.study import Study
 from benchmark.search.trial import Level, TrialTimeout, objective_value
-from benchmark.storage.records import Evaluation
 from benchmark.storage.results import Journal
+from benchmark.storage.search_records import Evaluation
 from benchmark.workers.errors import BrokenDeviceError
 from sparse_attention_hub import (
     Choice,
@@ -94,8 +94,21 @@ def test_the_ladder_narrows(tmp_path: Path) -> None:
     assert {trial.pruned_at for trial in study.trials} <= {None, 0, 1}
 
 
+def test_a_trial_that_is_much_better_than_all_others_is_promoted_alone(tmp_path: Path) -> None:
+    class Steep(FormulaEvaluator):
+        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+            found = super().figures(config, rung)
+            error = 0.01 if config == template(0.07) else 1.0
+            return evaluation(error, found.density, score=found.score, sample_scores=found.sample_scores)
+
+    study = make_study(tmp_path / "j", Steep(), (10,))
+    study.levels = [Level("sink_local_oracle_top_k_10pct", 0.1, template(0.07))]
+    assert run(study).progress("").rungs[1:] == (1, 1, 1)
+
+
 def test_a_stopped_study_resumes_and_ends_the_same(tmp_path: Path) -> None:
-    whole = run(make_study(tmp_path / "whole", FormulaEvaluator()))
+    evaluator = FormulaEvaluator()
+    whole = run(make_study(tmp_path / "whole", evaluator))
     steps = make_study(tmp_path / "cut", FormulaEvaluator()).run()
     next(steps), next(steps)
     steps.close()
@@ -104,8 +117,7 @@ def test_a_stopped_study_resumes_and_ends_the_same(tmp_path: Path) -> None:
         stream.write(b'{"key": "torn')  # the kill hit the middle of a line
     again = FormulaEvaluator()
     resumed = run(make_study(tmp_path / "cut", again))
-    assert sum(size for _, size in again.calls) == resumed.evaluated
-    assert resumed.evaluated + journalled == whole.evaluated
+    assert sum(size for _, size in again.calls) + journalled == sum(size for _, size in evaluator.calls)
     assert resumed.known_trials == journalled and resumed.known_seconds == pytest.approx(0.01 * journalled)
     assert [(t.params, t.rungs) for t in resumed.trials] == [(t.params, t.rungs) for t in whole.trials]
     assert resumed.best() == whole.best()
@@ -137,7 +149,7 @@ def test_a_transient_failure_is_retried_on_the_next_start(tmp_path: Path, fault:
 
     study = run(make_study(tmp_path / "j", Short()))
     failed = [trial for trial in study.trials if trial.status == "failed"]
-    assert failed and all(trial.passing for trial in failed)
+    assert failed and all(trial.transient for trial in failed)
     healthy = FormulaEvaluator()
     again = run(make_study(tmp_path / "j", healthy))
     assert {rung for rung, _ in healthy.calls} == {2, 3} and all(best.confirmed for best in again.best())
@@ -151,7 +163,7 @@ def test_a_failure_that_repeats_counts_against_the_configuration(tmp_path: Path)
             return super().figures(config, rung)
 
     first, second = (run(make_study(tmp_path / "j", Large())) for _ in range(2))
-    assert any(trial.passing for trial in first.trials) and not any(trial.passing for trial in second.trials)
+    assert any(trial.transient for trial in first.trials) and not any(trial.transient for trial in second.trials)
     silent = FormulaEvaluator()
     third = run(make_study(tmp_path / "j", silent))
     assert silent.calls == [] and third.best() == second.best()
@@ -251,7 +263,7 @@ def test_a_journal_that_cannot_be_written_stops_the_study_at_once(tmp_path: Path
     ("change", "problem"),
     [
         ({"rung": "1"}, "field evaluations.0.rung: .*got '1'"),
-        ({"limit": None, "passing": 3}, "field evaluations.0.passing"),
+        ({"limit": None, "transient": 3}, "field evaluations.0.transient"),
         (
             {"evaluation": {"error": float("nan"), "density": 0.1, "seconds": 0.1}},
             "field evaluations.0.evaluation.error: .*nan",

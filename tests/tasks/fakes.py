@@ -42,7 +42,7 @@ class FakeTokenizer:
         return "".join(self._texts[i] for i in ids)
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], tokenize: bool = True, add_generation_prompt: bool = False
+        self, messages: list[dict[str, str]], tokenize: bool = True, add_generation_prompt: bool = False, **_: Any
     ) -> Any:
         assert self.template is not None and not tokenize and add_generation_prompt
         (message,) = messages

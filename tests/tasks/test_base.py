@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from fakes import FakeTokenizer, chatml, stripping
@@ -25,6 +26,14 @@ FIRST_TUNING_ROWS = [1, 4, 10, 11, 14, 19, 22, 23, 29]  # of "row-0" to "row-29"
 
 def sample(context: str = "one two three", question: str = " What?", prefix: str = " Answer:") -> Sample:
     return Sample("t/x:0", "t/x", context, question, prefix, ["a"], 5)
+
+
+@pytest.mark.parametrize("part", ["context", "question", "answer_prefix", "references"])
+@pytest.mark.parametrize("bad", ["half a pair \ud83d", 3, None])
+def test_a_sample_that_no_file_takes_is_refused(part, bad):
+    good = sample()
+    with pytest.raises(UserError, match="sample 't/x:0': prompt and references must be text, got "):
+        replace(good, **{part: [bad] if part == "references" else bad})
 
 
 def whole(prompt, tokenizer) -> str:

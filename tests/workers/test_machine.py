@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmark.storage.fingerprints import _file, behind_config, config_key, lacks_a_file, same_parameters, weights_stamp
+from benchmark.storage.fingerprints import _file, config_key, dependency_digests, lacks_a_file, same_parameters, weights_stamp
 from benchmark.workers import signals
 from benchmark.workers.errors import BrokenDeviceError, check_device, is_out_of_memory
 from benchmark.workers.memory import _free_of_group, free_memory
@@ -132,7 +132,7 @@ def test_new_code_of_a_masker_is_another_configuration(tmp_path: Path) -> None:
         module = sys.modules["own_masker"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         config = ResearchAttentionConfig([SinkMaskerConfig(4), module.OwnConfig()])
-        assert any("own_masker.py" in name for name, _ in behind_config(config))
+        assert any("own_masker.py" in name for name, _ in dependency_digests(config))
         return config_key(config)
 
     try:

@@ -13,9 +13,10 @@ import pytest
 import ray
 
 import benchmark.workers.ray_pool as ray_pool
-from benchmark.execution.messages import Batch, Options, Request
-from benchmark.execution.worker import BatchJob
-from benchmark.storage.records import SampleLine
+from benchmark.execution.messages import Request
+from benchmark.execution.worker import Batch
+from benchmark.settings import Settings
+from benchmark.storage.benchmark_records import SampleLine
 from benchmark.storage.results import Journal
 from benchmark.tasks.base import Sample, UserError
 from benchmark.workers.errors import BrokenDeviceError
@@ -71,7 +72,7 @@ class FakeActor:
     def options(self, **_: Any) -> FakeActor:
         return self
 
-    def remote(self, job: BatchJob) -> Any:
+    def remote(self, job: Batch) -> Any:
         return iter(self.stream)
 
 
@@ -94,7 +95,8 @@ def line(number: int) -> SampleLine:
 def batch(tmp_path: Path) -> Batch:
     samples = [Sample(f"s{i}", "t", "c", "q", "", ["r"], 2) for i in range(3)]
     requests = tuple(Request(sample, "h", 0, 2, ("dense",)) for sample in samples)
-    return Batch("m", "t", False, {"dense": None}, requests, Options(), tmp_path / "j", tmp_path / "status", tmp_path / "stop")
+    files = {"journal": tmp_path / "j", "status": tmp_path / "status", "stop": tmp_path / "stop"}
+    return Batch("m", "t", False, {"dense": None}, requests, Settings((), ()), "cpu", **files)
 
 
 def drive(stream: list[Any], batch: Batch, deadline: float | None = None) -> tuple[RayPool, FakeRay, Future[int]]:
@@ -102,14 +104,14 @@ def drive(stream: list[Any], batch: Batch, deadline: float | None = None) -> tup
     pool._ray, pool.slots, pool._stopping = FakeRay(), [Slot("actor-0", "cpu", 1)], ray_pool.threading.Event()
     pool._actors = {0: FakeActor(stream)}
     future: Future[int] = Future()
-    pool._drive(0, BatchJob(batch), deadline, future)
+    pool._drive(0, batch, deadline, future)
     return pool, pool._ray, future
 
 
-def state(batch: Batch) -> tuple[str, str | None]:
+def answering(batch: Batch) -> str | None:
     assert batch.status is not None
-    told = json.loads(batch.status.read_text())
-    return told["state"], told["sample"]
+    sample: str | None = json.loads(batch.status.read_text())["sample"]
+    return sample
 
 
 def records(batch: Batch) -> list[Any]:
@@ -118,22 +120,22 @@ def records(batch: Batch) -> list[Any]:
 
 
 def test_records_are_journalled_here(batch: Batch) -> None:
-    pool, _, future = drive([4711, line(0), line(1), line(2)], batch)
+    pool, _, future = drive(["loaded", line(0), line(1), line(2)], batch)
     assert future.result() == 3 and [record["sample_id"] for record in records(batch)] == ["s0", "s1", "s2"]
     assert 0 in pool._actors, "it takes the next batch"
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
 def test_a_crash_counts_against_the_current_sample(batch: Batch, done: int) -> None:
-    pool, fake, future = drive([4711, *(line(i) for i in range(done)), ray.exceptions.ActorDiedError()], batch)
+    pool, fake, future = drive(["loaded", *(line(i) for i in range(done)), ray.exceptions.ActorDiedError()], batch)
     assert isinstance(future.exception(), WorkerDied) and len(records(batch)) == done
-    assert state(batch) == ("answering", f"s{done}")
+    assert answering(batch) == f"s{done}"
     assert pool._actors == {} and len(fake.killed) == 1
 
 
 def test_a_crash_while_loading_counts_against_no_sample(batch: Batch) -> None:
     _, _, future = drive([ray.exceptions.ActorDiedError()], batch)
-    assert isinstance(future.exception(), WorkerDied) and state(batch) == ("loading", None)
+    assert isinstance(future.exception(), WorkerDied) and answering(batch) is None
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_a_crash_while_loading_counts_against_no_sample(batch: Batch) -> None:
     ],
 )
 def test_errors_of_the_cluster_and_its_devices_are_crashes(batch: Batch, error: Exception) -> None:
-    pool, fake, future = drive([4711, line(0), error], batch)
+    pool, fake, future = drive(["loaded", line(0), error], batch)
     assert isinstance(future.exception(), WorkerDied) and pool._actors == {} and len(fake.killed) == 1
 
 
@@ -158,11 +160,11 @@ def test_a_batchs_own_error_leaves_the_actor(batch: Batch) -> None:
 
 def test_time_runs_from_the_submission(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster without room for the actor: its start counts too."""
-    pool, fake, _ = drive([4711], batch)
+    pool, fake, _ = drive(["loaded"], batch)
     monkeypatch.setattr(fake, "wait", lambda refs, timeout: (time.sleep(0.01), ([], refs))[1])
     monkeypatch.setattr(fake, "remote", lambda kind: Starting(), raising=False)
     pool._actors, pool._share = {}, {}
-    future = pool.submit(0, BatchJob(batch), 0.1)
+    future = pool.submit(0, batch, 0.1)
     assert isinstance(future.exception(timeout=20), TimeoutError) and pool._actors == {} and len(fake.killed) == 1
 
 
@@ -170,21 +172,21 @@ def test_after_stop_only_the_current_sample_is_kept(batch: Batch) -> None:
     assert batch.stop is not None
 
     class Stopping(FakeActor):
-        def remote(self, _: BatchJob) -> Any:
+        def remote(self, _: Batch) -> Any:
             assert batch.stop is not None
-            yield 4711
+            yield "loaded"
             batch.stop.touch()  # while the first sample is in work
             yield line(0)
             yield line(1)
 
     pool = RayPool.__new__(RayPool)
     pool._ray, pool._stopping = FakeRay(), ray_pool.threading.Event()
-    assert pool._collect(Stopping([]), BatchJob(batch), None) == 1
-    assert pool._collect(Stopping([]), BatchJob(replace(batch, requests=())), None) == 0
+    assert pool._collect(Stopping([]), batch, None) == 1
+    assert pool._collect(Stopping([]), replace(batch, requests=()), None) == 0
 
 
 def test_a_late_drop_does_not_end_the_slots_next_actor(batch: Batch) -> None:
-    pool, fake, _ = drive([4711, line(0), line(1), line(2)], batch)
+    pool, fake, _ = drive(["loaded", line(0), line(1), line(2)], batch)
     old, new = pool._actors[0], FakeActor([])
     pool._actors[0] = new
     pool._drop(0, old)

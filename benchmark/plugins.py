@@ -1,0 +1,55 @@
+"""Modules given with --plugin: maskers, benchmarks and configurations that are not in this package.
+
+A plugin registers its maskers when it is imported (`register_masker`). It may define what a module of benchmark/tasks does
+(`make_tasks`, and `find_task`, `expand`), and `get_all_sparse_configs()`, whose configurations join the script's.
+docs/plugins.md has an example.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+from benchmark.tasks import register_benchmarks
+from sparse_attention_hub.errors import UserError, quoted
+
+
+def load_plugins(names: Iterable[str]) -> list[ModuleType]:
+    """Import plugins, each a .py file or the name of a module; later calls in a process change nothing.
+
+    Every worker calls it before its first job. UserError for one that cannot be imported.
+    """
+    return [_load(name) for name in names]
+
+
+def _load(name: str) -> ModuleType:
+    module, file = name, None
+    if name.endswith(".py"):
+        file = Path(name).expanduser().resolve()
+        if not file.is_file():
+            raise UserError(f"--plugin {quoted(name)}: no such file")
+        module = file.stem
+        _add_to_path(str(file.parent))
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # a plugin may raise anything
+        raise UserError(f"--plugin {quoted(name)}: cannot be imported ({type(error).__name__}: {quoted(error)})") from error
+    if file is not None and Path(found.__file__ or "").resolve() != file:
+        raise UserError(f"--plugin {quoted(name)}: another module is called {module!r} ({found.__file__}): rename the file")
+    if hasattr(found, "make_tasks"):
+        register_benchmarks(found)
+    return found
+
+
+def _add_to_path(folder: str) -> None:
+    """Modules in the folder can be imported here and in the worker processes, which read PYTHONPATH. It comes last, so that its
+    files hide no other module."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+    known = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if folder not in known:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*known, folder])

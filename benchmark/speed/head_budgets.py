@@ -1,0 +1,139 @@
+"""What uneven budgets save: replayed and forced-forward errors of fitted head budgets against even ones, at equal density.
+
+    python benchmark/speed/head_budgets.py [--lengths 1024 4096] [--families oracle_top_k quest] [--requests 3] [--json]
+
+Tables per layer, kv head and query head are fitted on the first half of each task's requests and judged on the other half, and on
+the requests of the other task. Figures are changes of an error, the fitted table's over the even one's at the same density minus
+1: `kv_head_oracle_top_k_10pct` is replayed on held-out requests of all tasks, `..._transfer` on the tasks that the table was not
+fitted on, `forced_...` and `nll_...` are of a forced forward over the dense answers. Exit code 1 if a goal does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmark.search.evaluator import ErrorMeter, TraceEvaluator
+from benchmark.speed.common import Figures, report
+from benchmark.speed.search_setup import search_parser, search_settings, template
+from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
+from sparse_attention_hub.head_budgets import Curves, even_factor, fit_head_budgets, replay_curves
+from sparse_attention_hub.models import LanguageModel, forced_many, load_model
+from sparse_attention_hub.replay import replay
+
+TASKS = ("niah_single_1", "fwe")
+FAMILIES = ("oracle_top_k", "quest", "double_sparsity", "random_sampling")
+LEVELS = (5, 10, 25)
+#: Forced forwards are taken at this level and with these tables only.
+FORCED_LEVEL, FORCED_BY = 10, "kv_head"
+
+
+def columns_of(lm: LanguageModel) -> dict[str, int]:
+    config = lm.model.config
+    return {"layer": 1, "kv_head": config.num_key_value_heads, "head": config.num_attention_heads}
+
+
+def replayed(evaluator: TraceEvaluator, which: Sequence[int], config: ResearchAttentionConfig) -> tuple[float, float]:
+    """(error, density) of a configuration, mean over some of the requests."""
+    results = [replay(evaluator.traces[i], [ResearchAttention(config)], seed=evaluator.samples[i].seed)[0] for i in which]
+    return fmean(result.error for result in results), fmean(result.density for result in results)
+
+
+def forced(
+    evaluator: TraceEvaluator, which: Sequence[int], configs: list[ResearchAttentionConfig]
+) -> list[tuple[float, float]]:
+    """(error, nll) of each configuration in a forced forward over the dense answers, mean over some of the requests."""
+    meters, losses = [ErrorMeter() for _ in configs], [[] for _ in configs]
+    attentions = [ResearchAttention(config) for config in configs]
+    for number in which:
+        entry, trace = evaluator.samples[number], evaluator.traces[number]
+        question = entry.prompt.question_ids
+        prefilled = trace.prefilled(evaluator.lm, len(question) + entry.max_new_tokens + 1)
+        found = forced_many(
+            evaluator.lm, prefilled, question, trace.answer_ids, attentions, seed=entry.seed, recorders=meters, stepwise=True
+        )
+        for index, result in enumerate(found):
+            losses[index].append(result.nll)
+    return [(meter.error or 0.0, fmean(own)) for meter, own in zip(meters, losses, strict=True)]
+
+
+def measure_family(
+    lm: LanguageModel, evaluators: dict[str, TraceEvaluator], family: str, changes: dict[str, list[float]]
+) -> None:
+    """Adds the changes of one family, by name of the figure: one for each task that a table was judged on."""
+    for level in LEVELS:
+        config = template(family, level / 100)
+        curves: dict[str, Curves] = {}
+        for task, evaluator in evaluators.items():
+            seeds = [entry.seed for entry in evaluator.samples]
+            curves[task] = replay_curves(evaluator.traces, config, seeds)
+        count = len(seeds)
+        fitted_on, held_out = range(count // 2), range(count // 2, count)
+        for task in evaluators:
+            own = curves[task].of(fitted_on)
+            density = float(own.densities[:, own.unscaled].mean())
+            for by, columns in columns_of(lm).items():
+                table, strength = fit_head_budgets(own, density, columns)
+                fitted = replace(config, head_budgets=table)
+                print(f"{family} {level}% {task} by {by}: strength {strength}", file=sys.stderr, flush=True)
+                for other, evaluator in evaluators.items():
+                    error, spent = replayed(evaluator, held_out, fitted)
+                    factor, even = even_factor(curves[other].of(held_out), spent)
+                    name = f"{by}_{family}_{level}pct" + ("" if other == task else "_transfer")
+                    changes[name].append(error / even - 1)
+                    if level == FORCED_LEVEL and by == FORCED_BY:
+                        flat = replace(config, head_budgets=[[factor]] * len(table))
+                        (error, nll), (even_error, even_nll) = forced(evaluator, held_out, [fitted, flat])
+                        changes[f"forced_{name}"].append(error / even_error - 1)
+                        changes[f"nll_{name}"].append(nll - even_nll)
+
+
+def measure(options: argparse.Namespace) -> Figures:
+    torch.set_num_threads(1)
+    lm = load_model(options.model, device="cpu")
+    changes: dict[str, list[float]] = defaultdict(list)
+    for length in options.lengths:
+        with tempfile.TemporaryDirectory() as folder:
+            evaluators = {}
+            for task in (f"ruler/{length}/{name}" for name in TASKS):
+                sizes = {"search_max_requests": 2 * options.requests, "search_max_context_length": length}
+                settings = search_settings(options, tasks=(task,), **sizes)
+                evaluators[task] = TraceEvaluator(lm, task, settings, Path(folder))
+                list(evaluators[task].record())
+            for family in options.families:
+                measure_family(lm, evaluators, family, changes)
+    return {name: fmean(values) for name, values in changes.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = search_parser(__doc__, task="niah_single_1 and fwe", requests=3)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="context lengths (1024 4096)")
+    parser.add_argument("--tokens", type=int, default=20, help="new tokens at most (default: %(default)s)")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES[:2]), help="masker families")
+    options = parser.parse_args(argv)
+    options.length = options.lengths[0]
+    at_most = {
+        "kv_head_oracle_top_k_10pct": -0.14,
+        "kv_head_quest_10pct": -0.07,
+        "head_oracle_top_k_10pct": -0.20,
+        "head_quest_10pct": -0.10,
+        "kv_head_oracle_top_k_25pct": -0.25,
+        "kv_head_quest_25pct": -0.12,
+        "forced_kv_head_oracle_top_k_10pct": -0.08,
+        **{f"forced_kv_head_{family}_10pct": 0.0 for family in FAMILIES[1:]},
+    }
+    return report(measure(options), options.json, at_least={}, at_most=at_most, precision=".4g")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

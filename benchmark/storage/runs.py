@@ -1,0 +1,53 @@
+"""The runs of Phase 1 in a folder: when each was made, which is the newest, and which one a name means."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmark.storage.records import Record, parse_record, write_record
+from sparse_attention_hub.errors import UserError, quoted
+
+#: The file that records when a run was made: its name has the local time, which is no order across time zones.
+MARK = ".run.json"
+
+
+class RunMark(Record):
+    """created: in seconds since 1970."""
+
+    created: float
+
+
+def mark_run(run: Path) -> None:
+    """Record that the run is made now."""
+    write_record(run / MARK, RunMark(created=time.time()))
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """The folders run_YYYYMMDD_HHMMSS in a folder, newest first."""
+    found = [(_created(path), path) for path in folder.glob("run_*") if path.is_dir()]
+    return [path for created, path in sorted(found, reverse=True) if created]
+
+
+def find_run(folder: Path, name: str, flag: str) -> Path:
+    """The run of this name in a folder. UserError for any other name, also for a path."""
+    runs = list_runs(folder)
+    for run in runs:
+        if run.name == name:
+            return run
+    known = ", ".join(run.name for run in runs[:5])
+    listed = f"there are {known}" if known else "there is none yet, run --phase 1"
+    raise UserError(f"{flag} {quoted(name)}: no such run in {folder}; {listed}")
+
+
+def _created(run: Path) -> float:
+    """When a run was made, in seconds since 1970; the time in its name, as UTC, if that is not recorded; 0 for other folders."""
+    try:
+        named = datetime.strptime(run.name, "run_%Y%m%d_%H%M%S").replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        return 0.0
+    try:
+        return parse_record((run / MARK).read_bytes(), RunMark).created
+    except (OSError, ValueError):
+        return named

@@ -1,0 +1,151 @@
+"""The environment of a run: Ray without a home or with long folders, addresses, errors of devices, locks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from benchmark.progress import Progress
+from benchmark.workers import ray_start
+from benchmark.workers.errors import BrokenDeviceError, check_device, is_out_of_memory, is_transient
+from benchmark.workers.ray_start import short_folder, start_ray
+from benchmark.workers.signals import results_lock
+from sparse_attention_hub.errors import NonFiniteError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ADDRESSES = [
+    ":",
+    "::",
+    "a",
+    "host:",
+    ":6379",
+    "host:port",
+    "host:-1",
+    "host:65536",
+    "host:" + "9" * 5000,
+    "host:６３７９",
+    "ray://",
+    "ray://host",
+    "",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES, ids=lambda text: repr(text[:12]))
+def test_what_is_no_address_is_one_line(address: str) -> None:
+    with pytest.raises(UserError, match="must be local, auto, host:port or ray://host:port, got") as raised:
+        start_ray(address)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "host", ["a..b", "x" * 64, ".".join(["x" * 40] * 10), "[::1", "a b", "ä" * 70], ids=lambda text: text[:8]
+)
+def test_a_label_that_is_no_host_name_is_one_line(host: str) -> None:
+    with pytest.raises(UserError, match="--ray-address .*no Ray cluster answers there") as raised:
+        start_ray(f"{host}:1")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Failed to connect to Ray cluster at 127.0.0.1:6379"),  # all that a head says that asks for a token
+        ray.exceptions.AuthenticationError("Token authentication is enabled but no authentication token was found"),
+    ],
+    ids=["no token", "no token in a file"],
+)
+def test_a_cluster_that_may_ask_for_a_token_is_told_by_name(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray_start, "_check_listens", lambda address: None)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(UserError, match="no Ray cluster answers.*RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") as raised:
+        start_ray("127.0.0.1:6379")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_sockets_get_a_short_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.delenv(other, raising=False)
+    assert short_folder() is None
+    monkeypatch.setenv(name, "/tmp/short")
+    assert short_folder() is None
+    monkeypatch.setenv(name, "/tmp/" + "long/" * 20)
+    assert short_folder() == "/tmp/ray"
+    monkeypatch.setattr(ray_start, "_SHORT_FOLDERS", ("/nowhere",))
+    with pytest.raises(UserError, match="set RAY_TMPDIR to a folder of at most"):
+        short_folder()
+
+
+STARTS = """
+import ray
+from benchmark.workers.ray_start import start_ray
+assert start_ray("local", 1)
+print("answer", ray.get(ray.remote(lambda: 6 * 7).remote()))
+ray.shutdown()
+"""
+
+
+def test_ray_starts_without_a_home_and_with_a_long_temporary_folder(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir(mode=0o777)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name not in ("HOME", "USER")}
+    environment = kept | {"TMPDIR": str(long), "HOME": "/proc/nobody", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", STARTS], env=environment, cwd="/", capture_output=True, text=True, timeout=120)
+    assert "answer 42" in done.stdout, done.stderr[-2000:]
+
+
+DEVICE_ERRORS = [
+    "CUDA error: an illegal memory access was encountered",
+    "Triton Error [CUDA]: an illegal memory access was encountered",
+    "Triton Error [CUDA]: misaligned address",
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`",
+    "cuBLAS: CUBLAS_STATUS_INTERNAL_ERROR",
+    "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+    "CUDA error: device-side assert triggered",
+    "an illegal memory access was encountered",
+]
+
+
+@pytest.mark.parametrize("text", DEVICE_ERRORS)
+def test_errors_of_a_device_end_its_worker(text: str) -> None:
+    with pytest.raises(BrokenDeviceError):
+        check_device(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError(text)) and not is_transient(RuntimeError(text))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        ValueError("a masker says: cuda error"),
+        NonFiniteError("logits are not finite"),
+        RuntimeError("shapes differ"),
+    ],
+    ids=str,
+)
+def test_other_errors_do_not(error: Exception) -> None:
+    check_device(error)
+
+
+def test_a_lock_names_the_flag_of_its_folder(tmp_path: Path) -> None:
+    refused = pytest.raises(UserError, match="choose another --ray-results-dir")
+    with results_lock(tmp_path), refused, results_lock(tmp_path, "--ray-results-dir"):
+        pass
+
+
+def test_what_is_printed_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("Phase 2", 1) as progress:
+        progress.say("an answer: \x1b[2J\x07done")
+        progress.update(1, 1, ["worker-0: \x1b]0;title\x07"])
+    told = capsys.readouterr().err
+    assert "an answer:  [2J done" in told and "\x1b" not in told and "\x07" not in told

@@ -1,0 +1,83 @@
+"""Prompts: templates that fail in one line and do not know the day, and continuations without a space that the text lacks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import models as kinds
+from transformers import PreTrainedTokenizerFast
+
+from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.models import prompts
+from sparse_attention_hub.models.prompts import encode_continuation, render_chat
+
+
+def letters(**parts: Any) -> Any:
+    """A tokenizer of single letters and a few words, with SentencePiece's mark for a space."""
+    pieces = ["<unk>", "\n", *"▁=|0abcdefgh.", "▁a", "▁ab", "ab"]
+    tokenizer = Tokenizer(kinds.BPE({p: i for i, p in enumerate(pieces)}, [("a", "b"), ("▁", "ab")], unk_token="<unk>"))
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def templated(template: str) -> Any:
+    tokenizer = letters()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+SPACES = {
+    "first": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="first", split=False)},
+    "always": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="always", split=False)},
+    "prepend": {"normalizer": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])},
+    "never": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="never", split=False)},
+}
+
+
+@pytest.mark.parametrize("scheme", SPACES)
+@pytest.mark.parametrize("text", ["ab", " ab", "\nab", "c ab", "= ab", " "])
+def test_a_continuation_is_encoded_as_within_the_text(scheme: str, text: str) -> None:
+    tokenizer = letters(**SPACES[scheme])
+    before = list(tokenizer.encode("h", add_special_tokens=False))
+    whole = list(tokenizer.encode("h" + text, add_special_tokens=False))
+    assert whole[: len(before)] == before
+    assert encode_continuation(tokenizer, text) == whole[len(before) :]
+    if scheme in ("always", "prepend", "first") and text == "ab":
+        assert encode_continuation(tokenizer, text) != list(tokenizer.encode(text, add_special_tokens=False))
+    assert encode_continuation(tokenizer, "") == []
+
+
+def test_a_template_does_not_know_the_day() -> None:
+    tokenizer = templated("{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}")
+    assert render_chat(tokenizer, "ab") == "26 Jul 2024 ab"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for", "TemplateSyntaxError"),
+        ("{{ raise_exception('only two turns') }}", "only two turns"),
+        ("{{ messages[0].content.undefined.more }}", "UndefinedError"),
+        ("{{ ().__class__.__bases__[0].__subclasses__() }}", "SecurityError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_template_that_fails_is_told_in_one_line(template: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        render_chat(templated(template), "ab")
+    assert "\n" not in str(error.value) and "chat template" in str(error.value)
+
+
+def test_a_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "RENDER_SECONDS", 0.3)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i * j %}{% endfor %}{% endfor %}"
+    started = time.perf_counter()
+    with pytest.raises(UserError, match="does not end within 0.3 s"):
+        render_chat(templated(endless), "ab")
+    assert time.perf_counter() - started < 10
+    assert render_chat(templated("{{ messages[0].content }}"), "ab") == "ab"
+    time.sleep(0.4)  # no alarm of an earlier template goes off
