@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sparse_attention_hub import MaskerConfig, ResearchAttentionConfig
 
 DENSE = "dense"
+#: A measured density may exceed the budget by a tenth; beyond that a row is marked and not recommended.
+BUDGET_SLACK = 1.1
 _BUDGET_SUFFIX = re.compile(r"_(\d+(?:\.\d+)?)pct$")
 
 

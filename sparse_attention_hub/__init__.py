@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .attention import AttentionResult, ResearchAttention, ResearchAttentionConfig, dense_attention
     from .errors import UserError
+    from .found import best_config
     from .mask import Mask
     from .maskers import (
         AdaptiveSamplingMaskerConfig, CausalMaskerConfig, DoubleSparsityTopKMaskerConfig, HashAttentionTopKMaskerConfig,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .search_space import Choice, IntUniform, LogUniform, Uniform
 else:  # hidden from type checkers, for which every unknown name would be Any
     # Cheapest first: the first two import no torch.
-    _MODULES = ("errors", "search_space", "mask", "maskers", "maskers.base", "attention")
+    _MODULES = ("errors", "found", "search_space", "mask", "maskers", "maskers.base", "attention")
 
     def __getattr__(name: str) -> object:
         from importlib import import_module
@@ -47,6 +48,6 @@ __all__ = [
     "DoubleSparsityTopKMaskerConfig", "HashAttentionTopKMaskerConfig", "IntUniform", "LocalMaskerConfig", "LogUniform",
     "MagicPigConfig", "Mask", "Masker", "MaskerConfig", "MaskerState", "OracleTopKConfig", "OracleTopPMaskerConfig",
     "PQCacheConfig", "QuestTopKMaskerConfig", "RandomSamplingMaskerConfig", "ResearchAttention", "ResearchAttentionConfig",
-    "SinkMaskerConfig", "TopKConfig", "Uniform", "UserError", "check_flag", "check_int", "check_number", "check_size",
+    "SinkMaskerConfig", "TopKConfig", "Uniform", "UserError", "best_config", "check_flag", "check_int", "check_number", "check_size",
     "dense_attention", "register_masker",
 ]  # fmt: skip

@@ -6,11 +6,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .errors import UserError, quoted
+from .found import read_json
 from .head_budgets import check_head_budgets
 from .kernels import BACKENDS, Known, attend
 from .kernels.reference import group_scores, needs_grad, weigh
@@ -19,6 +22,9 @@ from .maskers.base import Masker, MaskerConfig, check_int, config_from_dict, con
 from .maskers.call_cache import once
 from .maskers.inputs import AttentionInputs
 from .maskers.state import AttentionState
+
+if TYPE_CHECKING:
+    from .models import LanguageModel
 
 #: Raise it when something that all maskers share (attention, selection, random numbers, sizes, dense outputs) gives other
 #: figures: results of other versions are not reused. tests/test_versions.py notices.
@@ -58,6 +64,25 @@ class ResearchAttentionConfig:
         if self.head_budgets is not None:
             record["head_budgets"] = self.head_budgets
         return record
+
+    @staticmethod
+    def from_file(path: str | Path) -> ResearchAttentionConfig:
+        """The configuration in a file that a search or a benchmark wrote (its field `sparse_config`), or in a file of `to_dict`.
+
+        UserError for a file that cannot be read or holds none.
+        """
+        record = read_json(path)
+        record = record.get("sparse_config", record)
+        if not isinstance(record, dict) or "masker_configs" not in record:
+            raise UserError(
+                f"{path}: has no sparse_config; give a best configuration, such as optimal_configs/run_.../..._10pct.json"
+            )
+        try:
+            return ResearchAttentionConfig.from_dict(record)
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{path}: sparse_config does not fit this version ({type(error).__name__}: {quoted(error)})"
+            ) from None
 
     @staticmethod
     def from_dict(record: dict[str, Any]) -> ResearchAttentionConfig:
@@ -142,6 +167,23 @@ class ResearchAttention:
             raise ValueError(f"a sampling masker must come last, got {name} at place {sampling[0] + 1}")
         table = config.head_budgets
         self._factors = None if table is None else torch.tensor(table, dtype=torch.float64)
+
+    @staticmethod
+    def from_file(path: str | Path, lm: LanguageModel | None = None) -> ResearchAttention:
+        """The attention that a search found: see ResearchAttentionConfig.from_file.
+
+        lm: fills in the model's own files where the configuration leaves them out (DoubleSparsity's channels, HashAttention's
+        weights). UserError if they are needed and missing.
+        """
+        config = ResearchAttentionConfig.from_file(path)
+        try:
+            if lm is not None:
+                from .models.model_files import complete
+
+                config = complete(config, lm)
+            return ResearchAttention(config)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def new_state(self) -> AttentionState:
         """Fresh memory for one sequence (or batch): what maskers keep across decode steps, per layer and masker."""

@@ -71,7 +71,7 @@ def replay(
             counts = expand_heads(result.mask.counts(), inputs.shape[1])[0]
             errors[i].append(relative_error(result.output, dense_of(inputs))[0].mean(0).cpu())
             densities[i].append((counts / inputs.layout.row_lengths).mean(-1).cpu())
-        states.trim()
+            states.trim()
     return [
         ReplayResult(float(e.mean()), float(d.mean()), e, d)
         for e, d in zip(map(torch.stack, errors), map(torch.stack, densities), strict=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmark.execution.jobs import BenchmarkUnit, UnitRun
 from benchmark.execution.messages import error_message
-from benchmark.settings import Settings, SparseConfig
+from benchmark.settings import BUDGET_SLACK, Settings, SparseConfig
 from benchmark.stats import compare_paired, mean, mean_interval
 from benchmark.storage.benchmark_records import (
     Answer,
@@ -44,8 +44,6 @@ logger = logging.getLogger("benchmark.phase2")
 OWN_COLUMNS = ("reference_nll", "density", "error", "seconds", "status")
 #: Figures of an answer whose means are in metrics.json.
 MEANS = ("reference_nll", "density", "error", "kv_fraction", "model_kv_fraction", "seconds")
-#: How far the measured density may exceed the budget before the row is marked.
-BUDGET_SLACK = 1.1
 
 
 @dataclass
@@ -297,13 +295,11 @@ def _content(sample: Sample, digest: str) -> str:
 def _move_aside(folder: Path, made_of: ResultConfig) -> str | None:
     """Rename the folder of earlier results with other settings or other data, so that they are kept. More or fewer of the
     same samples are the same results. Returns a note."""
-    if not folder.exists():
-        return None
+    if not (folder / "config.json").exists() and not (folder / "metrics.json").exists():
+        return None  # no results, or files of a run that ended while it wrote them
     try:
         before = parse_record((folder / "config.json").read_bytes(), ResultIdentity)
     except (OSError, ValueError):
-        if not any(folder.iterdir()):
-            return None
         before = ResultIdentity(hash="unknown")
     same_samples = all(old == new for old, new in zip(before.samples, made_of.samples, strict=False))
     if before.hash == made_of.hash and same_samples:

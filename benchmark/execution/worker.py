@@ -178,11 +178,11 @@ def _load(batch: Batch) -> LoadedModel:
 def _attention(config: ResearchAttentionConfig | None, backend: str, lm: LanguageModel) -> ResearchAttention | None:
     if config is None:
         return None
-    from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
+    from sparse_attention_hub import ResearchAttention
     from sparse_attention_hub.models.model_files import complete
 
     whole = complete(config, lm)  # with the model's own files for parameters that the configuration leaves out
-    return ResearchAttention(ResearchAttentionConfig(whole.masker_configs, backend=backend))
+    return ResearchAttention(replace(whole, backend=backend))
 
 
 def _prompt(request: Request, batch: Batch, lm: LanguageModel) -> Prompt | Exception:

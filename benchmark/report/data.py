@@ -13,15 +13,13 @@ from statistics import fmean
 
 import pandas as pd
 
-from benchmark.settings import DENSE, SparseConfig
+from benchmark.settings import BUDGET_SLACK, DENSE, SparseConfig
 from benchmark.stats import LEVEL, compare_paired, group_interval, mean_interval, sign_test
 from benchmark.storage.benchmark_records import Difference, Metrics, ResultConfig, Summary
 from benchmark.storage.records import Failure, Interval, read_record
 from benchmark.storage.results import safe_name
 from sparse_attention_hub.errors import UserError, quoted
 
-#: A row fits a budget if its measured density exceeds it by at most a tenth, as for the marks of Phase 2.
-BUDGET_SLACK = 1.1
 #: A method saves reads at a budget if it reads at most this many times the budget in bytes, selector included.
 BYTES_SLACK = 2.0
 _ADVICE = "left out; run Phase 2 again"
@@ -115,7 +113,7 @@ class Group:
         above = sum(score > 0 for score in scores)
         if above > 1 or (above == 1 and len(scores) < 4):
             return None
-        return f"dense attention scores above 0 on {above} of {len(scores)} samples"
+        return f"dense attention scores above 0 on {above} of {self.dense.metrics.samples.total} samples"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Study:
         """A figure of every trial, NaN where it was not measured. rung None: the highest up to the forced forward."""
         import pandas as pd
 
-        found = [trial.last(name) if rung is None else trial.figure(name, rung) for trial in self.trials]
+        found = [getattr(trial, name) if rung is None else trial.figure(name, rung) for trial in self.trials]
         return pd.Series(found, dtype=float)
 
     def best_trial(self, level: BestConfig) -> TrialRow | None:

@@ -74,7 +74,7 @@ class FaultRun:
             run = self.folder / f"killed_{self.counts['runs']}"
             if self.phase == "2":
                 shutil.copytree(self.undisturbed / "optimal_configs", run / "optimal_configs")
-            self.killed_run(run, kills, seconds)
+            self.killed_run(run, kills, seconds / 2)
             self.compare(run)
         time.sleep(5.0)  # the last processes end
         counted = ("kills", *TARGETS, "SIGKILL", "SIGTERM", "SIGINT", "phase_1", "phase_2", "runs", "starts")

@@ -34,6 +34,7 @@ from sparse_attention_hub.replay import replay
 TASKS = ("niah_single_1", "fwe")
 FAMILIES = ("oracle_top_k", "quest", "double_sparsity", "random_sampling")
 LEVELS = (5, 10, 25)
+QUEST_PAGE = 8
 #: Forced forwards are taken at this level and with these tables only.
 FORCED_LEVEL, FORCED_BY = 10, "kv_head"
 
@@ -73,6 +74,8 @@ def measure_family(
     """Adds the changes of one family, by name of the figure: one for each task that a table was judged on."""
     for level in LEVELS:
         config = template(family, level / 100)
+        if family == "quest":
+            config.masker_configs[-1].page_size = QUEST_PAGE  # type: ignore[attr-defined]
         curves: dict[str, Curves] = {}
         for task, evaluator in evaluators.items():
             seeds = [entry.seed for entry in evaluator.samples]

@@ -53,7 +53,7 @@ GOALS = {
 }
 OUR_PREFILL = "our_prefill"
 #: Rung of the replay: its name, and how many passes are measured. The marginal cost of a single cheap pass is lost in the noise.
-REPLAYS = {0: ("cheapest_rung", 5), 1: ("full_replay", 1)}
+REPLAYS = {0: ("cheapest_rung", 5), 1: ("full_replay", 3)}
 STAGES = ("replay of some rows and layers", "full replay", "confirmation", "confirmation")
 
 

@@ -67,6 +67,8 @@ class AttentionRecord(Record):
 
     type: str = "ResearchAttentionConfig"
     masker_configs: list[MaskerRecord]
+    dense_layers: list[int] = Field(default_factory=list)
+    head_budgets: list[list[float]] | None = None
 
 
 class Failure(Record):

@@ -23,6 +23,9 @@ NAME_BYTES, KEY_BYTES = 100, 200
 class StorageError(OSError):
     """A file could not be written, for example because the disk is full. What is on disk already stays valid."""
 
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -137,11 +140,13 @@ class Journal:
 
 @functools.cache
 def environment() -> dict[str, str | None]:
-    """Versions and commit that produced a result."""
+    """Versions and commit that produced a result, and the date that chat templates were given."""
     from sparse_attention_hub.attention import ENGINE_VERSION
+    from sparse_attention_hub.models.prompts import TEMPLATE_DATE
 
     packages = ("sparse-attention-hub", "torch", "transformers", "ray", "optuna", "numpy")
-    return {**{name: _version(name) for name in packages}, "engine": str(ENGINE_VERSION), "commit": _commit()}
+    own = {"engine": str(ENGINE_VERSION), "template-date": TEMPLATE_DATE.date().isoformat(), "commit": _commit()}
+    return {**{name: _version(name) for name in packages}, **own}
 
 
 def _version(package: str) -> str | None:

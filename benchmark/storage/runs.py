@@ -6,6 +6,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pydantic import Field
+
 from benchmark.storage.records import Record, parse_record, write_record
 from sparse_attention_hub.errors import UserError, quoted
 
@@ -16,7 +18,7 @@ MARK = ".run.json"
 class RunMark(Record):
     """created: in seconds since 1970."""
 
-    created: float
+    created: float = Field(gt=0, le=1e15)
 
 
 def mark_run(run: Path) -> None:

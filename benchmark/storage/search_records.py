@@ -200,25 +200,10 @@ class TrialRow(Record):
     rungs: dict[int, Evaluation] = Field(alias="figures")
     seconds: Figure
 
-    @property
-    def reached(self) -> int | None:
-        """The highest rung evaluated."""
-        return max(self.rungs, default=None)
-
-    @property
-    def confirmed(self) -> bool:
-        """Whether a forced forward was evaluated."""
-        return FORCED in self.rungs
-
     def figure(self, name: str, rung: int) -> float | None:
         """A figure of one rung; None if it was not measured there."""
         value: float | None = getattr(self.rungs[rung], name) if rung in self.rungs else None
         return value
-
-    def last(self, name: str) -> float | None:
-        """A figure of the highest rung up to the forced forward."""
-        rungs = [rung for rung in self.rungs if rung <= FORCED]
-        return self.figure(name, max(rungs)) if rungs else None
 
 
 class TrialsFile(Record):

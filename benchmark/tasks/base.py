@@ -28,7 +28,7 @@ PromptParts = tuple[str, str, str]  # context, question, answer prefix
 Scores = dict[str, float]  # metric name -> 0..1
 
 TUNING_SHARE = 0.2
-LONG_TEXT = 5_000_000  # characters of a context that are encoded in any case
+LONG_TEXT = 5_000_000  # characters that are encoded in any case
 LONG_TOKEN = 100  # characters: more than tokens have on average in any text
 
 
@@ -207,11 +207,14 @@ def build_prompt(
     """The token ids of one question: context, then question, template suffix and answer prefix.
 
     `max_context_length` (tokens) bounds context, question and `max_new_tokens` together. A context that is too long
-    loses its middle: its start and end stay, in equal shares, and so does the template text before it. Raises
+    loses its middle: its start and end stay, in equal shares, and so does the template text before it. Encoding tens of
+    millions of characters takes minutes, so what is sure to be cut is not encoded, and its tokens are estimated. Raises
     ContextTooShortError when question and answer alone do not fit.
     """
     longest = max(LONG_TEXT, LONG_TOKEN * max_context_length)
-    removed = max(len(sample.context) - longest, 0)  # characters that are cut before they are encoded, which takes minutes
+    if len(sample.question) > longest:
+        raise ContextTooShortError(f"{sample.task}: a question of {len(sample.question)} characters does not fit")
+    removed = max(len(sample.context) - longest, 0)
     if removed:
         sample = replace(sample, context=sample.context[: longest // 2] + sample.context[-(longest // 2) :])
     head, context, tail = _render(sample, tokenizer, use_chat_template)

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmark.tasks.base import Row, is_writable
+from benchmark.tasks.base import Row as Row  # re-exported
+from benchmark.tasks.base import is_writable
 from benchmark.tasks.values import parse_text
 from sparse_attention_hub.errors import UserError, quoted
 
@@ -178,6 +179,8 @@ def _fault(value: Any, depth: int = 0) -> str | None:
     if isinstance(value, (list, dict)):
         if depth == MAX_DEPTH:
             return f"is nested more than {MAX_DEPTH} levels deep"
+        if isinstance(value, dict) and not all(isinstance(key, (str, int, float)) for key in value):
+            return f"has a key that is neither text nor number, got {quoted(value)}"
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         return next((fault for item in inner if (fault := _fault(item, depth + 1))), None)
     return None

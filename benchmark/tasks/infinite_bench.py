@@ -12,14 +12,16 @@ chat template, SmolLM2-135M-Instruct repeats the question on one passkey in four
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmark.tasks import infinite_bench_scores as score
+from benchmark.tasks import metrics
 from benchmark.tasks.base import PromptParts, Sample, SampleRequest, Scores, Task, TaskDescription
 from benchmark.tasks.data import Row, Source
 from benchmark.tasks.infinite_bench_generators import GENERATORS, Generated
-from benchmark.tasks.ruler_generators import fill_prompt, sample_seed
+from benchmark.tasks.ruler_generators import Generator, fill_prompt, sample_seed
 from benchmark.tasks.sources import PROMPT_COLUMNS, DataTask, Form
 from benchmark.tasks.values import as_texts
 
@@ -38,7 +40,7 @@ class Subset:
     length: str
     metric: str
     score: Callable[[str, Any], float]
-    label: Callable[[Any, list[str] | None], Any]  # the gold answer, from one that may be a value or a list
+    label: Callable[..., Any]  # the gold answer, of one that may be a value or a list; `choice` needs the options too
 
 
 SUBSETS: dict[str, Subset] = {
@@ -86,19 +88,19 @@ SUBSETS: dict[str, Subset] = {
     "longbook_qa_eng": Subset(
         "Read the book and answer the question. Be very concise in your answer.\n\n{context}",
         "\n\nQuestion: {question}", "\nAnswer:",
-        40, 351, "193k tokens", "qa_f1", score.longbook_qa, score.texts,
+        40, 351, "193k tokens", "qa_f1", partial(score.best_of, metrics.word_f1), as_texts,
     ),
     "longbook_qa_chn": Subset("阅读以下书籍然后回答问题。\n\n{context}", "\n\n问题：{question}", "\n答案：",
-        40, 175, "2069k tokens", "character_f1", score.longbook_qa_chn, score.texts,
+        40, 175, "2069k tokens", "character_f1", partial(score.best_of, metrics.character_f1_zh), as_texts,
     ),
     "longbook_sum_eng": Subset("Summarize the book below.\n\n{context}", "\n\n", "Summary:",
-        1200, 103, "172k tokens", "rouge_lsum", score.longbook_sum, score.texts,
+        1200, 103, "172k tokens", "rouge_lsum", partial(score.best_of, metrics.rouge_lsum), as_texts,
     ),
     "longdialogue_qa_eng": Subset(
         'Below is a dialogue script where one random occurrence of a character name is replaced with "$$MASK$$", '
         "and you should try to guess who that character is.\n\n{context}",
         "\n\n", "The name that has been replaced with $$MASK$$ is likely",
-        40, 200, "104k tokens", "accuracy", score.longdialogue, score.texts,
+        40, 200, "104k tokens", "accuracy", score.longdialogue, as_texts,
     ),
 }  # fmt: skip
 
@@ -160,8 +162,8 @@ class GeneratedTask(_InfiniteBenchTask):
     def _generate(self, index: int, length: int, request: SampleRequest) -> Sample:
         rows = GENERATORS[self.subset](sample_seed(request.seed, request.split, self.subset, length, index), index)
         identity = f"{'' if request.split == 'test' else 'tuning-'}{index}@{length}"
-        made = replace(rows, build=lambda n: self._sample(identity, rows.build(n), request.tokenizer))
-        return fill_prompt(self, made, length, request)[0]
+        make = Generator(lambda n: self._sample(identity, rows.build(n), request.tokenizer), rows.smallest, rows.largest)
+        return fill_prompt(self, make, length, request)[0]
 
     def _sample(self, identity: str, row: Generated, tokenizer: Any) -> Sample:
         prompt = prompt_parts(self.subset, row.context, row.input, None)
@@ -169,7 +171,7 @@ class GeneratedTask(_InfiniteBenchTask):
         tokens = self.description.max_new_tokens
         if self.subset == "math_calc":  # a shorter expression has a shorter answer, which leaves room for the prompt
             tokens = min(tokens, len(tokenizer.encode(" " + text, add_special_tokens=False)) + 8)
-        columns = dict(zip(PROMPT_COLUMNS, prompt, strict=True))
+        columns: Row = dict(zip(PROMPT_COLUMNS, prompt, strict=True))
         columns |= {"answer": text, "task": self.subset, "max_new_tokens": tokens}
         return self.make_sample(identity, prompt, [text], max_new_tokens=tokens, columns=columns, label=row.answer)
 
@@ -196,7 +198,7 @@ class PublishedTask(_InfiniteBenchTask, DataTask):
         # The copy lists the options in the question, one per line.
         options = row.get("options") or re.findall(r"^[A-D]\. (.*)$", prompt[1], re.MULTILINE)
         try:
-            label = self.spec.label(row["answer"], options)
+            label = self.spec.label(row["answer"], *([options] if self.spec.label is score.choice else []))
         except ValueError as error:
             raise ValueError(f"column 'answer': {error}") from error
         references = [str(label)] if self.subset == "math_calc" else as_texts(label)

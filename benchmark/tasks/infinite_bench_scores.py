@@ -4,9 +4,10 @@ A label is the gold answer: a text, number or list.
 One score is more lenient than the original, which raises there: math_find takes "88.0" for 88.
 """
 
+import math
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmark.tasks import metrics
@@ -87,16 +88,9 @@ def longdialogue(prediction: str, label: Any) -> float:
     return float(str(_first(label)) in _blank(prediction, "\n:\"'.,?!{}").upper().split())
 
 
-def longbook_qa(prediction: str, label: Any) -> float:
-    return metrics.best(metrics.word_f1, prediction, as_texts(label))
-
-
-def longbook_qa_chn(prediction: str, label: Any) -> float:
-    return metrics.best(metrics.character_f1_zh, prediction, as_texts(label))
-
-
-def longbook_sum(prediction: str, label: Any) -> float:
-    return metrics.best(metrics.rouge_lsum, prediction, as_texts(label))
+def best_of(measure: Callable[[str, str], float], prediction: str, label: Any) -> float:
+    """The highest score over the texts of the label."""
+    return metrics.best(measure, prediction, as_texts(label))
 
 
 def longbook_choice(prediction: str, label: Any) -> float:
@@ -119,26 +113,29 @@ def longbook_choice(prediction: str, label: Any) -> float:
     return 0.0
 
 
-# Labels: of an answer and the options of its question. ValueError for an answer that is impossible.
+# Labels: the gold answer from one that may be a value or a list. ValueError for an answer that is impossible.
 
 
-def integer(answer: Any, options: object = None) -> int:
+def integer(answer: Any) -> int:
     try:
         return int(_first(answer))
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"the answer must be an integer, got {quoted(answer)}") from None
 
 
-def number(answer: Any, options: object = None) -> int | float:
+def number(answer: Any) -> int | float:
     value = _first(answer)
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,300}(\.[0-9]+)?", value.strip()):
         return float(value) if "." in value else int(value)
-    if not isinstance(value, numbers.Real) or not abs(value) < 1e300:  # nor for NaN
-        raise ValueError(f"the answer must be a number, got {quoted(answer)}")
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    try:
+        if isinstance(value, numbers.Real) and math.isfinite(float(value)):
+            return int(value) if isinstance(value, numbers.Integral) else float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        pass
+    raise ValueError(f"the answer must be a number, got {quoted(answer)}")
 
 
-def integers(answer: Any, options: object = None) -> list[int]:
+def integers(answer: Any) -> list[int]:
     """The integers of a list, of its text, or of a list that holds one of them."""
     values = as_list(answer) if isinstance(answer, (list, tuple, str)) else []
     while len(values) == 1 and (inner := as_list(values[0])) != values:
@@ -169,13 +166,9 @@ def choice(answer: Any, options: list[str] | None = None) -> list[str]:
     raise ValueError(f"the answer {quoted(given)} is none of the options")
 
 
-def text(answer: Any, options: object = None) -> str:
+def text(answer: Any) -> str:
     """The first text of a list, or the text itself."""
     found = as_texts(answer)
     if not found:
         raise ValueError(f"the answer must be a text or number, got {quoted(answer)}")
     return found[0]
-
-
-def texts(answer: Any, options: object = None) -> list[str]:
-    return as_texts(answer)

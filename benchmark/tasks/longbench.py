@@ -195,7 +195,7 @@ class LongBenchTask(DataTask):
         if self.metric != "classification":
             measure = METRICS[self.metric]
         elif all_classes:
-            measure = functools.partial(metrics.classification, all_classes=all_classes)
+            measure = functools.partial(metrics.classification, all_classes=as_texts(all_classes, "all_classes"))
         else:
             raise UserError(f"{self.name} is scored against its classes: all_classes is needed, got {all_classes}")
         return {self.metric: metrics.best(measure, prediction, as_texts(references))}

@@ -15,7 +15,7 @@ ignoring case (qa: 1 if any occurs); 0 without references.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,8 @@ class GeneratedTask(_RulerTask):
             return self.make_sample(f"{mark}{index}{at}", prompt, made.answers, columns=columns)
 
         # A share of the prompt without the answer.
-        return replace(parts, build=build, slack=min(parts.slack, (length - ANSWER_TOKENS[self.kind]) // 128))
+        slack = min(parts.slack, (length - ANSWER_TOKENS[self.kind]) // 128)
+        return Generator(build, parts.smallest, parts.largest, slack)
 
 
 class PublishedTask(_RulerTask, DataTask):
@@ -167,10 +168,7 @@ class PublishedTask(_RulerTask, DataTask):
             )
         super().__init__(name, kind, length, source.hub_id)
         self.sources = [source]
-        self.forms = [Form(PUBLISHED_COLUMNS, questions=self._of_this_task)]
-
-    def _of_this_task(self, number: int, row: Row) -> Iterable[tuple[object, Row]]:
-        return [(number, row)] if row["task"] == self.kind else []
+        self.forms = [Form(PUBLISHED_COLUMNS, questions=lambda number, row: [(number, row)] if row["task"] == kind else [])]
 
     def read(self, sources: list[Source], data_dir: Path | None) -> Iterator[Sample]:
         for number, sample in enumerate(super().read(sources, data_dir)):  # numbers count the rows of this task alone

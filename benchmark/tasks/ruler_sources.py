@@ -73,7 +73,8 @@ def _paragraphs(titled: Iterable[tuple[str, list[str]]]) -> list[str]:
 
 
 ESSAYS = Text(
-    "essays", "essays (DIR/ruler/PaulGrahamEssays.json or essays.txt)", ("PaulGrahamEssays.json",), (("text", "text"),), _essay_rows,
+    "essays", "essays (DIR/ruler/PaulGrahamEssays.json or essays.txt)", ("PaulGrahamEssays.json",),
+    (("text", "text"),), _essay_rows,
     Source("ruler", "essays_hub", "baber/paul_graham_essays", split="train"),
 )  # fmt: skip
 SQUAD = Text(

@@ -37,6 +37,10 @@ class Form:
         return [column for column, kind in self.columns.items() if not kind.startswith("?") and column not in row]
 
 
+class EmptySplitError(UserError):
+    """All samples are in the other split."""
+
+
 class DataTask(Task):
     """A task over a data set. `sources`: copies of it; the first one that can be read is. `forms`: how its rows may look.
 
@@ -50,7 +54,7 @@ class DataTask(Task):
     unique_ids = True  # False: rows with one id are parts of one question
 
     def make(self, identity: object, row: Row, prompt: PromptParts) -> Sample:
-        """The sample of a row: its id, or else `identity`, and its answers. Raises ValueError, naming the column, without any."""
+        """The sample of a row: its id, or else `identity`, and its answers. ValueError, naming the column, without any."""
         column = next((name for name in ("answers", "output", "answer") if name in row), None)
         if column is None:
             raise ValueError(f"a column 'answers', 'output' or 'answer' is missing (there are {quoted(list(row))})")
@@ -63,11 +67,11 @@ class DataTask(Task):
             return self._own_samples(own, request)[: request.max_samples]
         chosen = take_split(self.read(self.sources, request.data_dir), request, self.split_key)
         if not chosen and request.max_samples != 0:
-            raise UserError(f"{self.name}: its data hold no rows of the {request.split} split")
+            raise EmptySplitError(f"{self.name}: its data hold no rows of the {request.split} split")
         return chosen
 
     def _own_samples(self, file: Path, request: SampleRequest) -> list[Sample]:
-        """Those of the user's files. All rows are read, so that a fault in any row, of either split, is found before the search."""
+        """Those of the user's files. All rows are read: a fault in any, of either split, is found before the search."""
         samples, wanted = list(self.read(self.sources, request.data_dir)), request.split == "tuning"
         if not samples:
             raise UserError(f"{self.name}: {file} has no rows of this task")
@@ -92,7 +96,7 @@ class DataTask(Task):
         else:
             samples = [sample for sample in samples if in_tuning_split(self.split_key(sample)) == wanted]
         if not samples:
-            raise UserError(
+            raise EmptySplitError(
                 f"{self.name}: no {request.split} samples: rows are split by a hash of their context, a fifth is for tuning, "
                 f"and none of {file} is on this side; put rows for tuning into {file.stem}.tuning.jsonl beside it, then all of "
                 f"{file.name} are test rows"

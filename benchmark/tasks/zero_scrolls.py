@@ -16,7 +16,7 @@ from typing import Any
 from benchmark.tasks import metrics
 from benchmark.tasks.base import PromptParts, Sample, SampleRequest, Scores, Task, TaskDescription, TaskSelection, UserError
 from benchmark.tasks.data import DataMissingError, Row, Source, data_file, missing_data
-from benchmark.tasks.sources import PROMPT_COLUMNS, DataTask, Form
+from benchmark.tasks.sources import PROMPT_COLUMNS, DataTask, EmptySplitError, Form
 from benchmark.tasks.values import as_texts
 from sparse_attention_hub.errors import quoted
 
@@ -158,17 +158,22 @@ class ZeroScrollsAllTask(ZeroScrollsTask):
     def samples(self, request: SampleRequest) -> list[Sample]:
         """One of each task in turn, so that the first samples cover many tasks.
 
-        Raises DataMissingError if there are no data for any of them.
+        Raises DataMissingError if there are no data for any of them, EmptySplitError if all are in the other split.
         """
         if _own_file("default", request.data_dir):
             return super().samples(request)
         each: list[list[Sample]] = []
         missing: dict[str, str] = {}  # task -> why
+        empty: EmptySplitError | None = None
         for subset in _available(request.data_dir):
             try:
                 each.append(ZeroScrollsTask(subset).samples(request))
             except DataMissingError as error:
                 missing[subset] = error.reason
+            except EmptySplitError as error:
+                empty = error
+        if not each and empty is not None:
+            raise empty
         if not each:
             raise missing_data(_source("<task>"), request.data_dir, next(iter(missing.values())), self.name)
         if missing:

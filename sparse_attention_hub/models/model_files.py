@@ -37,7 +37,7 @@ def fit_template(config: ResearchAttentionConfig, model_id: str) -> ResearchAtte
                 raise UserError(f"HashAttention weights {path}: {error}") from None
             masker = dataclasses.replace(masker, **fields)
         maskers.append(masker)
-    return ResearchAttentionConfig(maskers, config.backend)
+    return dataclasses.replace(config, masker_configs=maskers)
 
 
 def complete(config: ResearchAttentionConfig, lm: LanguageModel) -> ResearchAttentionConfig:
@@ -52,7 +52,7 @@ def complete(config: ResearchAttentionConfig, lm: LanguageModel) -> ResearchAtte
                 raise ValueError(f"there are no HashAttention weights for {lm.id}: train some and name them in hat_weight_file")
             masker = dataclasses.replace(masker, hat_weight_file=path)
         maskers.append(masker)
-    return ResearchAttentionConfig(maskers, config.backend)
+    return dataclasses.replace(config, masker_configs=maskers)
 
 
 def channels_for(lm: LanguageModel) -> Path:

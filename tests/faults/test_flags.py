@@ -138,6 +138,7 @@ FOLDERS: list[tuple[Command, str]] = [
     *((run, flag) for flag in ("--optimal-configs-dir", "--benchmark-results-dir", "--ray-results-dir", "--data-dir")),
     *((analyze, flag) for flag in ("--optimal-configs-dir", "--output-dir")),
     (write_report, "--output"),
+    (write_report, "DIR"),
 ]
 
 
@@ -145,11 +146,11 @@ FOLDERS: list[tuple[Command, str]] = [
 def test_bad_paths_of_every_folder(command: Command, flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind, path in paths(tmp_path).items():
         before = sorted(tmp_path.rglob("*"))
-        named = f"{path}/page.html" if flag == "--output" else path
-        code, problem = outcome(command, [flag, named], capsys)
+        arguments = [path] if flag == "DIR" else [flag, f"{path}/page.html" if flag == "--output" else path]
+        code, problem = outcome(command, arguments, capsys)
         assert code == 2, (flag, kind, problem)
         assert is_one_line(problem), problem[:2000]
-        assert flag in problem, problem
+        assert flag in problem or flag == "DIR", problem
         assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -189,6 +189,15 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
+def test_half_written_results_are_no_earlier_results(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
+    unit, settings = replace(toy_unit, configs=toy_unit.configs[:1]), make_settings(max_requests=1)
+    folder = settings.benchmark_results_dir / safe_name(unit.model) / "dense"
+    (folder / "toy_count").mkdir(parents=True)
+    (folder / "toy_count" / "raw_results.csv").write_text('"context","le')
+    assert run_benchmarks([unit], settings, in_process=True).notes == []
+    assert [path.name for path in folder.iterdir()] == ["toy_count"]
+
+
 def test_a_file_that_cannot_be_written_is_one_line_with_its_path(
     tmp_path: Path, disk: Disk, capsys: pytest.CaptureFixture[str]
 ) -> None:

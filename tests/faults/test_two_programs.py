@@ -79,7 +79,7 @@ def test_signals_end_a_run_in_order_or_at_once(tiny_model: str, tmp_path: Path) 
 
     def start_and_wait() -> subprocess.Popen[str]:
         before = answered()
-        process = start(tmp_path, tiny_model, "--configs", "dense", "--max-requests", "2000")
+        process = start(tmp_path, tiny_model, "--configs", "dense", "--max-requests", "400")
         while answered() == before:
             assert process.poll() is None
             time.sleep(0.02)

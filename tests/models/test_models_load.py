@@ -120,7 +120,7 @@ def test_cache_root_follows_the_platform(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model's folder with the embedded model's tokenizer and tiny random weights."""
-    build("llama").save_pretrained(tmp_path / "tiny")
+    build("llama", vocab_size=49152).save_pretrained(tmp_path / "tiny")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_folder() / name, tmp_path / "tiny" / name)
     return tmp_path / "tiny"

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
+from benchmark.execution.answer_sample import reference_ids
+from benchmark.tasks.base import Sample, build_prompt
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models import prompts
 from sparse_attention_hub.models.prompts import encode_continuation, render_chat
@@ -81,3 +83,19 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) 
     assert time.perf_counter() - started < 10
     assert render_chat(templated("{{ messages[0].content }}"), "ab") == "ab"
     time.sleep(0.4)  # no alarm of an earlier template goes off
+
+
+@pytest.mark.parametrize("scheme", SPACES)
+def test_question_and_reference_are_encoded_as_within_the_text(scheme: str) -> None:
+    tokenizer = letters(**SPACES[scheme])
+    sample = Sample("s", "t", "ab cd", ".ab", "=", ["ab", "cd"], max_new_tokens=4)
+    prompt = build_prompt(sample, tokenizer, max_context_length=100, max_new_tokens=4, use_chat_template=False)
+    reference = reference_ids(tokenizer, prompt, "ab")
+    whole = tokenizer.encode("ab cd.ab= ab", add_special_tokens=False)
+    assert prompt.context_ids + prompt.question_ids + reference == list(whole)
+
+
+def test_a_template_of_a_prompt_that_fails_is_told() -> None:
+    sample = Sample("s", "t", "ab cd", ".ab", "=", ["ab"], max_new_tokens=4)
+    with pytest.raises(UserError, match="cannot be rendered"):
+        build_prompt(sample, templated("{% for"), max_context_length=100, max_new_tokens=4, use_chat_template=True)

@@ -244,7 +244,7 @@ def test_an_answer_that_cannot_be_one_says_the_row(tmp_path, subset, answer):
     ],
 )
 def test_labels(subset, answer, options, label):
-    assert SUBSETS[subset].label(answer, options) == label
+    assert SUBSETS[subset].label(answer, *([options] if options else [])) == label
 
 
 def test_the_other_prompts():

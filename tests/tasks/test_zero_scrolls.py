@@ -84,6 +84,18 @@ def test_tasks_without_data_are_left_out_with_one_warning(
     assert caplog.messages == ["zero_scrolls/default leaves out qasper, quality: no such file"]
 
 
+def test_a_task_without_tuning_samples_leaves_those_of_the_others(tmp_path: Path) -> None:
+    rows = read_rows("zero_scrolls/musique")
+    alone = [rows[0] | {"input": "row-2" + rows[0]["input"]}]  # one context, a test one
+    write_rows(tmp_path, "zero_scrolls/musique", alone)
+    with pytest.raises(UserError, match=r"zero_scrolls/musique: no tuning samples: rows are split .*musique\.jsonl"):
+        samples("zero_scrolls/default", tmp_path, split="tuning")
+    write_rows(tmp_path, "zero_scrolls/quality", read_rows("zero_scrolls/quality"))
+    tuning = samples("zero_scrolls/default", tmp_path, split="tuning")
+    assert {sample.task for sample in tuning} == {"zero_scrolls/quality"}
+    assert {sample.task for sample in samples("zero_scrolls/default", tmp_path)} >= {"zero_scrolls/musique"}
+
+
 def test_a_malformed_row_stops_the_benchmark(tmp_path: Path) -> None:
     for subset in ("qasper", "quality"):
         write_rows(tmp_path, f"zero_scrolls/{subset}", read_rows(f"zero_scrolls/{subset}"))

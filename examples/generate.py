@@ -1,0 +1,91 @@
+"""Text generated under the attention that a search found, token by token as it comes.
+
+    python examples/generate.py [FILE] [--question TEXT] [--text FILE] [--max-new-tokens 40]
+
+FILE: a best configuration of a search, optimal_configs/run_.../..._10pct.json; by default one of the sample search. The text is
+prefilled densely, question and answer are sparse: what Phase 1 and Phase 2 measure by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sparse_attention_hub import ResearchAttention, UserError, best_config
+
+SAMPLE_RUNS = Path(__file__).resolve().parents[1] / "optimal_configs" / "sample"
+MODEL = "embedded/SmolLM2-135M-Instruct"
+TEXT = "The harbour of Vell has nine piers. " * 60 + "The code of the lighthouse is 7431. " + "Gulls circle above. " * 60
+
+
+def generate(
+    lm: Any, attention: ResearchAttention, context_ids: list[int], question_ids: list[int], tokens: int, streamer: Any = None
+) -> list[int]:
+    """The greedy answer's token ids: the context dense, question and answer under the attention."""
+    import torch
+    from transformers import DynamicCache
+
+    from sparse_attention_hub.models import sparse_attention
+
+    cache = DynamicCache()
+    context, whole = (torch.tensor([ids], device=lm.device) for ids in (context_ids, context_ids + question_ids))
+    with torch.no_grad():
+        lm.model(input_ids=context, past_key_values=cache, logits_to_keep=1)
+    with sparse_attention(lm, attention) as session:
+        answer = lm.model.generate(
+            whole,
+            attention_mask=torch.ones_like(whole),
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            do_sample=False,
+            streamer=streamer,
+        )
+    print(f"density {session.density:.3f}, KV bytes read {session.kv_fraction:.3f} of dense", file=sys.stderr)
+    return answer[0, whole.shape[1] :].tolist()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", help="a best configuration (default: of the sample search, oracle top-k at 10%%)")
+    parser.add_argument("--model", default=MODEL, help="default: %(default)s")
+    parser.add_argument("--text", type=Path, help="a file with a long text (default: a page about a harbour)")
+    parser.add_argument("--question", default="What is the code of the lighthouse?")
+    parser.add_argument("--max-new-tokens", type=int, default=40)
+    options = parser.parse_args(argv)
+    try:
+        from transformers import TextStreamer
+
+        from sparse_attention_hub.models import load_model
+
+        lm = load_model(options.model)
+        file = options.file
+        if file is None:
+            (run,) = SAMPLE_RUNS.glob("run_*")
+            file = best_config(run, model=MODEL, task="ruler/1024/niah_single_1", budget=0.10, oracles=True)
+        attention = ResearchAttention.from_file(file, lm)
+        text = TEXT if options.text is None else options.text.read_text(encoding="utf-8-sig")
+        before, after = chat(lm.tokenizer, text, options.question)
+        context_ids, question_ids = (lm.tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+        generate(lm, attention, context_ids, question_ids, options.max_new_tokens, TextStreamer(lm.tokenizer, skip_prompt=True))
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def chat(tokenizer: Any, text: str, question: str) -> tuple[str, str]:
+    """The chat-templated prompt in two parts: up to the end of the text, and the question with what follows it."""
+    if tokenizer.chat_template is None:
+        return text, f"\n\n{question}\n"
+    message = [{"role": "user", "content": f"{text}\n\n{question}"}]
+    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    before, _, after = prompt.partition(f"\n\n{question}")
+    return before, f"\n\n{question}{after}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

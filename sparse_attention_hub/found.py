@@ -1,0 +1,60 @@
+"""Finding the best configuration in the files of a search."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError, quoted
+
+
+def best_config(
+    run: str | Path, *, model: str, task: str, budget: float, masker: str | None = None, oracles: bool = False
+) -> Path:
+    """The file of the configuration with the smallest error within a density budget.
+
+    run: a folder optimal_configs/run_..., or one that holds runs; model, task: as they were searched. budget: the largest density, 0.10 = 10% of the
+    keys. masker: a combination, such as "sink_local_quest_top_k". oracles: also maskers that read every key to choose, which
+    save nothing and are ceilings only. Confirmed configurations come first. UserError if there is none; it names what there is.
+    """
+    if not Path(run).is_dir():
+        raise UserError(f"{run}: no such folder; give a run of a search, such as optimal_configs/run_20260131_120000")
+    found: list[tuple[bool, float, Path]] = []
+    searched: set[str] = set()
+    for path in sorted(Path(run).rglob("*.json")):
+        if path.name.endswith("_trials.json"):
+            continue
+        record = read_json(path)
+        if not isinstance(record.get("sparse_config"), dict):
+            continue
+        searched.add(f"{record.get('model')} on {record.get('task')}")
+        name = str(record.get("masker_name"))
+        level = record.get("budget")
+        fits = record.get("meets_budget") is True and isinstance(level, int | float) and level <= budget * (1 + 1e-9)
+        wanted = masker is None or name == masker or name.rpartition("_")[0] == masker
+        if record.get("model") == model and record.get("task") == task and fits and wanted and (oracles or not _oracle(record)):
+            confirmed = bool((record.get("confirmation") or {}).get("confirmed"))
+            found.append((not confirmed, float(record["error"]), path))
+    if not found:
+        there = ", ".join(sorted(searched)) or "nothing"
+        raise UserError(
+            f"{run}: no configuration of {model!r} on {task!r} meets a budget of {budget:g}"
+            f"{'' if masker is None else f' with {masker}'}{'' if oracles else ' (oracles apart: oracles=True)'}; searched: {there}"
+        )
+    return min(found)[2]
+
+
+def _oracle(record: dict[str, Any]) -> bool:
+    return any(str(entry.get("type")).startswith("Oracle") for entry in record["sparse_config"].get("masker_configs", []))
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file; UserError of one line otherwise."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {quoted(error)})") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: must hold a JSON object, got {type(record).__name__}")
+    return record
