@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .maskers import (
         AdaptiveSamplingMaskerConfig, CausalMaskerConfig, DoubleSparsityTopKMaskerConfig, HashAttentionTopKMaskerConfig,
         LocalMaskerConfig, MagicPigConfig, OracleTopKConfig, OracleTopPMaskerConfig, PQCacheConfig,
-        QuestTopKMaskerConfig, RandomSamplingMaskerConfig, SinkMaskerConfig,
+        QuestTopKMaskerConfig, RandomSamplingMaskerConfig, RoundToPagesConfig, SinkMaskerConfig,
     )  # fmt: skip
     from .maskers.base import (
         Masker, MaskerConfig, TopKConfig, check_flag, check_int, check_number, check_size, register_masker,
@@ -48,6 +48,6 @@ __all__ = [
     "DoubleSparsityTopKMaskerConfig", "HashAttentionTopKMaskerConfig", "IntUniform", "LocalMaskerConfig", "LogUniform",
     "MagicPigConfig", "Mask", "Masker", "MaskerConfig", "MaskerState", "OracleTopKConfig", "OracleTopPMaskerConfig",
     "PQCacheConfig", "QuestTopKMaskerConfig", "RandomSamplingMaskerConfig", "ResearchAttention", "ResearchAttentionConfig",
-    "SinkMaskerConfig", "TopKConfig", "Uniform", "UserError", "best_config", "check_flag", "check_int", "check_number", "check_size",
+    "RoundToPagesConfig", "SinkMaskerConfig", "TopKConfig", "Uniform", "UserError", "best_config", "check_flag", "check_int", "check_number", "check_size",
     "dense_attention", "register_masker",
 ]  # fmt: skip

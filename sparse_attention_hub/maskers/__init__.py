@@ -18,6 +18,7 @@ from .oracle_top_p import OracleTopPMaskerConfig
 from .pq_cache import PQCacheConfig
 from .quest import QuestTopKMaskerConfig
 from .random_sampling import RandomSamplingMaskerConfig
+from .round_to_pages import RoundToPagesConfig
 from .sink import SinkMaskerConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PQCacheConfig",
     "QuestTopKMaskerConfig",
     "RandomSamplingMaskerConfig",
+    "RoundToPagesConfig",
     "SinkMaskerConfig",
     "register_masker",
 ]

@@ -26,7 +26,7 @@ KEYS = 96
 HEADS = 2
 DIM = 16
 COLOURS = {"sink": "#d1495b", "local": "#2e86ab"}
-OWN, FUTURE = "#edae49", "#d9d9d9"
+OWN, OTHER, FUTURE = "#edae49", "#66a182", "#d9d9d9"
 
 
 def example_inputs() -> AttentionInputs:
@@ -65,10 +65,13 @@ def example_configs(name: str, folder: Path) -> list[base.MaskerConfig]:
         "random_sampling": hub.RandomSamplingMaskerConfig(0.15),
         "adaptive_sampling": hub.AdaptiveSamplingMaskerConfig(0.1, 0.3, 0.3, 0, 0),
         "magic_pig": hub.MagicPigConfig(lsh_l=16, lsh_k=5),
+        "round_to_pages": hub.RoundToPagesConfig(4),
     }
     if name not in own:
         raise UserError(f"{name!r} has no example: add it to example_configs() in sparse_attention_hub/maskers/drawing.py")
     first = [] if name in ("causal", "sink", "local") else [own["sink"], own["local"]]
+    if name == "round_to_pages":
+        first.append(hub.OracleTopKConfig(4))
     return [*first, own[name]]
 
 
@@ -90,7 +93,7 @@ def draw(configs: Sequence[base.MaskerConfig], out: Path, title: str) -> None:
         mask = masker.select(inputs.for_masker(None), mask)
         after = mask.restrict(inputs.allowed).inclusion_probability()
         name = type(config).__name__.removesuffix("Config").removesuffix("Masker")
-        colour = COLOURS.get(name.lower(), OWN)
+        colour = COLOURS.get(name.lower(), OWN if config is configs[-1] else OTHER)
         gained = (after - before).clamp(min=0)[0].unsqueeze(-1)
         strength = torch.where(gained > 0, 0.35 + 0.65 * gained, gained)
         picture = picture * (1 - strength) + torch.tensor(colors.to_rgb(colour)) * strength

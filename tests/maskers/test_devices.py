@@ -14,7 +14,7 @@ from sparse_attention_hub.maskers.drawing import example_configs
 
 NAMES = [
     *("causal", "sink", "local", "oracle_top_k", "oracle_top_p", "quest", "double_sparsity", "hash_attention", "pq_cache"),
-    *("random_sampling", "adaptive_sampling", "magic_pig"),
+    *("random_sampling", "round_to_pages", "adaptive_sampling", "magic_pig"),
 ]
 
 

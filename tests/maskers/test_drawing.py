@@ -24,6 +24,7 @@ NAMES = [
     "pq_cache",
     "quest",
     "random_sampling",
+    "round_to_pages",
     "sink",
 ]
 
