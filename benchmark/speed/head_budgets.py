@@ -18,18 +18,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-
-import torch
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmark.search.evaluator import ErrorMeter, TraceEvaluator
-from benchmark.speed.common import Figures, report
+import sparse_attention_hub as hub
+from benchmark.speed.common import Figures, report, run_command
 from benchmark.speed.search_setup import search_parser, search_settings, template
-from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
-from sparse_attention_hub.head_budgets import Curves, even_factor, fit_head_budgets, replay_curves
-from sparse_attention_hub.models import LanguageModel, forced_many, load_model
-from sparse_attention_hub.replay import replay
+from sparse_attention_hub import models
+
+if TYPE_CHECKING:
+    from benchmark.search.evaluator import TraceEvaluator
+    from sparse_attention_hub.head_budgets import Curves
 
 TASKS = ("niah_single_1", "fwe")
 FAMILIES = ("oracle_top_k", "quest", "double_sparsity", "random_sampling")
@@ -39,28 +39,34 @@ QUEST_PAGE = 8
 FORCED_LEVEL, FORCED_BY = 10, "kv_head"
 
 
-def columns_of(lm: LanguageModel) -> dict[str, int]:
+def columns_of(lm: models.LanguageModel) -> dict[str, int]:
     config = lm.model.config
     return {"layer": 1, "kv_head": config.num_key_value_heads, "head": config.num_attention_heads}
 
 
-def replayed(evaluator: TraceEvaluator, which: Sequence[int], config: ResearchAttentionConfig) -> tuple[float, float]:
+def replayed(evaluator: TraceEvaluator, which: Sequence[int], config: hub.ResearchAttentionConfig) -> tuple[float, float]:
     """(error, density) of a configuration, mean over some of the requests."""
-    results = [replay(evaluator.traces[i], [ResearchAttention(config)], seed=evaluator.samples[i].seed)[0] for i in which]
+    from sparse_attention_hub.replay import replay
+
+    results = [replay(evaluator.traces[i], [hub.ResearchAttention(config)], seed=evaluator.samples[i].seed)[0] for i in which]
     return fmean(result.error for result in results), fmean(result.density for result in results)
 
 
 def forced(
-    evaluator: TraceEvaluator, which: Sequence[int], configs: list[ResearchAttentionConfig]
+    evaluator: TraceEvaluator, which: Sequence[int], configs: list[hub.ResearchAttentionConfig]
 ) -> list[tuple[float, float]]:
     """(error, nll) of each configuration in a forced forward over the dense answers, mean over some of the requests."""
-    meters, losses = [ErrorMeter() for _ in configs], [[] for _ in configs]
-    attentions = [ResearchAttention(config) for config in configs]
+    from benchmark.search.evaluator import ErrorMeter
+
+    meters = [ErrorMeter() for _ in configs]
+    losses: list[list[float]] = [[] for _ in configs]
+    attentions = [hub.ResearchAttention(config) for config in configs]
     for number in which:
         entry, trace = evaluator.samples[number], evaluator.traces[number]
         question = entry.prompt.question_ids
         prefilled = trace.prefilled(evaluator.lm, len(question) + entry.max_new_tokens + 1)
-        found = forced_many(
+        assert prefilled is not None, "these traces hold all layers"
+        found = models.forced_many(
             evaluator.lm, prefilled, question, trace.answer_ids, attentions, seed=entry.seed, recorders=meters, stepwise=True
         )
         for index, result in enumerate(found):
@@ -69,9 +75,11 @@ def forced(
 
 
 def measure_family(
-    lm: LanguageModel, evaluators: dict[str, TraceEvaluator], family: str, changes: dict[str, list[float]]
+    lm: models.LanguageModel, evaluators: dict[str, TraceEvaluator], family: str, changes: dict[str, list[float]]
 ) -> None:
     """Adds the changes of one family, by name of the figure: one for each task that a table was judged on."""
+    from sparse_attention_hub.head_budgets import even_factor, fit_head_budgets, replay_curves
+
     for level in LEVELS:
         config = template(family, level / 100)
         if family == "quest":
@@ -102,8 +110,12 @@ def measure_family(
 
 
 def measure(options: argparse.Namespace) -> Figures:
+    import torch
+
+    from benchmark.search.evaluator import TraceEvaluator
+
     torch.set_num_threads(1)
-    lm = load_model(options.model, device="cpu")
+    lm = models.load_model(options.model, device="cpu")
     changes: dict[str, list[float]] = defaultdict(list)
     for length in options.lengths:
         with tempfile.TemporaryDirectory() as folder:
@@ -135,8 +147,8 @@ def main(argv: list[str] | None = None) -> int:
         "forced_kv_head_oracle_top_k_10pct": -0.08,
         **{f"forced_kv_head_{family}_10pct": 0.0 for family in FAMILIES[1:]},
     }
-    return report(measure(options), options.json, at_least={}, at_most=at_most, precision=".4g")
+    return report(measure(options), options.json, at_most=at_most, precision=".4g")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

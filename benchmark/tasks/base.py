@@ -219,12 +219,13 @@ def build_prompt(
         sample = replace(sample, context=sample.context[: longest // 2] + sample.context[-(longest // 2) :])
     head, context, tail = _render(sample, tokenizer, use_chat_template)
     question_ids = encode_continuation(tokenizer, tail) if head + context else _encode(tokenizer, tail)
-    context_ids = _with_one_bos(_encode(tokenizer, head + context), tokenizer, question_ids)
+    whole_ids = _encode(tokenizer, head + context)
+    context_ids = _with_one_bos(whole_ids, tokenizer, question_ids)
     room = max_context_length - max_new_tokens - len(question_ids)
     truncated, estimate = 0, removed * len(context_ids) // longest
     if len(context_ids) > room:
         head_ids = _with_one_bos(_encode(tokenizer, head), tokenizer, [])
-        body_ids = encode_continuation(tokenizer, context) if head else _encode(tokenizer, context)
+        body_ids = encode_continuation(tokenizer, context) if head else whole_ids
         keep = room - len(head_ids)
         if keep < 1:
             raise ContextTooShortError(

@@ -128,7 +128,7 @@ class RecurrentLayer(LinearAttentionLayer):
     """A layer that keeps a state of fixed size: a row per fork."""
 
     def __init__(self, number_of_states: int = 1) -> None:
-        super().__init__(number_of_states=number_of_states)  # type: ignore[no-untyped-call]
+        super().__init__(number_of_states=number_of_states)
         self._saved: list[tuple[dict[int, Tensor], int, Tensor]] = []
 
     def save_states(self) -> None:
@@ -156,7 +156,7 @@ class RecurrentLayer(LinearAttentionLayer):
         return [(states, index, state) for states in kinds for index, state in states.items() if state is not None]
 
 
-class HybridLayer(RecurrentLayer, SharedPrefixLayer):
+class HybridLayer(RecurrentLayer, SharedPrefixLayer):  # type: ignore[misc, override]
     """A layer with both: attention and a recurrent mixer side by side."""
 
     def __init__(self, capacity: int, number_of_states: int = 1) -> None:
@@ -174,7 +174,7 @@ class SharedPrefixCache(Cache):
 
     def __init__(self, config: Any, capacity: int) -> None:
         """config: of the text decoder. capacity: tokens."""
-        options = get_layer_types_and_kwargs(config)[1]  # type: ignore[no-untyped-call]
+        options = get_layer_types_and_kwargs(config)[1]
         layers: list[Any] = []
         for kind, given in zip(layer_kinds(config), options, strict=False):
             states = {"number_of_states": given.get("number_of_states", 1)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 from ..errors import UserError, quoted
@@ -63,7 +62,7 @@ def check_raw_config(raw: dict[str, Any], name: str) -> None:
             value = part.get(field)
             if value is None or isinstance(value, list):
                 continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value <= most:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
                 raise UserError(
                     f"{name}: {field} in config.json must be a whole number from 0 to {most}, got {quoted(value, 40)}: "
                     "correct the file"

@@ -109,15 +109,16 @@ def load_model(
     with model_files(model_id, trust_remote_code) as (path, options):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        auto: Any = AutoModelForCausalLM
         config = _checked_config(path, model_id, options)
         tokenizer = _usable(AutoTokenizer.from_pretrained(path, **options))
         check_tokenizer(tokenizer, config, model_id)
         _check_without_weights(config, model_id, trust_remote_code)
         options |= {"config": config, "dtype": number, "output_loading_info": True}
         if device == "sharded":
-            model, report = AutoModelForCausalLM.from_pretrained(path, device_map="auto", **options)
+            model, report = auto.from_pretrained(path, device_map="auto", **options)
         else:
-            model, report = AutoModelForCausalLM.from_pretrained(path, **options)
+            model, report = auto.from_pretrained(path, **options)
             model = model.to(place)
         _check_weights(report, len(model.state_dict()), model_id)
     return LanguageModel.wrap(model, tokenizer, name=model_id, dense_backend=dense_backend)

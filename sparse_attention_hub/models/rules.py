@@ -51,8 +51,8 @@ def layer_rule(module: Any, kwargs: dict[str, Any]) -> Rule:
         if kwargs.get(name) is not None:
             raise UserError(f"this model {_CHANGED.format(name)}")
     config = getattr(module, "config", None)
-    kinds = getattr(config, "layer_types", None)
-    chunked = bool(kinds) and kinds[module.layer_idx] == "chunked_attention"
+    kinds: list[str] | None = getattr(config, "layer_types", None)
+    chunked = kinds is not None and kinds[module.layer_idx] == "chunked_attention"
     has_latent = hasattr(module, "kv_b_proj")
     return Rule(
         window=_binding(kwargs.get("sliding_window"), config),

@@ -113,10 +113,10 @@ def check_model(model: Any) -> str:
     prefilled = prefill(lm, context, QUESTION + ANSWER)
     ways = [None, _attention(), _attention(OracleTopKConfig(1.0))]
     for start in ("question", "decode"):
-        found = answer_many(lm, prefilled, question, ways, ANSWER, sparse_from=start)  # type: ignore[arg-type]
+        found = answer_many(lm, prefilled, question, ways, ANSWER, sparse_from=start)
         for answered in found:
             _equal(f"tokens from {start}", answered.token_ids, expected)
-        for forced in forced_many(lm, prefilled, question, expected, ways, sparse_from=start):  # type: ignore[arg-type]
+        for forced in forced_many(lm, prefilled, question, expected, ways, sparse_from=start):
             _near(f"nll from {start}", forced.nll, nll)
     with masked(CONTEXT):
         _, sparse_nll = reference(lm, ids, expected)

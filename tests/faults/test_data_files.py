@@ -29,6 +29,11 @@ TASKS = [
     "zero_scrolls/qasper", "zero_scrolls/space_digest", "longbench/trec", "longbench/qasper_e", "longbenchv2/0shot",
     "aime2024/aime2024", "aime2025/aime2025",
 ]  # fmt: skip
+#: Those whose rows in the copies' form are tried too.
+COPIES = [
+    "infinite_bench/code_debug", "loogle/shortdep_cloze", "zero_scrolls/qasper", "longbench/trec", "longbenchv2/0shot",
+    "aime2024/aime2024",
+]  # fmt: skip
 #: What takes the place of a value, as JSON text.
 VALUES = {
     "null": "null", "number": "3", "fraction": "1.5", "true": "true", "text": '"x"', "empty": '""', "list": '["x"]',
@@ -129,8 +134,7 @@ def mutated(rows: list[dict[str, Any]], columns: Iterator[str] | set[str]) -> It
             yield f"{column}: {name}", column, before + marked.replace('"@@"', value) + "\n"
 
 
-@pytest.mark.parametrize("copy", [False, True], ids=["original", "copy"])
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(("name", "copy"), [*((name, False) for name in TASKS), *((name, True) for name in COPIES)])
 def test_every_fault_in_every_column(name: str, copy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = get_task(name)
     assert isinstance(task, DataTask)
@@ -257,12 +261,17 @@ def test_the_texts_of_ruler(file: str, tmp_path: Path) -> None:
     kind = {"P": "niah_single_2", "e": "niah_single_2@own", "s": "qa_1", "h": "qa_2"}[file[0]]
     contents: list[bytes] = [value.encode() for value in VALUES.values()]
     contents += [b"\xff\xfe", b"\0", b"", b"\xef\xbb\xbf[]"]
-    for number, value in enumerate(VALUES.values()):
-        contents.append(f'{{"text": {value}, "data": {value}}}'.encode())
+    for value in VALUES.values():
         qa = f'{{"id": "q", "question": {value}, "answers": [{{"text": {value}}}]}}'
-        contents.append(f'{{"data": [{{"title": "t", "paragraphs": [{{"context": "c{number}", "qas": [{qa}]}}]}}]}}'.encode())
-        contents.append(f'[{{"_id": "q", "question": {value}, "answer": "x", "context": [["t", [{value}]]]}}]'.encode())
-        contents.append(f'[{{"_id": {value}, "question": "q", "answer": "x", "context": {value}}}]'.encode())
+        hotpotqa = '[{{"_id": "q", "question": {}, "answer": "x", "context": {}}}]'
+        contents += {
+            "niah": [f'{{"text": {value}}}'.encode()],
+            "qa_1": [
+                f'{{"data": {value}}}'.encode(),
+                f'{{"data": [{{"title": "t", "paragraphs": [{{"context": "c", "qas": [{qa}]}}]}}]}}'.encode(),
+            ],
+            "qa_2": [hotpotqa.format(value, f'[["t", [{value}]]]').encode(), hotpotqa.format('"q"', value).encode()],
+        }[kind[:4]]
     for number, content in enumerate(contents):
         path = tmp_path / str(number) / "ruler" / file
         path.parent.mkdir(parents=True)
@@ -314,10 +323,29 @@ def test_an_id_that_is_there_twice_is_found_in_either_split(split: str, tmp_path
         get_task(QA).samples(SampleRequest(Tokenizer(), split=split, max_samples=1, data_dir=tmp_path))
 
 
+def test_a_fault_in_the_data_of_a_task_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmark.raytune.run_full_benchmark import main
+
+    write_qa(tmp_path, [("Text", "Who?"), ("Text 2", "Who?")], _id=lambda i: "same")
+    data_file(NAME, tmp_path).write_text(
+        r'{"context": "half \ud83d", "input": "x", "answers": ["a"], "all_classes": ["a"]}' + "\n"
+    )
+    tasks = ["--tasks", QA, NAME, "ruler/100/fwe", "infinite_bench/passkey"]
+    assert main(["--debug", "--dry-run", "--phase", "1", "--data-dir", str(tmp_path), *tasks]) == 1
+    printed = "".join(capsys.readouterr())
+    assert "tasks:    infinite_bench/passkey\n" in printed
+    for message in (
+        "qasper.jsonl row 2: its id is that of row 1 too",
+        "trec.jsonl row 1: column 'context' holds half of a surrogate",
+    ):
+        assert message in printed
+    assert "ruler/100/fwe: a length of 100 tokens is too short" in printed and "context-length" not in printed
+
+
 def test_a_long_line_is_cut_before_it_is_encoded(tmp_path: Path) -> None:
-    write_qa(tmp_path, [("word " * 10_000_000, "Who?"), ("Text", "Who?")])
+    write_qa(tmp_path, [("word " * 2_400_000, "Who?"), ("Text", "Who?")])
     tokenizer = Tokenizer()
     (sample,) = [sample for sample in all_samples(QA, tmp_path) if len(sample.context) > 10**6]
     prompt = build_prompt(sample, tokenizer, max_context_length=1000, max_new_tokens=9, use_chat_template=False)
     assert len(prompt.context_ids) + len(prompt.question_ids) + 9 == 1000
-    assert abs(prompt.truncated_tokens / 50_000_000 - 1) < 0.01 and tokenizer.encoded < 11_000_000
+    assert abs(prompt.truncated_tokens / 12_000_000 - 1) < 0.01 and tokenizer.encoded < 6_000_000

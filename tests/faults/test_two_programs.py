@@ -79,7 +79,7 @@ def test_signals_end_a_run_in_order_or_at_once(tiny_model: str, tmp_path: Path) 
 
     def start_and_wait() -> subprocess.Popen[str]:
         before = answered()
-        process = start(tmp_path, tiny_model, "--configs", "dense", "--max-requests", "400")
+        process = start(tmp_path, tiny_model, "--configs", "dense", "--max-requests", "100")
         while answered() == before:
             assert process.poll() is None
             time.sleep(0.02)
@@ -101,6 +101,9 @@ def test_signals_end_a_run_in_order_or_at_once(tiny_model: str, tmp_path: Path) 
     while processes(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not processes(tmp_path)
+
+    assert end(start(tmp_path, tiny_model, "--configs", "dense", "--max-requests", "100"))[0] == 0
+    assert answers(tmp_path) == answered() == 100, "nothing is lost or answered again"
 
 
 @pytest.fixture

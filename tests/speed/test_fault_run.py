@@ -9,7 +9,8 @@ import pytest
 from benchmark.speed.fault_run import WRONG, FaultRun, contents
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_kills_lose_nothing(tmp_path: Path) -> None:
     figures = FaultRun(tmp_path, phase="2", samples=4, seed=1).run(3)
     assert figures["kills"] == 3 and figures["worker"] == figures["parent"] == figures["group"] == 1
