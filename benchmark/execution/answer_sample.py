@@ -11,16 +11,16 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from benchmark.execution.messages import Request, error_message, failure
+from benchmark.execution.prompts import reference_ids
 from benchmark.settings import Settings
 from benchmark.storage.benchmark_records import Answer, SampleLine
 from benchmark.tasks.base import Prompt
 from benchmark.workers.errors import check_device, is_out_of_memory
 from benchmark.workers.memory import free_memory, free_unused
 from sparse_attention_hub.errors import NonFiniteError
-from sparse_attention_hub.models.prompts import encode_continuation
 
 if TYPE_CHECKING:
     from sparse_attention_hub import ResearchAttention
@@ -261,14 +261,6 @@ class _PrefilledSample:
             return estimate_bytes(lm, self.prefilled.context_length, room, count) - held <= free * MEMORY_SHARE
 
         return next((count for count in range(wanted, 1, -1) if fits(count)), 1)
-
-
-def reference_ids(tokenizer: Any, prompt: Prompt, reference: str) -> list[int]:
-    """Tokens of a reference answer as it would follow the prompt: after a space, unless the prompt ends with white
-    space or a special token."""
-    end = tokenizer.decode(list(prompt.question_ids[-1:]), skip_special_tokens=True)
-    text = reference if not end or end[-1:].isspace() else " " + reference.lstrip()
-    return encode_continuation(tokenizer, text)
 
 
 def _even_groups(items: list[T], most: int) -> list[list[T]]:

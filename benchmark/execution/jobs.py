@@ -1,7 +1,7 @@
 """What Phase 2 has to answer: the samples of a (model, task), the answers in its journals, and batches of the rest.
 
 A journal folder belongs to one (model, task) and one set of settings; its lines name sample and configuration by their hashes.
-So a sample is answered again only if its text, its configuration or a setting changed, a configuration added later runs alone,
+So a sample is answered again only if the tokens sent, its configuration or a setting changed, a configuration added later runs alone,
 and equal configurations under two names run once. A line holds all answers of one sample, so that a restart never splits a
 lockstep group.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from benchmark.execution.messages import Request, failure
+from benchmark.execution.prompts import make_prompt, sample_hash
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.benchmark_records import Answer, FoundBy, JournalSettings, SampleLine
 from benchmark.storage.fingerprints import config_key, lacks_a_file, same_parameters, weights_stamp
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from sparse_attention_hub import ResearchAttentionConfig
 
 #: Increased when the meaning of a journalled answer changes, so that older ones are not reused.
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 #: Samples per batch: small enough that all workers finish together.
 MAX_BATCH = 4
 
@@ -49,12 +50,6 @@ class BenchmarkUnit:
     task: str
     configs: tuple[SparseConfig, ...]
     provenance: dict[str, FoundBy] = field(default_factory=dict)
-
-
-def sample_hash(sample: Sample, limit: int) -> str:
-    """A hash of everything in a sample that determines an answer and its reference_nll."""
-    prompt = [sample.context, sample.question, sample.answer_prefix]
-    return fingerprint([sample.sample_id, *prompt, sample.references[:1], limit])
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,14 +190,18 @@ class UnitRun:
             data_dir=self.settings.data_dir,
             trust_remote_code=self.settings.trust_remote_code,
         )
-        samples = self.task.samples(fitted(request, self.task, self.unit.model))
+        request = fitted(request, self.task, self.unit.model)
+        samples = self.task.samples(request)
         if not samples:
             raise UserError(f"{self.unit.task}: there are no samples to benchmark")
         if len({sample.sample_id for sample in samples}) != len(samples):
             raise ValueError(f"{self.unit.task}: sample ids are not unique")
         self.samples = samples
         self.limits = [max(1, min(sample.max_new_tokens, self.settings.max_new_tokens)) for sample in samples]
-        self.hashes = [sample_hash(sample, limit) for sample, limit in zip(samples, self.limits, strict=True)]
+        self.hashes = [
+            self._hash(sample, limit, tokenizer, request.max_context_length)
+            for sample, limit in zip(samples, self.limits, strict=True)
+        ]
         notes = self._open_journal()
         self.store.poll()
         if not self.settings.rescore:
@@ -221,6 +220,17 @@ class UnitRun:
             )
         self.prepared = True
         return notes
+
+    def _hash(self, sample: Sample, limit: int, tokenizer: Any, longest: int) -> str:
+        prompt = make_prompt(
+            sample,
+            tokenizer,
+            self.settings,
+            longest=longest,
+            limit=limit,
+            use_chat_template=self.task.use_chat_template,
+        )
+        return sample_hash(sample, prompt, tokenizer, limit)
 
     def _open_journal(self) -> list[str]:
         notes = []

@@ -293,7 +293,7 @@ def _content(sample: Sample, digest: str) -> str:
 
 
 def _move_aside(folder: Path, made_of: ResultConfig) -> str | None:
-    """Rename the folder of earlier results with other settings or other data, so that they are kept. More or fewer of the
+    """Rename the folder of earlier results with other settings, data or prompts, so that they are kept. More or fewer of the
     same samples are the same results. Returns a note."""
     if not (folder / "config.json").exists() and not (folder / "metrics.json").exists():
         return None  # no results, or files of a run that ended while it wrote them
@@ -307,7 +307,7 @@ def _move_aside(folder: Path, made_of: ResultConfig) -> str | None:
     aside = folder.with_name(f"{folder.name}.{fingerprint([before.hash, before.samples])[:8]}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
-    return f"earlier results of other {'data' if before.hash == made_of.hash else 'settings'} are now in {aside}"
+    return f"earlier results of other {'data or prompts' if before.hash == made_of.hash else 'settings'} are now in {aside}"
 
 
 def _micro_lines(run: UnitRun, config: SparseConfig) -> str:

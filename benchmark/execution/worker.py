@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING
 
 from benchmark.execution.answer_sample import LoadedModel, Prefix, answer_sample
 from benchmark.execution.messages import Request, failure
+from benchmark.execution.prompts import make_prompt, sample_hash
 from benchmark.plugins import load_plugins
 from benchmark.settings import Settings
 from benchmark.storage.benchmark_records import SampleLine, WorkerStatus
 from benchmark.storage.records import to_json
 from benchmark.storage.results import Journal
-from benchmark.tasks.base import Prompt, build_prompt
-from benchmark.tasks.limits import naming
+from benchmark.tasks.base import Prompt
 from benchmark.workers.errors import check_device
 from benchmark.workers.memory import free_unused
+from sparse_attention_hub.errors import UserError
 
 if TYPE_CHECKING:
     from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
@@ -189,14 +190,18 @@ def _prompt(request: Request, batch: Batch, lm: LanguageModel) -> Prompt | Excep
     longest = batch.settings.max_context_length
     if lm.max_positions is not None:
         longest = min(longest, lm.max_positions)
-    try:
-        with naming("--max-context-length", batch.settings.max_context_length, longest):
-            return build_prompt(
-                request.sample,
-                lm.tokenizer,
-                max_context_length=longest,
-                max_new_tokens=request.limit,
-                use_chat_template=batch.use_chat_template,
-            )
-    except Exception as error:
-        return error
+    sample, tokenizer = request.sample, lm.tokenizer
+    prompt = make_prompt(
+        sample,
+        tokenizer,
+        batch.settings,
+        longest=longest,
+        limit=request.limit,
+        use_chat_template=batch.use_chat_template,
+    )
+    if isinstance(prompt, Prompt) and sample_hash(sample, prompt, tokenizer, request.limit) != request.sample_hash:
+        return UserError(
+            "the worker encodes this prompt or its reference otherwise than the program that started it: use one version of "
+            "transformers and tokenizers, and the same model files, on all machines, and start the run again"
+        )
+    return prompt

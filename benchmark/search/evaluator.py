@@ -146,12 +146,13 @@ class TraceEvaluator:
         measure = (self._replay_some, self._replay, self._force, self._generate)[rung]
         started = time.perf_counter()
         end = started + timeout * len(configs)
+        # Of one sample: an endless loop is noticed before the time of all samples has passed.
+        limit = timeout * max(1.0, len(configs) / len(self.traces))
         by_sample = []
         try:
             for number, trace in enumerate(self.traces):
                 if trace.rows or rung >= 2:
-                    # An endless loop is noticed after one configuration's limit, not after the limit of all of them.
-                    with time_limit(min(timeout, end - time.perf_counter())):
+                    with time_limit(min(limit, end - time.perf_counter())):
                         by_sample.append(measure(number, attentions))
                     if rung >= 2:
                         trim_heap()

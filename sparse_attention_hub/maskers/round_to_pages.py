@@ -58,8 +58,8 @@ def _joined(chosen: Tensor, inputs: AttentionInputs, share: str) -> Tensor:
         return chosen
     if share == "layer":
         return chosen.any(1, keepdim=True)
-    grouped = expand_heads(chosen, inputs.shape[1]).unflatten(1, (inputs.kv_heads, -1))
-    return grouped.any(2)
+    batch, _, rows, keys = chosen.shape
+    return expand_heads(chosen, inputs.shape[1]).reshape(batch, inputs.kv_heads, -1, rows, keys).any(2)
 
 
 if __name__ == "__main__":

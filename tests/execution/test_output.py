@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from benchmark.execution.jobs import AnswerStore, config_key, make_batches, sample_hash
+from benchmark.execution.jobs import AnswerStore, config_key, make_batches
 from benchmark.execution.messages import Request
+from benchmark.execution.prompts import make_prompt, sample_hash
 from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
 from benchmark.report.table import closing_table
 from benchmark.settings import Settings
 from benchmark.storage.benchmark_records import Difference
 from benchmark.storage.results import Journal, fingerprint, safe_name, write_json, write_text
 from benchmark.tasks.base import Sample, answer_seed
+from sparse_attention_hub.models import load_tokenizer
 from tests.toy import ToyTask, toy_configs
 
 Make = Callable[..., Settings]
@@ -85,12 +87,26 @@ def test_the_store_reads_what_is_new_and_keeps_answers_over_failures(tmp_path: P
     assert store.micro("h", "dense") == [[0, 0, 0.1, 0.2, 0.1, 5.0]]
 
 
-def test_hashes_notice_what_matters() -> None:
+def test_hashes_notice_what_matters(tiny_model: str, make_settings: Make) -> None:
+    tokenizer = load_tokenizer(tiny_model)
+
+    def identity(sample: Sample, limit: int, longest: int = 60, templated: bool = False) -> str:
+        prompt = make_prompt(sample, tokenizer, make_settings(), longest=longest, limit=limit, use_chat_template=templated)
+        return sample_hash(sample, prompt, tokenizer, limit)
+
     sample = Sample("id", "t", "context", "question", "prefix", ["a", "b"], 10)
-    base = sample_hash(sample, 10)
-    assert base != sample_hash(sample, 9)
-    for change in ({"context": "x"}, {"question": "x"}, {"answer_prefix": "x"}, {"references": ["x"]}):
-        assert base != sample_hash(replace(sample, **change), 10)  # type: ignore[arg-type]
+    base = identity(sample, 10)
+    assert base == identity(sample, 10) == identity(replace(sample, references=["a", "c"]), 10, longest=50)
+    assert len({base, identity(sample, 9), identity(sample, 10, longest=30)}) == 3
+    changes = ({"context": "x"}, {"question": "x"}, {"answer_prefix": "x"}, {"references": ["x"]}, {"sample_id": "x"})
+    for change in changes:
+        assert base != identity(replace(sample, **change), 10)  # type: ignore[arg-type]
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    templated = identity(sample, 10, templated=True)
+    tokenizer.chat_template = "{{ messages[0].content }} "
+    assert len({base, templated, identity(sample, 10, templated=True)}) == 3
+    # A prompt that cannot be made is identified by its text.
+    assert identity(sample, 10, longest=5) != identity(replace(sample, context="x"), 10, longest=5)
     dense, local, sampling = toy_configs()
     assert len({config_key(c.config) for c in (dense, local, sampling)}) == 3
     assert config_key(local.config) == config_key(toy_configs()[1].config)

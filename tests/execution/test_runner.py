@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 import benchmark.execution.answer_sample as answer_sample
+import benchmark.execution.prompts as prompts
 import benchmark.execution.runner as execution
 import benchmark.execution.worker as worker
 from benchmark.execution.jobs import UnitRun
@@ -34,6 +35,7 @@ from benchmark.storage.records import Failure, to_json
 from benchmark.storage.results import Journal, safe_name
 from benchmark.workers.pools import ProcessPools, Slot, WorkerDied, plan_slots
 from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.models import load_tokenizer
 from tests.toy import ToyTask
 
 Make = Callable[..., Settings]
@@ -140,6 +142,11 @@ def statuses(settings: Settings, unit: BenchmarkUnit, name: str = "dense") -> li
     folder = settings.benchmark_results_dir / safe_name(unit.model) / name / safe_name(unit.task)
     with (folder / "raw_results.csv").open(newline="") as stream:
         return [row["status"] for row in csv.DictReader(stream)]
+
+
+def samples_hash(settings: Settings, unit: BenchmarkUnit) -> str:
+    folder = settings.benchmark_results_dir / safe_name(unit.model) / "dense" / safe_name(unit.task)
+    return str(json.loads((folder / "config.json").read_text())["samples_hash"])
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -299,7 +306,7 @@ def test_text_that_cannot_be_encoded_fails_its_sample_only(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tokenizer may refuse a prompt, or a reference."""
-    build, encode = worker.build_prompt, answer_sample.reference_ids
+    build, encode = prompts.build_prompt, prompts.reference_ids
 
     def build_prompt(sample: Any, *rest: Any, **options: Any) -> Any:
         if sample.sample_id == "toy/count:2":
@@ -312,8 +319,9 @@ def test_text_that_cannot_be_encoded_fails_its_sample_only(
         return encode(tokenizer, prompt, reference)
 
     second = toy_task.samples(_request())[1].references[0]
-    monkeypatch.setattr(worker, "build_prompt", build_prompt)
-    monkeypatch.setattr(answer_sample, "reference_ids", reference_ids)
+    monkeypatch.setattr(prompts, "build_prompt", build_prompt)
+    for module in (prompts, answer_sample):
+        monkeypatch.setattr(module, "reference_ids", reference_ids)
     settings = make_settings()
     run_benchmarks([toy_unit], settings, in_process=True)
     assert statuses(settings, toy_unit) == ["ok", "ok", "failed", "ok"]
@@ -489,6 +497,52 @@ def test_changed_data_and_changed_configurations_are_noticed(
     other = SparseConfig("sink_local_25pct", ResearchAttentionConfig([SinkMaskerConfig(sink_size=9)]), (SinkMaskerConfig,))
     run_benchmarks([replace(toy_unit, configs=(toy_unit.configs[0], other))], settings, in_process=True)
     assert [len(configs) for _, configs in counted[4:]] == [1, 1]
+
+
+def test_answers_to_other_tokens_are_never_reused(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another chat template, or another way of encoding, makes other samples of the same data."""
+    monkeypatch.setattr(toy_task, "use_chat_template", True, raising=False)
+    settings, tokenizer, load = make_settings(), load_tokenizer(toy_unit.model), worker._load
+
+    def with_template(batch: Batch) -> Any:
+        loaded = load(batch)
+        loaded.lm = replace(loaded.lm, tokenizer=tokenizer)
+        return loaded
+
+    def run(template: str, **changes: Any) -> Any:
+        tokenizer.chat_template = template
+        return run_benchmarks([toy_unit], replace(settings, **changes), in_process=True, tokenizers={toy_unit.model: tokenizer})
+
+    monkeypatch.setattr(worker, "_load", with_template)
+
+    run("U {{ messages[0].content }} A")
+    first = samples_hash(settings, toy_unit)
+    run("U {{ messages[0].content }} A")
+    assert len(counted) == 4 and samples_hash(settings, toy_unit) == first
+    with pytest.raises(UserError, match="--rescore"):
+        run("V {{ messages[0].content }} A", rescore=True)
+    outcome = run("V {{ messages[0].content }} A")
+    assert len(counted) == 8 and all("other data or prompts" in note for note in outcome.notes)
+    assert samples_hash(settings, toy_unit) != first
+    run("U {{ messages[0].content }} A", rescore=True)
+    assert len(counted) == 8 and samples_hash(settings, toy_unit) == first
+
+    encode = prompts.encode_continuation  # of the reference: another reference_nll, though the prompt is the same
+    monkeypatch.setattr(prompts, "encode_continuation", lambda tokenizer, text: encode(tokenizer, text + "."))
+    run("U {{ messages[0].content }} A")
+    assert len(counted) == 12
+
+
+def test_a_worker_that_encodes_otherwise_answers_nothing(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make
+) -> None:
+    other = load_tokenizer(toy_unit.model)
+    toy_task.use_chat_template = True
+    other.chat_template = "U {{ messages[0].content }} A"
+    outcome = run_benchmarks([toy_unit], make_settings(), in_process=True, tokenizers={toy_unit.model: other})
+    assert len(outcome.failures) == 12 and all("encodes this prompt" in failure.problem for failure in outcome.failures)
 
 
 def test_results_of_changed_data_keep_their_files_and_fewer_samples_are_no_change(
@@ -829,7 +883,7 @@ def test_without_pebble_it_runs_in_this_process(
 
 def _batch(unit: BenchmarkUnit, settings: Settings, folder: Path) -> Batch:
     run = UnitRun(unit, settings, "cpu")
-    run.prepare(None)
+    run.prepare(load_tokenizer(unit.model))
     return Batch(
         unit.model,
         unit.task,

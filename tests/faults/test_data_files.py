@@ -15,6 +15,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from benchmark.raytune.plan import check_samples
+from benchmark.settings import Settings
 from benchmark.tasks import data, get_task
 from benchmark.tasks.base import Sample, SampleRequest, build_prompt
 from benchmark.tasks.sources import PROMPT_COLUMNS, DataTask
@@ -323,23 +325,20 @@ def test_an_id_that_is_there_twice_is_found_in_either_split(split: str, tmp_path
         get_task(QA).samples(SampleRequest(Tokenizer(), split=split, max_samples=1, data_dir=tmp_path))
 
 
-def test_a_fault_in_the_data_of_a_task_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmark.raytune.run_full_benchmark import main
-
+def test_a_fault_in_the_data_of_a_task_leaves_the_others(tmp_path: Path) -> None:
+    """Both splits are read before the search starts."""
     write_qa(tmp_path, [("Text", "Who?"), ("Text 2", "Who?")], _id=lambda i: "same")
     data_file(NAME, tmp_path).write_text(
         r'{"context": "half \ud83d", "input": "x", "answers": ["a"], "all_classes": ["a"]}' + "\n"
     )
-    tasks = ["--tasks", QA, NAME, "ruler/100/fwe", "infinite_bench/passkey"]
-    assert main(["--debug", "--dry-run", "--phase", "1", "--data-dir", str(tmp_path), *tasks]) == 1
-    printed = "".join(capsys.readouterr())
-    assert "tasks:    infinite_bench/passkey\n" in printed
-    for message in (
-        "qasper.jsonl row 2: its id is that of row 1 too",
-        "trec.jsonl row 1: column 'context' holds half of a surrogate",
-    ):
-        assert message in printed
-    assert "ruler/100/fwe: a length of 100 tokens is too short" in printed and "context-length" not in printed
+    tasks = [QA, NAME, "ruler/100/fwe", "infinite_bench/passkey"]
+    for phases in ((1,), (2,), (1, 2)):
+        settings = Settings(models=("m",), tasks=tuple(tasks), phases=phases, data_dir=tmp_path, search_max_requests=1)
+        found = check_samples(settings, tasks, {"m": Tokenizer()})
+        assert found.tasks == ["infinite_bench/passkey"] and set(found.missing) == set(tasks[:3])
+        assert "qasper.jsonl row 2: its id is that of row 1 too" in found.missing[QA]
+        assert "trec.jsonl row 1: column 'context' holds half of a surrogate pair" in found.missing[NAME]
+        assert found.missing["ruler/100/fwe"].startswith("ruler/100/fwe: a length of 100 tokens is too short: the smallest")
 
 
 def test_a_long_line_is_cut_before_it_is_encoded(tmp_path: Path) -> None:

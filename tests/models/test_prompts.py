@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
-from benchmark.execution.answer_sample import reference_ids
+from benchmark.execution.prompts import reference_ids
 from benchmark.tasks.base import Sample, build_prompt
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models import prompts
