@@ -55,6 +55,7 @@ class ToyTask(Task):
 
 def toy_configs() -> list[SparseConfig]:
     """Dense, a deterministic and a sampling configuration."""
+
     def named(name: str, entries: list[Any]) -> SparseConfig:
         return SparseConfig(name, hub.ResearchAttentionConfig(entries), tuple(type(entry) for entry in entries))
 

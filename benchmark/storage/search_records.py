@@ -101,26 +101,6 @@ class StudyLine(Record):
     broke: list[str] = Field(default_factory=list)
 
 
-class StudyOutcome(Record):
-    """Result of a study, written by its worker for the driver. error: why the study failed as a whole. seconds: of this start
-    and of evaluations reused from earlier ones. evaluated: number of evaluations of this start."""
-
-    study: str
-    error: Text | None
-    seconds: Figure
-    trials: list[Trial] = Field(default_factory=list)
-    best: list[Best] = Field(default_factory=list)
-    samples: list[str] = Field(default_factory=list)
-    truncated_samples: int = 0
-    traces: list[str] = Field(default_factory=list)
-    layers: list[int] = Field(default_factory=list)
-    trace_bytes: int = 0
-    evaluated: int = 0
-    model_dtype: str = ""
-    device: str = ""
-    dense_backend: str = ""
-
-
 class Confirmation(Record):
     """How sure the figures of a best configuration are, and from which rung each comes."""
 

@@ -92,13 +92,13 @@ def change_flags(inputs: AttentionInputs, mask: Mask) -> None:
 def hoard_tensors(inputs: AttentionInputs, mask: Mask) -> None:
     kept = [torch.empty(0)]
     while True:
-        kept.append(torch.ones(2**22))
+        kept.append(torch.empty(2**24))
 
 
 def hoard_bytes(inputs: AttentionInputs, mask: Mask) -> None:
-    kept = bytearray()
+    kept = []
     while True:
-        kept += bytes(2**24)
+        kept.append(bytes(2**26))
 
 
 FAULTS: dict[str, Fault] = {
