@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmark.report.search_run import Run
@@ -92,8 +92,6 @@ def _read(folder: Path) -> Run:
 
 def compare(configs_dir: Path, names: list[str], output: Path) -> None:
     """Print and save the best of two runs side by side."""
-    import pandas as pd
-
     from benchmark.report.search_run import choose_run
     from benchmark.report.search_tables import compare_rows, compare_table
     from benchmark.storage.results import write_text
@@ -103,17 +101,13 @@ def compare(configs_dir: Path, names: list[str], output: Path) -> None:
     text = compare_table(first, second, rows)
     print(text)
     write_text(output / "comparison.txt", text + "\n")
-    write_text(output / "comparison.csv", pd.DataFrame(rows, dtype=object).to_csv(index=False))
+    write_text(output / "comparison.csv", _csv(rows))
     print(f"\nWritten to {output}: comparison.txt, comparison.csv")
 
 
 def trials_csv(run: Run) -> str:
     """One row per trial; a trial that several levels share has one row. error, density and kv_fraction are those of the highest
     rung up to the forced forward, score is that of generation; columns of every rung follow."""
-    import pandas as pd
-
-    from benchmark.storage.tables import cell
-
     rows = []
     for study in run.studies:
         for number, trial in enumerate(study.trials):
@@ -133,8 +127,19 @@ def trials_csv(run: Run) -> str:
                 for figure in ("error", "density", "seconds"):
                     row[f"rung{rung}_{figure}"] = trial.figure(figure, rung)
             row |= {f"config/{name}": value for name, value in trial.params.items()}
-            rows.append({name: cell(value) if isinstance(value, str) else value for name, value in row.items()})
-    return pd.DataFrame(rows, dtype=object).to_csv(index=False)
+            rows.append(row)
+    return _csv(rows)
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    """Rows as a CSV file that a spreadsheet can open safely."""
+    import pandas as pd
+
+    from benchmark.storage.tables import cell
+
+    safe = [{name: cell(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows]
+    text: str = pd.DataFrame(safe, dtype=object).to_csv(index=False)
+    return text
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -6,7 +6,9 @@ as soon as its study has finished. Workers journal every evaluation, so an inter
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -31,6 +33,8 @@ from sparse_attention_hub.errors import UserError
 
 #: (model, task) -> a hash of its tuning samples
 SampleKeys = dict[tuple[str, str], str]
+#: Free bytes below which a search that broke off is said to have found the disk full.
+LEAST_FREE = 2**20
 #: What Ray Tune and its workers read at their start. Waiting threads sleep instead of spinning, which took up to ten times the
 #: CPU time of the work on a shared machine.
 ENVIRONMENT = {
@@ -200,6 +204,10 @@ def _search(work: dict[str, StudyWork], settings: Settings, outcome: SearchOutco
         tuner.fit()
     except KeyboardInterrupt:
         outcome.interrupted = True
+    except Exception:
+        if shutil.disk_usage(folder).free < LEAST_FREE:  # Ray cannot write its own files, and fails in many ways
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     outcome.failures |= callback.errors

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +48,7 @@ def start_ray(address: str | None, num_cpus: int | None = None) -> bool:
     if ray.is_initialized():
         return False
     init = partial(ray.init, logging_level=logging.ERROR, log_to_driver=False)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if own:
             init("local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=folder)
@@ -58,6 +61,11 @@ def start_ray(address: str | None, num_cpus: int | None = None) -> bool:
             hint = "make room in its folder, or set RAY_TMPDIR to another short one"
             raise UserError(f"Ray does not start on this machine ({quoted(error)}); {hint}") from error
         raise UserError(_no_cluster(str(address), error, listens=True)) from None
+    except SystemExit:  # Ray's own handler of SIGTERM
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
     return True
 
 

