@@ -28,6 +28,7 @@ class Settings:
     debug: bool = False
     seed: int = 0
     sparse_from: Literal["question", "decode"] = "question"
+    thinking: Literal["auto", "off", "on"] = "auto"
     device: str = "auto"
     dtype: str = "auto"
     dense_backend: str = "auto"

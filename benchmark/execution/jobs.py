@@ -28,6 +28,7 @@ from benchmark.storage.results import Journal, fingerprint, safe_name
 from benchmark.tasks import get_task
 from benchmark.tasks.base import Sample, SampleRequest, Task, UserError, answer_seed
 from benchmark.tasks.limits import fitted
+from sparse_attention_hub.models.prompts import opens_thinking
 
 if TYPE_CHECKING:
     from sparse_attention_hub import ResearchAttentionConfig
@@ -150,6 +151,7 @@ class UnitRun:
     samples: list[Sample] = field(default_factory=list)
     limits: list[int] = field(default_factory=list)
     hashes: list[str] = field(default_factory=list)
+    opens_thinking: bool = False  # prompts end inside the model's thinking
     todo: int = field(init=False)  # how many samples are to be answered, an estimate before they are made
     error: str | None = None  # why it cannot run at all
     deadline: float | None = None
@@ -197,6 +199,7 @@ class UnitRun:
         if len({sample.sample_id for sample in samples}) != len(samples):
             raise ValueError(f"{self.unit.task}: sample ids are not unique")
         self.samples = samples
+        self.opens_thinking = self.task.use_chat_template and opens_thinking(tokenizer)
         self.limits = [max(1, min(sample.max_new_tokens, self.settings.max_new_tokens)) for sample in samples]
         self.hashes = [
             self._hash(sample, limit, tokenizer, request.max_context_length)
@@ -304,7 +307,10 @@ def journal_settings(unit: BenchmarkUnit, settings: Settings, device_kind: str) 
         "device": device_kind,
         "dtype": "float32" if settings.dtype == "auto" and device_kind == "cpu" else settings.dtype,
     }
-    return JournalSettings(**shared_fields(JournalSettings, settings) | own)
+    values = shared_fields(JournalSettings, settings) | own
+    if settings.thinking == "auto":  # the template's default, as in journals that do not have the setting
+        del values["thinking"]
+    return JournalSettings(**values)
 
 
 def _changes(path: Path, now: JournalSettings) -> str:
@@ -312,7 +318,9 @@ def _changes(path: Path, now: JournalSettings) -> str:
         before = to_json(parse_record(path.read_bytes(), JournalSettings))
     except (OSError, ValueError):
         return "the earlier ones cannot be read"
-    changed = {name: (before[name], value) for name, value in to_json(now).items() if before[name] != value}
+    defaults: dict[str, JsonValue] = {"thinking": "auto"}  # settings that are left out at their default
+    before, after = defaults | before, defaults | to_json(now)
+    changed = {name: (before[name], value) for name, value in after.items() if before[name] != value}
     return ", ".join(name if name == "weights" else f"{name}: {old} -> {new}" for name, (old, new) in changed.items())
 
 

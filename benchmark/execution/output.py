@@ -37,6 +37,7 @@ from benchmark.storage.results import environment, fingerprint, safe_name, write
 from benchmark.storage.tables import table_text
 from benchmark.tasks.base import Sample
 from sparse_attention_hub.micro_metrics import expand_records
+from sparse_attention_hub.models.prompts import without_thinking
 
 logger = logging.getLogger("benchmark.phase2")
 
@@ -57,6 +58,7 @@ class Row:
     line: SampleLine | None = None
     scores: dict[str, float] = field(default_factory=dict)
     problem: str | None = None
+    only_thinking: bool = False  # the answer never left its thinking
 
     @property
     def given(self) -> Answer | None:
@@ -133,7 +135,9 @@ def score_rows(run: UnitRun, config: SparseConfig) -> list[Row]:
             try:
                 if answer.predicted_answer is None:
                     raise ValueError("the journal line has no predicted_answer")
-                row.scores = _checked(run.task.score(answer.predicted_answer, sample))
+                text = without_thinking(answer.predicted_answer, run.opens_thinking)
+                row.only_thinking = text is None
+                row.scores = _checked(run.task.score(text or "", sample))
             except Exception as error:
                 row.status, row.problem = "unscored", error_message(error)
                 logger.warning("%s %s: the metric failed: %s", config.name, sample.sample_id, row.problem)
@@ -216,7 +220,8 @@ def _interval(values: list[float]) -> tuple[float, float] | None:
 def _counts(rows: list[Row]) -> SampleCounts:
     answers = [(row.given, row.line) for row in rows if row.given is not None]
     count = Counter(row.status for row in rows)
-    return SampleCounts(
+    thinking = sum(row.only_thinking for row in rows)
+    counts = SampleCounts(
         total=len(rows),
         ok=count["ok"],
         failed=count["failed"] + count["timeout"] + count["unscored"],
@@ -228,6 +233,9 @@ def _counts(rows: list[Row]) -> SampleCounts:
         truncated=sum(line is not None and line.truncated_tokens > 0 for _, line in answers),
         without_reference_nll=sum(answer.reference_nll is None for answer, _ in answers),
     )
+    if thinking:
+        counts.never_left_thinking = thinking
+    return counts
 
 
 def _mean_of(rows: list[Row], name: str) -> float | None:

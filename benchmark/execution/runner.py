@@ -37,6 +37,7 @@ from benchmark.workers.pools import InProcessPool, Pool, ProcessPools, Slot, Wor
 from benchmark.workers.ray_pool import RayPool
 from benchmark.workers.signals import Interrupts, results_lock
 from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.models.prompts import set_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,8 @@ def run_benchmarks(
 
         names = dict.fromkeys(unit.model for unit in units)
         tokenizers = {name: load_tokenizer(name, trust_remote_code=settings.trust_remote_code) for name in names}
+    for tokenizer in tokenizers.values():
+        set_thinking(tokenizer, settings.thinking)
     if in_process is None:
         in_process = not has_pebble() and settings.ray_address is None
     run = _Run(units, settings, tokenizers, config_run, list(notes), list(failures), in_process)

@@ -29,6 +29,7 @@ from benchmark.tasks.base import Prompt
 from benchmark.workers.errors import check_device
 from benchmark.workers.memory import free_unused
 from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.models.prompts import set_thinking
 
 if TYPE_CHECKING:
     from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
@@ -173,6 +174,7 @@ def _load(batch: Batch) -> LoadedModel:
         )
         logger.info("%s loaded on %s in %.1f s", batch.model, lm.device, time.perf_counter() - started)
         _loaded = LoadedModel(key, lm, settings)
+    set_thinking(_loaded.lm.tokenizer, settings.thinking)
     return _loaded
 
 

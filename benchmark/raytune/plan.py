@@ -16,6 +16,7 @@ from benchmark.tasks import expand_task, get_task
 from benchmark.tasks.base import ContextTooShortError, SampleRequest, build_prompt
 from benchmark.tasks.limits import fitted, longest_prompt, naming
 from sparse_attention_hub.errors import UserError, quoted
+from sparse_attention_hub.models.prompts import knows_thinking, set_thinking
 
 if TYPE_CHECKING:
     from benchmark.search.config_search import SampleKeys
@@ -29,6 +30,7 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "attention_backend": ("auto", "reference", "cpu", "torch", "triton"),
     "dense_backend": ("auto", "sdpa", "flash"),
+    "thinking": ("auto", "off", "on"),
 }
 #: Folders that a run writes into: name -> phase.
 FOLDERS = {"optimal_configs_dir": 1, "ray_results_dir": 1, "benchmark_results_dir": 2}
@@ -136,7 +138,25 @@ def check_models(settings: Settings) -> dict[str, Any]:
         check_place(settings.device, settings.dtype, settings.dense_backend)
         _check_kernels(settings)
     load = load_tokenizer if settings.rescore else check_model
-    return {model: load(model, trust_remote_code=settings.trust_remote_code) for model in settings.models}
+    tokenizers = {model: load(model, trust_remote_code=settings.trust_remote_code) for model in settings.models}
+    for tokenizer in tokenizers.values():
+        set_thinking(tokenizer, settings.thinking)
+    return tokenizers
+
+
+def template_notes(settings: Settings, tasks: list[str], tokenizers: dict[str, Any]) -> list[str]:
+    """One note for each model without a chat template, or whose template ignores --thinking."""
+    notes = []
+    if not any(get_task(task).use_chat_template for task in tasks):
+        return []
+    for model, tokenizer in tokenizers.items():
+        if not tokenizer.chat_template:
+            notes.append(f"{model} has no chat template: prompts are plain text")
+        elif settings.thinking != "auto" and not knows_thinking(tokenizer):
+            notes.append(
+                f"the chat template of {model} has no switch for thinking: --thinking {settings.thinking} does nothing"
+            )
+    return notes
 
 
 def _check_kernels(settings: Settings) -> None:

@@ -14,7 +14,9 @@ What to run is edited in get_run_configuration() and get_all_sparse_configs() be
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     from benchmark.command_line import run_command
 
     options = parse_arguments(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; the two phases handle both themselves
     try:
         return run_command(lambda: run(options))
     except KeyboardInterrupt:  # outside the two phases, which handle it themselves
@@ -138,6 +142,7 @@ def run(options: argparse.Namespace) -> int:
     tasks, notes = plan.expand_tasks(settings)
     plan.check_folders(settings)
     tokenizers = plan.check_models(settings)
+    notes += plan.template_notes(settings, tasks, tokenizers)
     named = frozenset(options.configs or ())
     if settings.phases == (2,):
         from benchmark.execution.search_results import find_units
@@ -184,6 +189,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="check everything, print the plan and stop")
     add("--seed", type=int, help="of samples, searches and sampling maskers (0)")
     add("--sparse-from", choices=("question", "decode"), help="from where attention is sparse (question)")
+    add("--thinking", choices=("auto", "off", "on"), help="for chat templates that know it (auto: the template's default)")
 
     add = parser.add_argument_group("Phase 1, search").add_argument
     add("--force-search", action="store_true", help="search again what an earlier run found")
@@ -199,7 +205,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--config-run", type=text, metavar="RUN", help="which search to use (the newest of each), as run_20240315_143022")
     add("--max-concurrent-benchmarks", type=int, help="workers, one per GPU (4); on a CPU one for every two cores")
     add("--benchmark-timeout", type=float, help="seconds per (model, task), then its workers are killed (7200)")
-    add("--max-new-tokens", type=int, help="answer tokens at most (200)")
+    add("--max-new-tokens", type=int, help="answer tokens at most, thinking included (200)")
     add("--max-context-length", type=int, help="prompt tokens at most; longer ones lose their middle (64000)")
     add("--max-requests", type=int, help="samples per task (all)")
     add("--micro-metrics", choices=("off", "sample", "full"), help="attention records per layer (sample)")

@@ -338,6 +338,7 @@ def run_again(rows: list[ResultRow]) -> str:
     words += ["--configs", *dict.fromkeys([DENSE, *(row.name for row in rows)])]
     words += ["--seed", str(first.seed), "--sparse-from", first.sparse_from]
     words += ["--max-new-tokens", str(first.max_new_tokens), "--max-context-length", str(first.max_context_length)]
+    words += ["--thinking", first.thinking] if first.thinking != "auto" else []
     words += ["--max-requests", str(first.max_requests)] if first.max_requests is not None else []
     words += ["--dtype", first.dtype] if first.dtype in ("float32", "bfloat16", "float16") else []
     return shlex.join(words)
@@ -360,5 +361,5 @@ def compare_trees(first: Tree, second: Tree) -> list[Pair]:
 
 _SETTINGS = (
     "sparse_config", "seed", "dtype", "device", "dense_backend", "attention_backend", "max_new_tokens", "max_context_length",
-    "samples_hash", "config_run", "versions",
+    "thinking", "samples_hash", "config_run", "versions",
 )  # fmt: skip

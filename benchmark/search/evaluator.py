@@ -24,6 +24,7 @@ from sparse_attention_hub.kernels import choose_backend
 from sparse_attention_hub.maskers.shared_states import SharedStates
 from sparse_attention_hub.models import Forced, LanguageModel, Prefilled, answer_many, forced_many, prefill
 from sparse_attention_hub.models.model_files import complete
+from sparse_attention_hub.models.prompts import opens_thinking, without_thinking
 from sparse_attention_hub.models.session import sparse_layers
 from sparse_attention_hub.models.trace import Trace, layer_bytes, record_trace, trace_key
 from sparse_attention_hub.replay import replay, spread
@@ -63,6 +64,7 @@ class TraceEvaluator:
         _check_backend(settings.attention_backend, lm)
         self.lm, self.task, self.settings = lm, get_task(task_name), settings
         self.samples = tuning_samples(lm.tokenizer, task_name, settings)
+        self._opens_thinking = self.task.use_chat_template and opens_thinking(lm.tokenizer)
         self.traces: list[Trace] = []
         self._states = SharedStates()
         # (configuration, sample number) -> its forced forward, where that reproduced the dense answer.
@@ -257,7 +259,8 @@ class TraceEvaluator:
         for forced in known:
             answer = next(generated) if forced is None else forced
             text = self.traces[number].meta["answer"] if isinstance(answer, Forced) else answer.text
-            score = self.task.score(text, entry.sample).get(self.task.metric)
+            answered = without_thinking(text, self._opens_thinking) or ""
+            score = self.task.score(answered, entry.sample).get(self.task.metric)
             measured.append(_Measured(density=answer.density, kv_fraction=answer.kv_fraction, score=score))
         return measured
 

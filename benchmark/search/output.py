@@ -70,6 +70,7 @@ def _best_config(best: Best, work: StudyWork, study: Study, evaluator: TraceEval
         identity=work.identity,
         seed=settings.seed,
         sparse_from=settings.sparse_from,
+        thinking=settings.thinking,
         objective=settings.objective,
         dtype=str(evaluator.lm.dtype),
         device=str(evaluator.lm.device),

@@ -11,6 +11,7 @@ from benchmark.tasks import get_task
 from benchmark.tasks.base import Prompt, Sample, SampleRequest, answer_seed, build_prompt
 from benchmark.tasks.limits import within_model
 from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.models.prompts import set_thinking
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ def tuning_samples(tokenizer: Any, task_name: str, settings: Settings) -> list[T
 
     UserError if the task has none, or a question does not fit.
     """
+    set_thinking(tokenizer, settings.thinking)
     task = get_task(task_name)
     request = within_model(
         SampleRequest(

@@ -69,6 +69,7 @@ class JournalSettings(Record):
     attention_backend: str
     max_context_length: int
     micro_metrics: str
+    thinking: str = "auto"
 
 
 class WorkerStatus(Record):
@@ -108,6 +109,7 @@ class SampleCounts(Record):
     capped: Count
     truncated: Count
     without_reference_nll: Count
+    never_left_thinking: Count = 0
 
 
 class Scores(Record):
@@ -193,6 +195,7 @@ class ResultConfig(ResultIdentity):
     max_context_length: int
     max_requests: int | None
     micro_metrics: str
+    thinking: str = "auto"
     config_run: Text | None
     provenance: Found
     versions: Versions
@@ -230,6 +233,7 @@ class RunRecord(Record):
     max_requests: int | None
     benchmark_timeout: float
     micro_metrics: str
+    thinking: str = "auto"
 
 
 class Summary(Record):

@@ -134,6 +134,7 @@ class SearchProvenance(Record):
     truncated_samples: int
     traces: list[str]
     layers: list[int]
+    thinking: str = "auto"
     versions: Versions
 
 

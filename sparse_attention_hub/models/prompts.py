@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,16 +19,20 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 #: Seconds after which a chat template counts as one that never ends.
 RENDER_SECONDS = 20.0
 _RENDERING = threading.Lock()
+#: Names under which chat templates are told whether to think.
+_THINKING = ("enable_thinking", "thinking")
 #: Texts behind which a continuation is encoded; the first that stays apart from it is used.
 _MARKERS = ("\n", "=", "|", "0")
 
 
 def render_chat(tokenizer: Any, content: str, **options: Any) -> str:
-    """The text of a conversation with one message of the user, up to where the answer begins. options: for the template.
+    """The text of a conversation with one message of the user, up to where the answer begins. options: for the template, beside
+    those of `set_thinking`.
 
     UserError, one line, for a template that cannot be rendered.
     """
     messages = [{"role": "user", "content": content}]
+    options = getattr(tokenizer, "thinking_options", {}) | options
     try:
         with _fixed_date(), _deadline(RENDER_SECONDS):
             text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
@@ -40,6 +45,32 @@ def render_chat(tokenizer: Any, content: str, **options: Any) -> str:
             f"the tokenizer's chat template cannot be rendered ({type(error).__name__}: {quoted(error)}): correct or remove it"
         ) from None
     return text
+
+
+def set_thinking(tokenizer: Any, thinking: str) -> None:
+    """Choose whether the tokenizer's chat template asks for thinking: "on", "off", or "auto" for the template's own default.
+    Templates that do not know the option ignore it."""
+    # enable_thinking: Qwen, GLM, SmolLM3. thinking: DeepSeek, Granite.
+    tokenizer.thinking_options = {} if thinking == "auto" else dict.fromkeys(_THINKING, thinking == "on")
+
+
+def knows_thinking(tokenizer: Any) -> bool:
+    """Whether the tokenizer's chat template reads what `set_thinking` chooses."""
+    return re.search(rf"\b({'|'.join(_THINKING)})\b", str(tokenizer.chat_template)) is not None
+
+
+def opens_thinking(tokenizer: Any) -> bool:
+    """Whether a prompt from the tokenizer's chat template ends inside the model's thinking."""
+    return bool(getattr(tokenizer, "chat_template", None)) and render_chat(tokenizer, "Hello").rstrip().endswith("<think>")
+
+
+def without_thinking(answer: str, opened: bool) -> str | None:
+    """The answer after its thinking, all of it if there is none; None if the thinking does not end. opened: it begins in the
+    prompt."""
+    _, end, rest = answer.rpartition("</think>")
+    if end:
+        return rest.lstrip()
+    return None if opened or answer.lstrip().startswith("<think>") else answer
 
 
 class _FixedDate(datetime):

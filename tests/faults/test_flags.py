@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,7 +78,7 @@ def flags_of(command: Command, monkeypatch: pytest.MonkeyPatch) -> list[argparse
 def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, without models and samples: what is tested comes before them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "check_model", lambda *_, **__: None)
+    monkeypatch.setattr(models, "check_model", lambda *_, **__: SimpleNamespace(chat_template=""))
     monkeypatch.setattr(plan, "check_samples", lambda settings, names, tokenizers: plan.SampleCheck(names, {}, {}, {}))
     monkeypatch.setattr(plan, "describe", lambda *_: "the plan")
 

@@ -14,7 +14,14 @@ from benchmark.execution.prompts import reference_ids
 from benchmark.tasks.base import Sample, build_prompt
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models import prompts
-from sparse_attention_hub.models.prompts import encode_continuation, render_chat
+from sparse_attention_hub.models.prompts import (
+    encode_continuation,
+    knows_thinking,
+    opens_thinking,
+    render_chat,
+    set_thinking,
+    without_thinking,
+)
 
 
 def letters(**parts: Any) -> Any:
@@ -56,6 +63,38 @@ def test_a_continuation_is_encoded_as_within_the_text(scheme: str, text: str) ->
 def test_a_template_does_not_know_the_day() -> None:
     tokenizer = templated("{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}")
     assert render_chat(tokenizer, "ab") == "26 Jul 2024 ab"
+
+
+QWEN = "{{ messages[0].content }}|{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+DEEPSEEK = "{% if not thinking is defined %}{% set thinking = false %}{% endif %}{{ messages[0].content }}|<{{ '' if thinking else '/' }}think>"
+ALWAYS = "{{ messages[0].content }}|<think>"
+
+
+@pytest.mark.parametrize(
+    ("template", "auto", "off", "on"),
+    [
+        (QWEN, "", "<think>\n\n</think>\n\n", ""),
+        (DEEPSEEK, "</think>", "</think>", "<think>"),
+        (ALWAYS, *["<think>"] * 3),
+        ("{{ messages[0].content }}|", "", "", ""),
+    ],
+)
+def test_templates_are_told_whether_to_think(template: str, auto: str, off: str, on: str) -> None:
+    tokenizer = templated(template)
+    assert knows_thinking(tokenizer) == (template in (QWEN, DEEPSEEK))
+    for thinking, end in (("off", off), ("on", on), ("auto", auto)):
+        set_thinking(tokenizer, thinking)
+        assert render_chat(tokenizer, "ab") == f"ab|{end}"
+        assert opens_thinking(tokenizer) == (end.strip() == "<think>")
+    assert not opens_thinking(letters())
+
+
+def test_thinking_is_taken_off_an_answer() -> None:
+    assert without_thinking("42", opened=False) == "42"
+    assert without_thinking("<think>a b</think>\n\n42\n", opened=False) == "42\n"
+    assert without_thinking("a</think> b</think>42", opened=True) == "42"
+    assert without_thinking("a b </think>", opened=True) == ""
+    assert without_thinking("\n<think>a b", opened=False) is None and without_thinking("a b", opened=True) is None
 
 
 @pytest.mark.parametrize(
