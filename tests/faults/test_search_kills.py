@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmark.speed.fault_run import WRONG, FaultRun
 
 
@@ -15,6 +17,8 @@ def journalled(run: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in run.glob("ray_results/journals/*.jsonl"))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_search_resumes_and_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     runs, killed = FaultRun(tmp_path, phase="1", samples=6), tmp_path / "killed"
     assert runs.start(runs.undisturbed, "1").wait(250) == 0

@@ -77,8 +77,8 @@ def test_choose(
         chosen |= True
     mask = Mask.from_dense(chosen, 4, 2)
     each = torch.randint(0, size + 1, (2, 4, rows), generator=generator)
-    for sizes, wide in (([size, size // 2], max(heads, held)), (each, 4)):
-        wanted = torch.tensor(sizes).view(2, 1, 1).expand(2, wide, rows) if isinstance(sizes, list) else sizes
+    for sizes, wide in ((torch.tensor([size, size // 2]).view(2, 1, 1), max(heads, held)), (each, 4)):
+        wanted = sizes.expand(2, wide, rows)
         expected = best_by_hand(lists.expand_heads(scores, wide), ~lists.expand_heads(chosen, wide), wanted)
         ordered = order_of(scores, lengths)
         for found in (
