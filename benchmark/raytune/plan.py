@@ -21,6 +21,7 @@ from sparse_attention_hub.models.prompts import knows_thinking, set_thinking
 if TYPE_CHECKING:
     from benchmark.search.config_search import SampleKeys
     from benchmark.search.samples import TuningSample
+    from sparse_attention_hub.models.load import ModelShape
 
 #: Flags that count something (tokens, seconds, ...): greater than 0 and at most MOST.
 COUNTS = [f.name for f in fields(Settings) if str(f.type).removesuffix(" | None") in ("int", "float") and f.name != "seed"]
@@ -227,7 +228,7 @@ def _check_trace_budget(budget: float, tokens: dict[tuple[str, str], int], setti
     """UserError if one layer of a (model, task)'s traces exceeds the budget."""
     shapes = _shapes(settings)
     for (model, task), count in tokens.items():
-        layer = shapes[model][1] * count / 1e9
+        layer = shapes[model].sparse_layer_bytes * count / 1e9
         if layer > budget:
             raise UserError(
                 f"--trace-budget-gb {budget:g} is less than one layer of {task}'s traces on {model} ({layer:.2g} GB): raise it, "
@@ -280,8 +281,9 @@ def describe(settings: Settings, configs: list[SparseConfig], samples: SampleChe
             lines.append(f"  {study.model} | {study.task} | {study.name} ({levels}): {parameters} parameters")
         if len(studies) > 12:
             lines.append(f"  ... and {len(studies) - 12} more")
-        for model, (layers, token_bytes) in shapes.items():
-            size = layers * token_bytes * sum(count for pair, count in samples.tuning_tokens.items() if pair[0] == model)
+        for model, shape in shapes.items():
+            recorded = sum(count for pair, count in samples.tuning_tokens.items() if pair[0] == model)
+            size = shape.sparse_layers * shape.sparse_layer_bytes * recorded
             bound = "" if settings.trace_budget_gb is None else f", thinned to {settings.trace_budget_gb:g} GB per task"
             lines.append(f"  traces: {model}: about {size / 1e9:.2f} GB of keys and values{bound}")
         lines.append(
@@ -293,15 +295,15 @@ def describe(settings: Settings, configs: list[SparseConfig], samples: SampleChe
         results = settings.benchmark_results_dir
         lines.append(f"Phase 2:  {pairs} (model, task) pairs x {len(configs)} configurations, {requests} samples per task")
         lines.append(f"  at most {settings.max_new_tokens} new tokens, context at most {settings.max_context_length}")
-        for model, (layers, token_bytes) in shapes.items():
-            size = layers * token_bytes * settings.max_context_length
+        for model, shape in shapes.items():
+            size = shape.kv_bytes * settings.max_context_length
             lines.append(f"  KV cache: {model}: at most {size / 1e9:.2f} GB per worker")
         lines.append(f"  files: {results}/<model>/<configuration>/<task>/, {results}/benchmark_summary.json")
     return "\n".join(lines)
 
 
-def _shapes(settings: Settings) -> dict[str, tuple[int, int]]:
-    """Model -> its layers, and the KV bytes of a token in one layer."""
+def _shapes(settings: Settings) -> dict[str, ModelShape]:
+    """Model -> what it keeps of a token."""
     from sparse_attention_hub.models import load_shape
 
     remote = settings.trust_remote_code

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -206,19 +206,29 @@ def check_place(device: str, dtype: str, dense_backend: str) -> None:
     _pick_dense(dense_backend, place, likely_dtype(dtype, place))
 
 
-def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> tuple[int, int]:
-    """(attention layers, mean bytes of one token's keys and values in one), without weights. UserError as load_model."""
+class ModelShape(NamedTuple):
+    """Bytes of one token's keys and values: in all attention layers, and in each of those that can be sparse (the mean), which are
+    the ones that a trace holds. sparse_layers: how many these are."""
+
+    kv_bytes: int
+    sparse_layers: int
+    sparse_layer_bytes: int
+
+
+def load_shape(model_id: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> ModelShape:
+    """What the model keeps of a token, without loading its weights. UserError as load_model."""
     with model_files(model_id, trust_remote_code) as (path, options):
         config = _checked_config(path, model_id, options)
         calls = _check_without_weights(config, model_id, trust_remote_code)
     config = config.get_text_config(decoder=True)
     if calls is None:  # the model's code needs weights to run: the usual shapes
         layers = sum(kind in (*ATTENTION_KINDS, *HYBRID_KINDS) for kind in layer_kinds(config))
-        numbers = 2 * _usual_kv_width(config)
+        numbers = sparse = [2 * _usual_kv_width(config)] * layers
     else:
-        layers = len(calls)
-        numbers = sum(call.token_numbers for call in calls.values()) // layers
-    return layers, numbers * likely_dtype(dtype, pick_device("auto")).itemsize
+        numbers = [call.token_numbers for call in calls.values()]
+        sparse = [call.token_numbers for call in calls.values() if not call.rule.limited]
+    each = likely_dtype(dtype, pick_device("auto")).itemsize
+    return ModelShape(sum(numbers) * each, len(sparse), sum(sparse) * each // max(1, len(sparse)))
 
 
 def _usual_kv_width(config: Any) -> int:

@@ -156,13 +156,18 @@ def test_models_that_are_not_supported_are_refused_without_weights(folder: Path,
 
 
 @pytest.mark.parametrize(
-    ("kind", "layers", "numbers"),
-    [("llama", 4, 2 * 2 * 16), ("deepseek_v3", 4, 4 * (24 + 16)), ("qwen3_next", 2, 2 * 2 * 16), ("gpt_oss", 4, 2 * 2 * 16)],
+    ("kind", "layers", "sparse", "numbers"),
+    [
+        ("llama", 4, 4, 2 * 2 * 16),
+        ("deepseek_v3", 4, 4, 4 * (24 + 16)),
+        ("qwen3_next", 2, 2, 2 * 2 * 16),
+        ("gpt_oss", 4, 2, 2 * 2 * 16),  # the others have a window
+    ],
 )
-def test_the_shape_of_a_cache_is_known_without_weights(folder: Path, kind: str, layers: int, numbers: int) -> None:
+def test_the_shape_of_a_cache_is_known_without_weights(folder: Path, kind: str, layers: int, sparse: int, numbers: int) -> None:
     (folder / "model.safetensors").unlink()
     tiny_config(kind, vocab_size=50000).save_pretrained(folder)
-    assert load_shape(str(folder), dtype="float32") == (layers, 4 * numbers)
+    assert load_shape(str(folder), dtype="float32") == (layers * 4 * numbers, sparse, 4 * numbers)
 
 
 @pytest.mark.parametrize(

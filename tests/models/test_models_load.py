@@ -241,8 +241,7 @@ def test_looking_at_a_place_does_not_start_cuda(monkeypatch: pytest.MonkeyPatch)
     for device in ("auto", "cuda", "cuda:1", "sharded"):
         check_place(device, "auto", "auto")
     assert device_and_dtype(Settings(models=(), tasks=())) == ["cuda", "torch.bfloat16"]
-    layers, size = load_shape(EMBEDDED_MODEL)
-    assert (layers, size) == (30, 2 * 3 * 64 * 2)
+    assert load_shape(EMBEDDED_MODEL) == (30 * 2 * 3 * 64 * 2, 30, 2 * 3 * 64 * 2)
 
 
 def test_dense_backend_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
