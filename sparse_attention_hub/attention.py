@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import UserError, quoted
 from .found import read_json
-from .head_budgets import check_head_budgets
 from .kernels import BACKENDS, Known, attend
 from .kernels.reference import group_scores, needs_grad, weigh
 from .mask import Mask
@@ -22,9 +23,6 @@ from .maskers.base import Masker, MaskerConfig, check_int, config_from_dict, con
 from .maskers.call_cache import once
 from .maskers.inputs import AttentionInputs
 from .maskers.state import AttentionState
-
-if TYPE_CHECKING:
-    from .models import LanguageModel
 
 #: Raise it when something that all maskers share (attention, selection, random numbers, sizes, dense outputs) gives other
 #: figures: results of other versions are not reused. tests/test_versions.py notices.
@@ -92,6 +90,27 @@ class ResearchAttentionConfig:
             dense_layers=record.get("dense_layers", []),
             head_budgets=record.get("head_budgets"),
         )
+
+
+def check_head_budgets(table: Any) -> list[list[float]]:
+    """A table as lists of floats > 0, rows of one length; ValueError otherwise."""
+    rows = table.tolist() if isinstance(table, Tensor) else table
+    if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, list | tuple) and row for row in rows):
+        raise ValueError(f"head_budgets must be a table, a row of factors per layer, got {type(table).__name__}")
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(f"head_budgets must have rows of one length, got {sorted({len(row) for row in rows})}")
+    for row in rows:
+        for factor in row:
+            number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
+            if not number or not 0 < float(factor) < math.inf:
+                raise ValueError(f"head_budgets must hold factors > 0, got {factor!r}")
+    return [[float(factor) for factor in row] for row in rows]
+
+
+class Completes(Protocol):
+    """A model that fills in the files of its own that a configuration leaves out: a LanguageModel."""
+
+    def complete(self, config: ResearchAttentionConfig) -> ResearchAttentionConfig: ...
 
 
 @dataclass(eq=False, repr=False)
@@ -169,7 +188,7 @@ class ResearchAttention:
         self._factors = None if table is None else torch.tensor(table, dtype=torch.float64)
 
     @staticmethod
-    def from_file(path: str | Path, lm: LanguageModel | None = None) -> ResearchAttention:
+    def from_file(path: str | Path, lm: Completes | None = None) -> ResearchAttention:
         """The attention that a search found: see ResearchAttentionConfig.from_file.
 
         lm: fills in the model's own files where the configuration leaves them out (DoubleSparsity's channels, HashAttention's
@@ -177,11 +196,7 @@ class ResearchAttention:
         """
         config = ResearchAttentionConfig.from_file(path)
         try:
-            if lm is not None:
-                from .models.model_files import complete
-
-                config = complete(config, lm)
-            return ResearchAttention(config)
+            return ResearchAttention(config if lm is None else lm.complete(config))
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
 

@@ -8,16 +8,17 @@ proposed by PyramidKV (layers, https://arxiv.org/abs/2406.02069) and Ada-KV (hea
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .attention import ResearchAttention, ResearchAttentionConfig
+from .replay import replay
+
 if TYPE_CHECKING:
-    from .attention import ResearchAttentionConfig
     from .models.trace import Trace
 
 #: Factors of the grid, ascending: from an eighth of the sizes to eight times the sizes.
@@ -50,26 +51,8 @@ class Curves(NamedTuple):
         return Curves(self.errors.mean(0).reshape(shape).mean(-1), self.densities.mean(0).reshape(shape).mean(-1))
 
 
-def check_head_budgets(table: Any) -> list[list[float]]:
-    """A table as lists of floats > 0, rows of one length; ValueError otherwise."""
-    rows = table.tolist() if isinstance(table, Tensor) else table
-    if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, list | tuple) and row for row in rows):
-        raise ValueError(f"head_budgets must be a table, a row of factors per layer, got {type(table).__name__}")
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"head_budgets must have rows of one length, got {sorted({len(row) for row in rows})}")
-    for row in rows:
-        for factor in row:
-            number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
-            if not number or not 0 < float(factor) < math.inf:
-                raise ValueError(f"head_budgets must hold factors > 0, got {factor!r}")
-    return [[float(factor) for factor in row] for row in rows]
-
-
 def replay_curves(traces: Sequence[Trace], config: ResearchAttentionConfig, seeds: Sequence[int] | None = None) -> Curves:
     """The curves of a configuration on recorded dense runs, which must hold all layers of the model."""
-    from .attention import ResearchAttention
-    from .replay import replay
-
     errors, densities = [], []
     for number, trace in enumerate(traces):
         layers = max(trace.layers) + 1

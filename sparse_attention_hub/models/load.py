@@ -18,6 +18,7 @@ from .rope import length_dependent
 from .sources import model_files
 
 if TYPE_CHECKING:
+    from ..attention import ResearchAttentionConfig
     from .cache import SharedPrefixCache
     from .lockstep import LayerCall
 
@@ -33,8 +34,8 @@ class LanguageModel:
     """A causal language model ready for inference.
 
     dense_backend: transformers' name of the attention that prefills. keeps_logits: the model can compute logits of the last
-    tokens only. takes_positions: it can be told the tokens' positions. length_dependent: its modules whose rotary factors depend on the text's length. layers, continues: what
-    `probe` found out.
+    tokens only. takes_positions: it can be told the tokens' positions. length_dependent: its modules whose rotary factors depend
+    on the text's length. layers, continues: what `probe` found out.
     """
 
     id: str
@@ -77,6 +78,12 @@ class LanguageModel:
             takes_positions=all("position_ids" in parameters for parameters in takes),
             length_dependent=length_dependent(model),
         )
+
+    def complete(self, config: ResearchAttentionConfig) -> ResearchAttentionConfig:
+        """The configuration with the model's own files where it leaves them out. ValueError if there are none."""
+        from .model_files import complete
+
+        return complete(config, self)
 
     def new_cache(self, capacity: int) -> SharedPrefixCache:
         """An empty cache for `capacity` tokens."""
