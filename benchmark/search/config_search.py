@@ -7,6 +7,7 @@ as soon as its study has finished. Workers journal every evaluation, so an inter
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -170,6 +171,8 @@ def _search(work: dict[str, StudyWork], settings: Settings, outcome: SearchOutco
 
     from benchmark.search.trainable import SearchProgress, StudyTrainable
 
+    for name in ("ray.tune", "ray.train", "ray.air"):  # they print tracebacks of what `callback` records, one line each
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     have = ray.cluster_resources()
     report.note(f"Ray {ray.__version__}: {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs")
     folder = settings.ray_results_dir.resolve()

@@ -53,7 +53,7 @@ class Job(Protocol):
     def parts(self) -> int: ...
 
     def run(self, after_each: Callable[[], None] | None = None) -> int:
-        """Do and journal the parts until the job is told to stop. Returns how many were done."""
+        """Run the parts and write their records to the journal, until the job is stopped. Returns the number of parts run."""
 
     def records(self) -> Iterator[Any]:
         """Do the parts where the parent's files cannot be written: yields None once everything is loaded, then one picklable

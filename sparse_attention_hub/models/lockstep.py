@@ -84,7 +84,7 @@ class Lockstep:
         """Logits (rows, keep, V) of the last `keep` of ids (rows, Q)."""
         options: dict[str, Any] = {"logits_to_keep": keep} if self.lm.keeps_logits else {}
         if self.prefilled.cache.get_seq_length() and ids.shape[1] > 1 and self.lm.continues is False:
-            # The recurrent layers of this model begin anew in every pass of several tokens.
+            # The recurrent layers of this model ignore their earlier state in every pass of several tokens.
             logits = [self._run(self.lm.model, part, **options).logits[:, -1:] for part in ids.split(1, dim=1)]
             return torch.cat(logits[-keep:], 1)
         last: Tensor = self._run(self.lm.model, ids, **options).logits[:, -keep:]

@@ -19,7 +19,7 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 #: Seconds after which a chat template counts as one that never ends.
 RENDER_SECONDS = 20.0
 _RENDERING = threading.Lock()
-#: Names under which chat templates are told whether to think.
+#: Variables with which chat templates switch thinking on or off.
 _THINKING = ("enable_thinking", "thinking")
 #: Texts behind which a continuation is encoded; the first that stays apart from it is used.
 _MARKERS = ("\n", "=", "|", "0")

@@ -190,13 +190,13 @@ with limits.time_limit(0.1):
             while True:
                 pass
         except Exception:
-            print("goes on", flush=True)
+            print("caught", flush=True)
 """
 
 
 def test_code_that_catches_everything_ends_with_its_process() -> None:
     done = subprocess.run([sys.executable, "-c", STUBBORN], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stdout == "goes on\n" and "Timeout" in done.stderr
+    assert done.returncode == 1 and done.stdout == "caught\n" and "Timeout" in done.stderr
 
 
 PLUGIN = """
