@@ -126,7 +126,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
         pytest.param(
             "ray_results",
             ["sink_local_10pct"],
-            marks=[pytest.mark.slow, pytest.mark.xfail(reason="Ray prints tracebacks, and fit() ends with an EOFError")],
+            marks=pytest.mark.slow,
         ),
     ],
     indirect=["small_disk"],
