@@ -1,7 +1,7 @@
 """Modules given with --plugin: maskers, benchmarks and configurations that are not in this package.
 
 A plugin registers its maskers when it is imported (`register_masker`). It may define what a module of benchmark/tasks does
-(`make_tasks`, and `find_task`, `expand`), and `get_all_sparse_configs()`, whose configurations join the script's.
+(`make_tasks`, and `find_task`, `expand`), and `get_all_sparse_configs()` or `get_all_sparse_configs(levels)`, whose configurations join the script's.
 docs/plugins.md has an example.
 """
 

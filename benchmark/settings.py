@@ -44,6 +44,8 @@ class Settings:
     search_max_context_length: int = 8192
     search_max_requests: int = 10
     objective: str = "default"
+    budget_on: Literal["density", "kv"] = "density"
+    head_budgets: Literal["off", "layer", "kv_head", "head"] = "kv_head"
     force_search: bool = False
     trace_budget_gb: float | None = None
     # Phase 2
@@ -80,9 +82,14 @@ class SparseConfig:
 
     @property
     def budget(self) -> float | None:
-        """Density budget as a fraction, from the `_Npct` in the name; None without one."""
+        """Budget as a fraction, from the `_Npct` in the name; None without one."""
         found = _BUDGET_SUFFIX.search(self.name)
         return float(found.group(1)) / 100 if found else None
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether a masker reads every key to choose a few."""
+        return any(entry.__name__.startswith("Oracle") for entry in self.masker_classes or ())
 
 
 def as_sparse_configs(
@@ -117,7 +124,7 @@ def as_sparse_configs(
 def snake_case(class_name: str) -> str:
     """ "HashAttentionTopKMaskerConfig" -> "hash_attention_top_k"."""
     stem = class_name.removesuffix("Config").removesuffix("Masker")
-    words = re.findall(r"[A-Z]{2,}(?=[A-Z][a-z]|$)|[A-Z][a-z0-9]*|[A-Z]", stem)
+    words = re.findall(r"[A-Z][A-Z0-9]*[A-Z](?=[A-Z][a-z]|$)|[A-Z][a-z0-9]*|[A-Z]", stem)
     return "_".join(word.lower() for word in words)
 
 

@@ -2,8 +2,9 @@
 
     python examples/generate.py [FILE] [--question TEXT] [--text FILE] [--max-new-tokens 40]
 
-FILE: a best configuration of a search, optimal_configs/run_.../..._10pct.json; by default one of the sample search. The text is
-prefilled densely, question and answer are sparse: what Phase 1 and Phase 2 measure by default.
+FILE: a best configuration of a search, optimal_configs/run_.../..._10pct.json; by default the best of your searches of --task at
+--budget, of the sample search until you have one. The text is prefilled densely, question and answer are sparse: what Phase 1 and
+Phase 2 measure by default.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_attention_hub import ResearchAttention, UserError, best_config
+from sparse_attention_hub.found import read_json
 
-SAMPLE_RUNS = Path(__file__).resolve().parents[1] / "optimal_configs" / "sample"
+SEARCHES = Path(__file__).resolve().parents[1] / "optimal_configs"
 MODEL = "embedded/SmolLM2-135M-Instruct"
 TEXT = "The harbour of Vell has nine piers. " * 60 + "The code of the lighthouse is 7431. " + "Gulls circle above. " * 60
 
@@ -33,9 +35,9 @@ def generate(
 
     cache = DynamicCache()
     context, whole = (torch.tensor([ids], device=lm.device) for ids in (context_ids, context_ids + question_ids))
-    with torch.no_grad():
-        lm.model(input_ids=context, past_key_values=cache, logits_to_keep=1)
     with sparse_attention(lm, attention) as session:
+        with torch.no_grad():  # the first pass over an empty cache is dense; some methods choose by what they see of it
+            lm.model(input_ids=context, past_key_values=cache, logits_to_keep=1)
         answer = lm.model.generate(
             whole,
             attention_mask=torch.ones_like(whole),
@@ -50,8 +52,11 @@ def generate(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="?", help="a best configuration (default: of the sample search, oracle top-k at 10%%)")
-    parser.add_argument("--model", default=MODEL, help="default: %(default)s")
+    parser.add_argument("file", nargs="?", help="a best configuration of a search (default: the best of --task at --budget)")
+    parser.add_argument("--model", help="default: that of FILE, without one " + MODEL)
+    parser.add_argument("--task", default="ruler/1024/niah_single_1", help="what was searched (%(default)s)")
+    parser.add_argument("--budget", type=float, default=0.10, help="the largest density (%(default)s)")
+    parser.add_argument("--no-oracles", action="store_true", help="leave out maskers that read every key to choose")
     parser.add_argument("--text", type=Path, help="a file with a long text (default: a page about a harbour)")
     parser.add_argument("--question", default="What is the code of the lighthouse?")
     parser.add_argument("--max-new-tokens", type=int, default=40)
@@ -61,11 +66,10 @@ def main(argv: list[str] | None = None) -> int:
 
         from sparse_attention_hub.models import load_model
 
-        lm = load_model(options.model)
-        file = options.file
-        if file is None:
-            (run,) = SAMPLE_RUNS.glob("run_*")
-            file = best_config(run, model=MODEL, task="ruler/1024/niah_single_1", budget=0.10, oracles=True)
+        model, oracles = options.model or MODEL, not options.no_oracles
+        file = options.file or best_config(SEARCHES, model=model, task=options.task, budget=options.budget, oracles=oracles)
+        lm = load_model(options.model or read_json(file).get("model", MODEL))
+        print(f"attention: {file}", file=sys.stderr)
         attention = ResearchAttention.from_file(file, lm)
         text = TEXT if options.text is None else options.text.read_text(encoding="utf-8-sig")
         before, after = chat(lm.tokenizer, text, options.question)

@@ -14,19 +14,23 @@ if TYPE_CHECKING:
     from .found import best_config
     from .mask import Mask
     from .maskers import (
-        AdaptiveSamplingMaskerConfig, CausalMaskerConfig, DoubleSparsityTopKMaskerConfig, HashAttentionTopKMaskerConfig,
+        AdaptiveSamplingMaskerConfig, CausalMaskerConfig, ClustersConfig, DoubleSparsityTopKMaskerConfig,
+        DuoAttentionConfig, ExpectedAttentionConfig, H2OConfig, KeyDiffConfig, KnormConfig, SnapKVConfig, TOVAConfig,
+        HashAttentionTopKMaskerConfig, LandmarksConfig, LokiConfig, SocketConfig, SparqConfig, TwilightConfig,
         LocalMaskerConfig, MagicPigConfig, OracleTopKConfig, OracleTopPMaskerConfig, PQCacheConfig,
         QuestTopKMaskerConfig, RandomSamplingMaskerConfig, RoundToPagesConfig, SinkMaskerConfig,
     )  # fmt: skip
     from .maskers.base import (
         Masker, MaskerConfig, TopKConfig, check_flag, check_int, check_number, check_size, register_masker,
     )  # fmt: skip
+    from .maskers.context_summary import ContextSummary
     from .maskers.inputs import AttentionInputs
     from .maskers.state import AttentionState, MaskerState
+    from .presets import Preset, preset
     from .search_space import Choice, IntUniform, LogUniform, Uniform
 else:  # hidden from type checkers, for which every unknown name would be Any
     # Cheapest first: the first two import no torch.
-    _MODULES = ("errors", "found", "search_space", "mask", "maskers", "maskers.base", "attention")
+    _MODULES = ("errors", "found", "search_space", "mask", "maskers", "maskers.base", "attention", "presets")
 
     def __getattr__(name: str) -> object:
         from importlib import import_module
@@ -45,9 +49,12 @@ else:  # hidden from type checkers, for which every unknown name would be Any
 __version__ = "0.1.0"
 __all__ = [
     "AdaptiveSamplingMaskerConfig", "AttentionInputs", "AttentionResult", "AttentionState", "CausalMaskerConfig", "Choice",
-    "DoubleSparsityTopKMaskerConfig", "HashAttentionTopKMaskerConfig", "IntUniform", "LocalMaskerConfig", "LogUniform",
+    "ClustersConfig",
+    "DoubleSparsityTopKMaskerConfig", "DuoAttentionConfig", "HashAttentionTopKMaskerConfig", "IntUniform", "LandmarksConfig", "LocalMaskerConfig",
+    "LogUniform", "LokiConfig",
     "MagicPigConfig", "Mask", "Masker", "MaskerConfig", "MaskerState", "OracleTopKConfig", "OracleTopPMaskerConfig",
-    "PQCacheConfig", "QuestTopKMaskerConfig", "RandomSamplingMaskerConfig", "ResearchAttention", "ResearchAttentionConfig",
-    "RoundToPagesConfig", "SinkMaskerConfig", "TopKConfig", "Uniform", "UserError", "best_config", "check_flag", "check_int", "check_number", "check_size",
-    "dense_attention", "register_masker",
+    "PQCacheConfig", "Preset", "QuestTopKMaskerConfig", "RandomSamplingMaskerConfig", "ResearchAttention", "ResearchAttentionConfig",
+    "RoundToPagesConfig", "SinkMaskerConfig", "SocketConfig", "SparqConfig", "TopKConfig", "TwilightConfig", "Uniform", "UserError", "best_config", "check_flag", "check_int", "check_number", "check_size",
+    "dense_attention", "preset", "register_masker", "ContextSummary", "ExpectedAttentionConfig", "H2OConfig", "KeyDiffConfig",
+    "KnormConfig", "SnapKVConfig", "TOVAConfig",
 ]  # fmt: skip

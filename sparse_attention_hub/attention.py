@@ -27,8 +27,6 @@ from .maskers.state import AttentionState
 #: Raise it when something that all maskers share (attention, selection, random numbers, sizes, dense outputs) gives other
 #: figures: results of other versions are not reused. tests/test_versions.py notices.
 ENGINE_VERSION = 1
-#: Scores that a dense output holds at once.
-_BLOCK_SCORES = {"cpu": 2**20, "gpu": 2**25}
 
 
 @dataclass
@@ -38,18 +36,29 @@ class ResearchAttentionConfig:
     dense_layers: layer numbers in which every allowed key is attended (Quest's paper keeps the first two dense).
     head_budgets: factors on the maskers' fractional sizes, a row per layer, each of 1, kv heads or query heads numbers > 0:
     see head_budgets.py. A scaled size is at most all keys and at least one.
+    fixed: a search evaluates these settings alone, as for a paper's preset. Not part of `to_dict`.
     """
 
     masker_configs: list[MaskerConfig] = field(default_factory=list)
     backend: str = "auto"
     dense_layers: list[int] = field(default_factory=list)
     head_budgets: list[list[float]] | None = None
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         """ValueError for layers that are not numbers from 0 on, or a table that is not one."""
         self.dense_layers = sorted({check_int("dense_layers", layer, 0) for layer in self.dense_layers})
         if self.head_budgets is not None:
             self.head_budgets = check_head_budgets(self.head_budgets)
+
+    def check_layers(self, layers: int) -> None:
+        """UserError if the configuration is of a model with another number of layers."""
+        if self.head_budgets is not None and len(self.head_budgets) != layers:
+            raise UserError(
+                f"head_budgets is a table of {len(self.head_budgets)} layers, this model has {layers}: fit a table for this model"
+            )
+        if self.dense_layers and self.dense_layers[-1] >= layers:
+            raise UserError(f"dense_layers must be in 0 .. {layers - 1} for this model, got {self.dense_layers[-1]}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, maskers with their types; `from_dict` reads them back."""
@@ -110,6 +119,8 @@ def check_head_budgets(table: Any) -> list[list[float]]:
 class Completes(Protocol):
     """A model that fills in the files of its own that a configuration leaves out: a LanguageModel."""
 
+    id: str
+
     def complete(self, config: ResearchAttentionConfig) -> ResearchAttentionConfig: ...
 
 
@@ -117,33 +128,53 @@ class Completes(Protocol):
 class AttentionResult:
     """Result of one attention call. Density, KV bytes and errors are computed when first read.
 
-    output: (B, Q, H, D) in the queries' dtype. mask: the final Mask. log_sum_exp: of the attended
-    keys' logits, each term weighted by 1/p: (B, H, Q), float32 or wider. empty_rows: rows (over
-    batch, heads and queries) that selected no key and were given their last allowed key.
+    unrounded: the output as it was summed, (B, Q, H, D), float32 or wider; errors are those of these numbers. mask: the final
+    Mask. log_sum_exp: of the attended keys' logits, each term weighted by 1/p: (B, H, Q), float32 or wider. empty_rows: rows
+    (over batch, heads and queries) that selected no key and were given their last allowed key.
     """
 
-    output: Tensor
+    unrounded: Tensor
     log_sum_exp: Tensor
     mask: Mask
     empty_rows: int
     _inputs: AttentionInputs
-    _selector_fraction: float
+    #: What choosing reads: a share of all keys and values, or of the keys of the mask beside it.
+    _selectors: list[tuple[float, Mask | None]]
+
+    @property
+    def output(self) -> Tensor:
+        """(B, Q, H, D) in the queries' dtype."""
+        return self.unrounded.to(self._inputs.queries.dtype)
 
     @cached_property
     def density_rows(self) -> Tensor:
         """`density` of each query row: float32 (B, Q), NaN without allowed keys."""
         return self.mask.counts().float().mean(1) / self._inputs.layout.row_lengths  # 0 / 0 is NaN
 
-    @cached_property
+    @property
     def density(self) -> float:
         """Attended / allowed keys, mean over heads and the rows that have allowed keys."""
-        return self._inputs.layout.share_of_allowed(self.mask.counts())
+        return float(self.density_share)
 
     @cached_property
+    def density_share(self) -> float | Tensor:
+        """`density`; off the CPU a number on the device, which sums of many calls read once."""
+        return self._inputs.layout.share_of_allowed(self.mask.counts())
+
+    @property
     def kv_fraction(self) -> float:
         """Share of the dense KV bytes that is read, selectors included. A key that several query heads of a group attend to is
         read once. With a latent that all heads share it is the latent's bytes: a selector reads all of it at most."""
-        inputs, mask, selectors = self._inputs, self.mask, self._selector_fraction
+        return float(self.kv_share)
+
+    @cached_property
+    def kv_share(self) -> float | Tensor:
+        """`kv_fraction`, as density_share."""
+        inputs, mask = self._inputs, self.mask
+        selectors = sum(
+            share if narrowed is None else share * inputs.layout.share_of_allowed(narrowed.group_counts())
+            for share, narrowed in self._selectors
+        )
         if inputs.latent:
             mask = Mask(mask.shape, 1, lists=mask.lists())
             expanded = inputs.kv_heads * (inputs.keys.shape[3] + inputs.values.shape[3])
@@ -157,15 +188,15 @@ class AttentionResult:
 
     def error_rows(self) -> Tensor:
         """`relative_error` against dense attention: float32 (B, H, Q), NaN without allowed keys."""
-        error = relative_error(self.output, dense_of(self._inputs)).transpose(1, 2)
+        error = relative_error(self.unrounded, dense_of(self._inputs)).transpose(1, 2)
         return error.masked_fill((self._inputs.layout.row_lengths == 0).unsqueeze(1), float("nan"))
 
 
 class ResearchAttention:
     """A pipeline of maskers and the attention over what they choose.
 
-    Each masker sees the mask of those before it and returns one with its own choice added; at most one may sample, as the
-    last. An instance keeps nothing of its calls: memory across decode steps is in the `state` the caller passes.
+    Each masker sees the mask of those before it and returns one with its own choice added, or, if it `narrows`, with fewer of
+    the keys that selectors chose; at most one may sample, as the last. An instance keeps nothing of its calls: memory across decode steps is in the `state` the caller passes.
     """
 
     def __init__(self, config: ResearchAttentionConfig) -> None:
@@ -192,20 +223,29 @@ class ResearchAttention:
         """The attention that a search found: see ResearchAttentionConfig.from_file.
 
         lm: fills in the model's own files where the configuration leaves them out (DoubleSparsity's channels, HashAttention's
-        weights). UserError if they are needed and missing.
+        weights). UserError if they are needed and missing, or if the file's head budgets were fitted for another model.
         """
         config = ResearchAttentionConfig.from_file(path)
+        if config.head_budgets is not None and lm is not None:
+            fitted_for = str(read_json(path).get("model", lm.id))
+            if Path(fitted_for).name != Path(lm.id).name:
+                raise UserError(f"{path}: head_budgets were fitted for {fitted_for}, this model is {lm.id}: search with it")
         try:
             return ResearchAttention(config if lm is None else lm.complete(config))
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
+
+    @property
+    def observes(self) -> frozenset[str]:
+        """What of the context's prefill its maskers choose by: see context_summary.PARTS."""
+        return frozenset(part for masker in self.maskers for part in masker.observes)
 
     def new_state(self) -> AttentionState:
         """Fresh memory for one sequence (or batch): what maskers keep across decode steps, per layer and masker."""
         return AttentionState()
 
     def prepare(self, keys: Tensor, layer_idx: int, state: AttentionState, allowed: Tensor | None = None) -> None:
-        """Fit the maskers on the context's keys (B, Hkv, N, D) and freeze the fit; decode steps then only extend it.
+        """Fit the maskers on the context's keys (B, Hkv, N, D), and on what `state.observe` was given; decode steps only extend it.
 
         allowed: bool (B, N), False on padding; None = no padding.
         """
@@ -241,9 +281,13 @@ class ResearchAttention:
 
     def make_mask(self, inputs: AttentionInputs, state: AttentionState | None = None) -> Mask:
         """The mask of all maskers in order. No masker can make it hold a key that is not allowed."""
+        return self._choose(inputs, state)[0]
+
+    def _choose(self, inputs: AttentionInputs, state: AttentionState | None) -> tuple[Mask, dict[int, Mask]]:
+        """(the mask of all maskers, by place in the pipeline the mask that each narrowing one was given)."""
         maskers, inputs = self.maskers_of(inputs.layer_idx), self._with_budgets(inputs)
         if not maskers:
-            return inputs.mask(inputs.allowed)
+            return inputs.mask(inputs.allowed), {}
         leading = list(itertools.takewhile(lambda masker: masker.by_position, maskers))
 
         def choose_by_position() -> Mask:
@@ -254,11 +298,16 @@ class ResearchAttention:
 
         factors = None if inputs.factors is None else tuple(inputs.factors.tolist())
         key = (factors, *((type(masker), repr(masker.config)) for masker in leading))
-        mask = once(inputs.layout.chosen, key, choose_by_position)
+        mask = kept = once(inputs.layout.chosen, key, choose_by_position)
+        narrowed: dict[int, Mask] = {}
         for position, masker in enumerate(maskers[len(leading) :], len(leading)):
             entry = None if state is None else state.entry(inputs.layer_idx, position)
-            mask = self._select(masker, inputs.for_masker(entry), mask)
-        return mask
+            view = inputs.for_masker(entry)
+            view.kept = kept
+            if masker.narrows:  # without a selector before it, all keys
+                mask = narrowed[position] = mask if position > len(leading) else inputs.mask(inputs.allowed)
+            mask = self._select(masker, view, mask)
+        return mask, narrowed
 
     def maskers_of(self, layer_idx: int) -> list[Masker[Any]]:
         """The maskers that choose in this layer: none in a dense layer."""
@@ -286,13 +335,15 @@ class ResearchAttention:
     def attend_inputs(self, inputs: AttentionInputs, state: AttentionState | None = None) -> AttentionResult:
         """`__call__` on prepared inputs, which several configurations may share."""
         with torch.no_grad():  # selecting keys is not differentiable
-            mask, empty_rows = inputs.layout.fill_empty_rows(self.make_mask(inputs, state))
-        selectors = sum(masker.selector_fraction(inputs) for masker in self.maskers_of(inputs.layer_idx))
+            mask, narrowed = self._choose(inputs, state)
+            mask, empty_rows = inputs.layout.fill_empty_rows(mask)
+        maskers = enumerate(self.maskers_of(inputs.layer_idx))
+        selectors = [(masker.selector_fraction(inputs), narrowed.get(position)) for position, masker in maskers]
         output, lse = self._attend(inputs, mask)
         return AttentionResult(output, lse, mask, empty_rows, inputs, selectors)
 
     def _attend(self, inputs: AttentionInputs, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Attention over a mask: (output (B, Q, H, D), log-sum-exp (B, H, Q))."""
+        """Attention over a mask: (output (B, Q, H, D), log-sum-exp (B, H, Q)), float32 or wider."""
         known = inputs.known()
         if known.scores is not None and needs_grad(inputs.queries, inputs.keys):
             # The scores that maskers computed have no gradients.
@@ -318,16 +369,8 @@ def dense_attention(
 ) -> Tensor:
     """Dense attention in float32 (float64 stays): the reference for errors. Arguments as for
     ResearchAttention; returns (B, Q, H, D)."""
-    (batch, heads, rows, total), mask = AttentionInputs(queries, keys, values, attention_mask, scaling).shape, attention_mask
-    step = max(1, _BLOCK_SCORES["cpu" if queries.device.type == "cpu" else "gpu"] // (batch * heads * total))
-    parts = []
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        end = total if mask is not None else total - rows + stop  # causal: the block sees no later key
-        own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, start:stop]
-        block = queries[:, :, start:stop], keys[:, :, :end], values[:, :, :end], own, scaling
-        parts.append(dense_of(AttentionInputs(*block, softcap=softcap, sinks=sinks)))
-    return torch.cat(parts, 1)
+    inputs = AttentionInputs(queries, keys, values, attention_mask, scaling, softcap=softcap, sinks=sinks)
+    return torch.cat([dense_of(block) for block in inputs.blocks()], 1)
 
 
 def dense_of(inputs: AttentionInputs) -> Tensor:

@@ -12,19 +12,21 @@ from .errors import UserError, quoted
 def best_config(
     run: str | Path, *, model: str, task: str, budget: float, masker: str | None = None, oracles: bool = False
 ) -> Path:
-    """The file of the configuration with the smallest error within a density budget.
+    """The file of the configuration with the smallest error within a budget.
 
-    run: a folder optimal_configs/run_..., or one that holds runs; model, task: as they were searched. budget: the largest density, 0.10 = 10% of the
-    keys. masker: a combination, such as "sink_local_quest_top_k". oracles: also maskers that read every key to choose, which
-    save nothing and are ceilings only. Confirmed configurations come first. UserError if there is none; it names what there is.
+    run: a folder optimal_configs/run_..., or one that holds runs: then the newest file of each configuration counts, and a folder
+    `sample` only while there is no other run. model, task: as they were searched. budget: the largest share, 0.10 = 10% of the keys
+    (of the KV bytes where the search's budgets were on these). masker: a combination, such as "sink_local_quest_top_k". oracles:
+    also maskers that read every key to choose, which save nothing and are ceilings only. Confirmed configurations come first.
+    UserError if there is none; it names what there is.
     """
     if not Path(run).is_dir():
         raise UserError(f"{run}: no such folder; give a run of a search, such as optimal_configs/run_20260131_120000")
     found: list[tuple[bool, float, Path]] = []
     searched: set[str] = set()
-    for path in sorted(Path(run).rglob("*.json")):
-        if path.name.endswith("_trials.json"):
-            continue
+    paths = [path for path in sorted(Path(run).rglob("*.json")) if not path.name.endswith(("_trials.json", ".run.json"))]
+    own = [path for path in paths if path.relative_to(run).parts[0] != "sample"]
+    for path in {path.name: path for path in own or paths}.values():  # run folders are named after their time
         record = read_json(path)
         if not isinstance(record.get("sparse_config"), dict):
             continue

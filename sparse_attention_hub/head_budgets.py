@@ -16,22 +16,24 @@ import torch
 from torch import Tensor
 
 from .attention import ResearchAttention, ResearchAttentionConfig
-from .replay import replay
+from .maskers.shared_states import SharedStates
+from .replay import replay, spread
 
 if TYPE_CHECKING:
     from .models.trace import Trace
 
 #: Factors of the grid, ascending: from an eighth of the sizes to eight times the sizes.
-GRID = tuple(2.0 ** (step / 2.5) for step in range(-8, 8))
-#: How far a fitted table is trusted: 0 = even budgets, 1 = as fitted. The best one is chosen by leaving samples out.
+GRID = tuple(2.0 ** (0.75 * step) for step in range(-4, 5))
+#: How far a fitted table is trusted: 0 = even budgets, 1 = as fitted. The best one is chosen by leaving groups of rows out.
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-#: The strength where there is one sample only, so that none can be left out.
-ONE_SAMPLE_STRENGTH = 0.5
+#: Factors that are tried between two of the grid, by interpolation.
+_BETWEEN = 4
 _BISECTIONS = 50
 
 
 class Curves(NamedTuple):
-    """Replayed errors and densities of one configuration at each factor of GRID: float64 (samples, factors, layers, H)."""
+    """Replayed errors and densities of one configuration at each factor of GRID: float64 (groups, factors, layers, H). A group
+    is a sample, or a part of its rows. The densities may be shares of KV bytes instead."""
 
     errors: Tensor
     densities: Tensor
@@ -41,49 +43,84 @@ class Curves(NamedTuple):
         """The place of factor 1 in the grid."""
         return GRID.index(1.0)
 
-    def of(self, samples: Sequence[int]) -> Curves:
-        """The curves of some of the samples."""
-        return Curves(self.errors[list(samples)], self.densities[list(samples)])
+    def of(self, groups: Sequence[int]) -> Curves:
+        """The curves of some of the groups."""
+        return Curves(self.errors[list(groups)], self.densities[list(groups)])
 
     def joined(self, columns: int) -> Curves:
-        """Means over samples and over neighbouring heads: (factors, layers, columns)."""
+        """Means over groups and over neighbouring heads: (factors, layers, columns)."""
         shape = (*self.errors.shape[1:3], columns, -1)
         return Curves(self.errors.mean(0).reshape(shape).mean(-1), self.densities.mean(0).reshape(shape).mean(-1))
 
 
-def replay_curves(traces: Sequence[Trace], config: ResearchAttentionConfig, seeds: Sequence[int] | None = None) -> Curves:
-    """The curves of a configuration on recorded dense runs, which must hold all layers of the model."""
-    errors, densities = [], []
-    for number, trace in enumerate(traces):
-        layers = max(trace.layers) + 1
-        attentions = [ResearchAttention(replace(config, head_budgets=[[factor]] * layers)) for factor in GRID]
-        results = replay(trace, attentions, seed=0 if seeds is None else seeds[number])
-        errors.append(torch.stack([result.errors.double() for result in results]))
-        densities.append(torch.stack([result.densities.double() for result in results]))
-    return Curves(torch.stack(errors), torch.stack(densities))
+class FittedBudgets(NamedTuple):
+    """table: a row of factors per layer of the curves. strength: see STRENGTHS. held_out: the table's replayed error over that of
+    even budgets at the same density, minus 1, on groups that it was not fitted on."""
+
+    table: list[list[float]]
+    strength: float
+    held_out: float
 
 
-def fit_head_budgets(curves: Curves, density: float, columns: int) -> tuple[list[list[float]], float]:
-    """(table with `columns` factors per layer, its strength): least mean error at a mean density of `density`.
+def replay_curves(
+    traces: Sequence[Trace],
+    configs: Sequence[ResearchAttentionConfig],
+    *,
+    layers: int,
+    seeds: Sequence[int] | None = None,
+    parts: int = 1,
+    most_rows: int | None = None,
+    device: torch.device | str = "cpu",
+    states: SharedStates | None = None,
+    kv: bool = False,
+) -> list[Curves]:
+    """The curves of configurations on recorded dense runs, replayed together.
 
-    columns: 1 = per layer, kv heads, or query heads. The strength is that of STRENGTHS whose tables, fitted without a sample,
-    have the least error on that sample, on average over samples.
+    layers: of the model. seeds: one per trace. parts: the rows of a trace are cut into so many groups; it must have as many.
+    most_rows: replay at most so many rows of a trace, evenly spread. states: masker states to share with other calls. kv: shares
+    of KV bytes, without selectors, instead of densities.
     """
-    samples = range(curves.errors.shape[0])
-    strength = ONE_SAMPLE_STRENGTH
-    if len(samples) > 1:
-        losses = dict.fromkeys(STRENGTHS, 0.0)
-        for left_out in samples:
-            fitted = curves.of([sample for sample in samples if sample != left_out]).joined(columns)
-            judge = curves.of([left_out]).joined(columns)
-            allocated = _allocate(fitted, density)
-            for tried in STRENGTHS:
-                table = _at_density(allocated * tried, judge.densities, density)
-                losses[tried] += float(_at(judge.errors, table).mean())
-        strength = min(STRENGTHS, key=lambda tried: losses[tried])
+    tables = [[[factor]] * layers for factor in GRID]
+    attentions = [ResearchAttention(replace(config, head_budgets=table)) for config in configs for table in tables]
+    errors: list[list[Tensor]] = [[] for _ in attentions]
+    densities: list[list[Tensor]] = [[] for _ in attentions]
+    for number, trace in enumerate(traces):
+        rows = spread(trace.rows, trace.rows if most_rows is None else most_rows)
+        seed = 0 if seeds is None else seeds[number]
+        results = replay(trace, attentions, rows=rows, seed=seed, device=device, states=states, kv=kv, parts=parts)
+        for index, result in enumerate(results):
+            spent = result.densities if result.kv_shares is None else result.kv_shares
+            for figures, into in ((result.errors, errors), (spent, densities)):
+                into[index] += [figures.double()] if parts == 1 else list(figures.double().unbind(1))
+    of_config = [slice(start, start + len(GRID)) for start in range(0, len(attentions), len(GRID))]
+    return [Curves(_by_group(errors[own]), _by_group(densities[own])) for own in of_config]
+
+
+def _by_group(values: list[list[Tensor]]) -> Tensor:
+    """[factor][group] of (layers, H) -> (groups, factors, layers, H)."""
+    return torch.stack([torch.stack(groups) for groups in values], 1)
+
+
+def fit_head_budgets(curves: Curves, density: float, columns: int) -> FittedBudgets:
+    """The table with the least mean error at a mean density of `density`, and how far it is trusted.
+
+    columns: of the table, 1 = a factor per layer, or as many as kv heads or query heads. The strength is that of STRENGTHS whose
+    tables, fitted without a group, have the least error on that group, on average over groups. ValueError for a single group.
+    """
+    groups = range(curves.errors.shape[0])
+    if len(groups) < 2:
+        raise ValueError("fitting head budgets takes at least two groups of rows, got 1: cut the rows into parts")
+    losses = dict.fromkeys(STRENGTHS, 0.0)
+    for left_out in groups:
+        allocated = _allocate(curves.of([group for group in groups if group != left_out]).joined(columns), density)
+        judge = curves.of([left_out]).joined(columns)
+        for tried in STRENGTHS:
+            losses[tried] += float(_at(judge.errors, _at_density(allocated * tried, judge.densities, density)).mean())
+    strength = min(STRENGTHS, key=lambda tried: losses[tried])
     joined = curves.joined(columns)
     table = _at_density(_allocate(joined, density) * strength, joined.densities, density)
-    return table.exp().tolist(), strength
+    held_out = losses[strength] / losses[0.0] - 1 if losses[0.0] > 0 else 0.0
+    return FittedBudgets(table.exp().tolist(), strength, held_out)
 
 
 def even_factor(curves: Curves, density: float) -> tuple[float, float]:
@@ -94,18 +131,20 @@ def even_factor(curves: Curves, density: float) -> tuple[float, float]:
 
 
 def _allocate(curves: Curves, density: float) -> Tensor:
-    """Log factors (layers, columns) of the grid that minimise error + price x density, at the price that meets the density."""
-    grid = torch.tensor(GRID, dtype=torch.float64).log()
+    """Log factors (layers, columns) that minimise error + price x density, at the price that meets the density."""
+    logs = torch.linspace(math.log(GRID[0]), math.log(GRID[-1]), _BETWEEN * (len(GRID) - 1) + 1, dtype=torch.float64)
+    each = logs.view(-1, 1, 1).expand(-1, *curves.errors.shape[1:])
+    errors, densities = _at(curves.errors, each), _at(curves.densities, each)
 
     def best(price: float) -> Tensor:
-        return (curves.errors + price * curves.densities).argmin(0)
+        return (errors + price * densities).argmin(0)
 
     low, high = -30.0, 30.0  # log of the price; a higher one buys fewer keys
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        spent = curves.densities.gather(0, best(math.exp(middle)).unsqueeze(0)).mean()
+        spent = densities.gather(0, best(math.exp(middle)).unsqueeze(0)).mean()
         low, high = (middle, high) if float(spent) > density else (low, middle)
-    return grid[best(math.exp(high))]
+    return logs[best(math.exp(high))]
 
 
 def _at_density(logs: Tensor, densities: Tensor, density: float) -> Tensor:
@@ -118,10 +157,10 @@ def _at_density(logs: Tensor, densities: Tensor, density: float) -> Tensor:
 
 
 def _at(curves: Tensor, logs: Tensor) -> Tensor:
-    """Curves (factors, layers, columns) at log factors (layers, columns), linear between the grid's, flat outside it."""
-    grid = torch.tensor(GRID, dtype=torch.float64).log()
-    place = ((logs - grid[0]) / (grid[1] - grid[0])).clamp(0, len(GRID) - 1)
+    """Curves (factors, layers, columns) at log factors (..., layers, columns). Between the grid's their logarithm is linear, as
+    densities and errors nearly are powers of a size; outside it they are flat."""
+    place = ((logs - math.log(GRID[0])) / math.log(GRID[1] / GRID[0])).clamp(0, len(GRID) - 1).reshape(-1, *curves.shape[1:])
     left = place.floor().long().clamp(max=len(GRID) - 2)
-    share = place - left
-    low, high = (curves.gather(0, index.unsqueeze(0))[0] for index in (left, left + 1))
-    return low + share * (high - low)
+    known = curves.clamp(min=1e-12).log()  # an error is 0 where all keys are attended
+    low, high = known.gather(0, left), known.gather(0, left + 1)
+    return (low + (place - left) * (high - low)).exp().reshape(logs.shape)

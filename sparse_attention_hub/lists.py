@@ -69,8 +69,10 @@ def from_flags(flags: Tensor) -> KeyLists:
         lists = empty_lists(batch, heads, rows, width)._replace(counts=counts)
         pack(*as_arrays(flags, lists.indices))
         return lists
-    order = (~flags).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width].int()
-    return KeyLists(order.masked_fill(torch.arange(width, device=flags.device) >= counts.unsqueeze(-1), -1), counts)
+    # Place 0 takes what is not chosen, and is cut off.
+    indices = torch.full((*flags.shape[:3], width + 1), -1, dtype=torch.int32, device=flags.device)
+    keys = torch.arange(flags.shape[3], dtype=torch.int32, device=flags.device).expand(flags.shape)
+    return KeyLists(indices.scatter_(-1, flags.cumsum(-1) * flags, keys)[..., 1:], counts)
 
 
 def from_dense(dense: Tensor) -> KeyLists:
@@ -101,11 +103,22 @@ def to_probability(lists: KeyLists, keys: int) -> Tensor:
     return _scatter(lists.indices, 1.0 if lists.probability is None else lists.probability, keys, torch.float32)
 
 
+def append(first: KeyLists, second: KeyLists) -> KeyLists:
+    """The union of two lists per row that share no key."""
+    heads = max(first.heads, second.heads)
+    if first.probability is not None or second.probability is not None:
+        first, second = _with_probability(first), _with_probability(second)
+    indices, probability = (
+        None if one is None or other is None else torch.cat([expand_heads(one, heads), expand_heads(other, heads)], -1)
+        for one, other in ((first.indices, second.indices), (first.probability, second.probability))
+    )
+    assert indices is not None
+    return KeyLists(indices, expand_heads(first.counts, heads) + expand_heads(second.counts, heads), probability)
+
+
 def join(first: KeyLists, second: KeyLists, keys: int) -> KeyLists:
     """The union of two lists per row; a key in both gets p + q - pq."""
     heads, uncertain = max(first.heads, second.heads), first.probability is not None or second.probability is not None
-    if uncertain:
-        first, second = _with_probability(first), _with_probability(second)
     if uses_loops(first.indices):
         from .loops.lists import join as join_lists
 

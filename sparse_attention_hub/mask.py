@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lists import KeyLists, count_groups, expand_heads, from_dense, from_indices, join, to_flags, to_probability, uses_loops
+from .lists import (
+    KeyLists,
+    append,
+    count_groups,
+    expand_heads,
+    from_dense,
+    from_indices,
+    join,
+    to_flags,
+    to_probability,
+    uses_loops,
+)
 
 Shape = tuple[int, int, int, int]
 
@@ -26,13 +37,20 @@ class Mask:
         *,
         lists: KeyLists | None = None,
         dense: Tensor | None = None,
+        apart_from: Mask | None = None,
+        is_filled: bool = False,
     ) -> None:
-        """Use `empty`, `from_indices`, `from_range` or `from_dense` instead."""
+        """Use `empty`, `from_indices`, `from_range` or `from_dense` instead.
+
+        apart_from: a mask that shares no key with this one, which was chosen among what it left: off the CPU their union needs no
+        look-up. is_filled: every row is known to attend to a key, so that no device need be asked.
+        """
         self.shape = shape
         self.kv_heads = kv_heads if kv_heads is not None else shape[1]
         self._lists = lists
         self._dense = dense
         self._flags: Tensor | None = None
+        self._apart_from, self.is_filled = apart_from, is_filled
 
     # -- making masks ------------------------------------------------------------------------------------------------
 
@@ -62,7 +80,7 @@ class Mask:
         """The keys from `start` up to `stop`, the same for all items, heads and rows."""
         indices = torch.arange(start, stop, dtype=torch.int32, device=device).expand(shape[0], 1, shape[2], -1).contiguous()
         counts = torch.full((shape[0], 1, shape[2]), stop - start, dtype=torch.int32, device=device)
-        return Mask(shape, kv_heads, lists=KeyLists(indices, counts))
+        return Mask(shape, kv_heads, lists=KeyLists(indices, counts), is_filled=stop > start)
 
     @staticmethod
     def from_dense(dense: Tensor, heads: int | None = None, kv_heads: int | None = None) -> Mask:
@@ -173,12 +191,24 @@ class Mask:
             raise ValueError(f"masks of shapes {self.shape} and {other.shape} cannot be joined")
         if self.is_empty or other.is_empty:
             kept = other if self.is_empty else self
-            return kept if kept.kv_heads == self.kv_heads else Mask(self.shape, self.kv_heads, lists=kept.lists())
+            if kept.kv_heads == self.kv_heads:
+                return kept
+            return Mask(self.shape, self.kv_heads, lists=kept.lists(), is_filled=kept.is_filled)
+        filled = self.is_filled or other.is_filled
+        if other._apart_from is self and not uses_loops(self._held):
+            return Mask(self.shape, self.kv_heads, lists=append(self.lists(), other.lists()), is_filled=filled)
         if self._dense is not None and other._dense is not None and self.is_certain and other.is_certain:
             heads = max(self.shared_heads, other.shared_heads)
             both = expand_heads(self.chosen(), heads) | expand_heads(other.chosen(), heads)
             return Mask.from_dense(both, self.shape[1], self.kv_heads)
-        return Mask(self.shape, self.kv_heads, lists=join(self.lists(), other.lists(), self.shape[3]))
+        return Mask(self.shape, self.kv_heads, lists=join(self.lists(), other.lists(), self.shape[3]), is_filled=filled)
+
+    def narrow(self, stays: Tensor) -> Mask:
+        """This mask with only those keys that stay: bool (B, H, Q, K), for each query head in the order of `lists()`."""
+        lists = self.lists()
+        indices = expand_heads(lists.indices, stays.shape[1]).masked_fill(~stays, -1)
+        probability = None if lists.probability is None else expand_heads(lists.probability, stays.shape[1])
+        return Mask(self.shape, self.kv_heads, lists=from_indices(indices, probability))
 
     def restrict(self, allowed: Tensor) -> Mask:
         """This mask without the keys that are not allowed. allowed: bool (B, 1, Q, N)."""

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from .errors import UserError
 
@@ -33,6 +33,8 @@ SAMPLE_EVERY = 8
 #: Records kept per answer. At the limit every second one is dropped, so that they still span the
 #: whole answer; means count all calls.
 MAX_CALLS = {"off": 0, "sample": 64, "full": 16384}
+#: Calls whose figures may wait on the device to be read.
+MAX_PENDING = 1024
 
 
 @dataclass
@@ -50,6 +52,17 @@ class _Mean:
         return self.total / self.weight if self.weight else None
 
 
+class _Call(NamedTuple):
+    """length: query rows; measured: those whose error was. figures: density, error and kv_fraction, floats or on the device."""
+
+    layer_idx: int
+    step: int
+    length: int
+    measured: int
+    figures: tuple[float | Tensor, ...]
+    seconds: float
+
+
 class MetricRecorder:
     """Records the sparse calls of one answer: pass a new one to each `answer` or `forced` (`recorder=`).
 
@@ -63,6 +76,7 @@ class MetricRecorder:
         self.every = 1 if mode == "full" else SAMPLE_EVERY
         self._density, self._error = _Mean(), _Mean()
         self._calls: list[list[Any]] = []
+        self._pending: list[_Call] = []
         self._seen = 0
         self._stride = 1  # every so many calls are kept
 
@@ -87,30 +101,41 @@ class MetricRecorder:
         rows = list(range(start, length, self.every))
         if not rows:
             return
-        error = _error_of_rows(result.output, queries, keys, values, rows, scaling=scaling, **scores)
-        self._density.add(result.density, length)
-        self._error.add(error, len(rows))
-        if self._seen % self._stride == 0 and len(self._calls) >= MAX_CALLS[self.mode]:
-            self._calls = self._calls[::2]
-            self._stride *= 2
-        if self._seen % self._stride == 0 and MAX_CALLS[self.mode]:
-            figures = (result.density, error, result.kv_fraction)
-            finite = [value if math.isfinite(value) else None for value in figures]
-            self._calls.append([layer_idx, step, *finite, round(time.time(), 3)])
-        self._seen += 1
+        error = _error_of_rows(result.unrounded, queries, keys, values, rows, scaling=scaling, **scores)
+        figures = (result.density_share, error, result.kv_share)
+        self._pending.append(_Call(layer_idx, step, length, len(rows), figures, round(time.time(), 3)))
+        if len(self._pending) >= MAX_PENDING:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Add the calls since the last time. Their figures may be on a GPU: reading them together is one wait for all."""
+        pending, self._pending = self._pending, []
+        for call, (density, error, kv_fraction) in zip(pending, _read([call.figures for call in pending]), strict=True):
+            self._density.add(density, call.length)
+            self._error.add(error, call.measured)
+            if self._seen % self._stride == 0 and len(self._calls) >= MAX_CALLS[self.mode]:
+                self._calls = self._calls[::2]
+                self._stride *= 2
+            if self._seen % self._stride == 0 and MAX_CALLS[self.mode]:
+                finite = [value if math.isfinite(value) else None for value in (density, error, kv_fraction)]
+                self._calls.append([call.layer_idx, call.step, *finite, call.seconds])
+            self._seen += 1
 
     @property
     def density(self) -> float | None:
         """Mean over the rows of all recorded calls; None without one."""
+        self._settle()
         return self._density.value
 
     @property
     def error(self) -> float | None:
         """Mean of ||O_sparse - O_dense|| / ||O_dense|| over layers, heads and the rows measured; None without one."""
+        self._settle()
         return self._error.value
 
     def calls(self) -> list[list[Any]]:
         """The calls kept: [layer, step, density, error, kv_fraction, unix time]."""
+        self._settle()
         return list(self._calls)
 
 
@@ -126,8 +151,22 @@ def expand_records(calls: Sequence[Sequence[Any]], sample: str) -> Iterator[dict
                 yield {"timestamp": moment, "metric": f"research_attention_{name}", "value": value} | call
 
 
-def _error_of_rows(output: Tensor, queries: Tensor, keys: Tensor, values: Tensor, rows: list[int], **scores: Any) -> float:
-    """Mean relative error of some query rows of output (1, Q, H, D) against dense attention in float32."""
+def _read(figures: list[tuple[float | Tensor, ...]]) -> list[list[float]]:
+    """The figures as floats, with one transfer from a device."""
+    from torch import Tensor, stack
+
+    flat = [figure for row in figures for figure in row]
+    held = [figure for figure in flat if isinstance(figure, Tensor)]
+    found = iter(stack([figure.to(held[0].device) for figure in held]).tolist() if held else [])
+    numbers = [next(found) if isinstance(figure, Tensor) else figure for figure in flat]
+    return [numbers[start : start + 3] for start in range(0, len(numbers), 3)]
+
+
+def _error_of_rows(
+    output: Tensor, queries: Tensor, keys: Tensor, values: Tensor, rows: list[int], **scores: Any
+) -> float | Tensor:
+    """Mean relative error of some query rows of output (1, Q, H, D) against dense attention in float32; off the CPU a float64
+    number on the device."""
     import torch
 
     from .attention import dense_attention, relative_error
@@ -136,4 +175,5 @@ def _error_of_rows(output: Tensor, queries: Tensor, keys: Tensor, values: Tensor
     index = torch.tensor(rows, device=queries.device)
     mask = (torch.arange(total, device=queries.device) <= (total - length + index)[:, None])[None, None]
     dense = dense_attention(queries[:, :, index], keys, values, None if length == 1 else mask, **scores)
-    return float(relative_error(output[:, index], dense).nanmean())
+    error = relative_error(output[:, index], dense).nanmean()
+    return float(error) if error.device.type == "cpu" else error.double()

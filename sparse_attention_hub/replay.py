@@ -6,7 +6,8 @@ All configurations of a call share each layer's scores, exponentials, sorted sco
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,18 +21,23 @@ from .maskers.layout import Layout
 from .maskers.shared_states import SharedStates
 
 if TYPE_CHECKING:
-    from .models.trace import Trace, TraceLayer
+    from .models.trace import HeldLayers, Trace, TraceLayer
 
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """Means over rows, heads and layers; errors and densities are per layer and head: float32
-    (layers, H), layers in the order replayed."""
+    """Means over rows, heads and layers; errors, densities and kv_shares are per layer and head: float32
+    (layers, H), layers in the order replayed.
+
+    kv_fraction: as AttentionResult's, None unless asked for; kv_shares: the keys of a head's group that are read, without
+    selectors."""
 
     error: float
     density: float
     errors: Tensor
     densities: Tensor
+    kv_fraction: float | None = None
+    kv_shares: Tensor | None = None
 
 
 def spread(count: int, keep: int) -> list[int]:
@@ -50,36 +56,67 @@ def replay(
     seed: int = 0,
     device: torch.device | str = "cpu",
     states: SharedStates | None = None,
+    kv: bool = False,
+    latent: int = 0,
+    parts: int = 1,
+    held: HeldLayers | None = None,
 ) -> list[ReplayResult]:
     """(error, density) of each attention on a trace, in the order given.
 
     rows: the trace's query rows to use (default all). Include the last one: fractions of N are
     fractions of the keys it sees. layers: model layer numbers (default all recorded). seed: of this
-    sample. states: masker states to share with other calls.
+    sample. states: masker states to share with other calls. kv: measure the share of KV bytes, too. latent: see
+    AttentionInputs. parts: > 1 gives errors, densities and kv_shares of so many parts of the rows, (layers, parts, H). held: layers
+    that stay on the device between calls.
     """
+    missing = frozenset[str]().union(*(attention.observes for attention in attentions)) - trace.observed
+    if missing:
+        raise ValueError(f"the trace does not hold {', '.join(sorted(missing))}: record it with observe=attention.observes")
     layers = trace.layers if layers is None else layers
     kept = list(range(trace.rows)) if rows is None else list(rows)
     states = SharedStates() if states is None else states
     layouts: dict[Hashable, Layout] = {}
     errors: list[list[Tensor]] = [[] for _ in attentions]
     densities: list[list[Tensor]] = [[] for _ in attentions]
+    kv_shares: list[list[Tensor]] = [[] for _ in attentions]
+    kv_fractions: list[list[float]] = [[] for _ in attentions]
     for layer_idx in layers:
-        inputs = _layer_inputs(trace.layer(layer_idx, device), trace.rows, kept, seed, layouts)
+        stored = trace.layer(layer_idx, device) if held is None else held.layer(trace, layer_idx, device)
+        inputs, keys = _layer_inputs(stored, trace.rows, kept, seed, layouts, latent), stored.keys[:, :, : trace.context_length]
         for i, attention in enumerate(attentions):
-            state = states.of(attention.maskers_of(layer_idx), trace.key, inputs.keys[:, :, : trace.context_length], layer_idx)
+            state = states.of(attention.maskers_of(layer_idx), trace.key, keys, layer_idx, stored.summary)
             result = attention.attend_inputs(inputs, state)
-            counts = expand_heads(result.mask.counts(), inputs.shape[1])[0]
-            errors[i].append(relative_error(result.output, dense_of(inputs))[0].mean(0).cpu())
-            densities[i].append((counts / inputs.layout.row_lengths).mean(-1).cpu())
+            lengths, heads = inputs.layout.row_lengths, inputs.shape[1]
+            errors[i].append(_row_means(relative_error(result.unrounded, dense_of(inputs))[0], parts))
+            densities[i].append(_row_means((expand_heads(result.mask.counts(), heads)[0] / lengths).T, parts))
+            if kv:
+                kv_shares[i].append(_row_means((expand_heads(result.mask.group_counts(), heads)[0] / lengths).T, parts))
+                kv_fractions[i].append(result.kv_fraction)
             states.trim()
-    return [
+    results = [
         ReplayResult(float(e.mean()), float(d.mean()), e, d)
-        for e, d in zip(map(torch.stack, errors), map(torch.stack, densities), strict=True)
+        for e, d in zip(map(_stacked, errors), map(_stacked, densities), strict=True)
+    ]
+    if not kv:
+        return results
+    return [
+        replace(result, kv_fraction=fmean(fractions), kv_shares=_stacked(shares))
+        for result, fractions, shares in zip(results, kv_fractions, kv_shares, strict=True)
     ]
 
 
+def _row_means(figures: Tensor, parts: int) -> Tensor:
+    """Means of figures (rows, H) over the rows: (H,), or (parts, H) over each part of them."""
+    return figures.mean(0) if parts == 1 else torch.stack([part.mean(0) for part in figures.tensor_split(parts)])
+
+
+def _stacked(layers: list[Tensor]) -> Tensor:
+    """Figures of all layers on the CPU: one wait for the device in place of one per layer."""
+    return torch.stack(layers).cpu()
+
+
 def _layer_inputs(
-    stored: TraceLayer, rows: int, kept: list[int], seed: int, layouts: dict[Hashable, Layout]
+    stored: TraceLayer, rows: int, kept: list[int], seed: int, layouts: dict[Hashable, Layout], latent: int
 ) -> AttentionInputs:
     """One layer's call for the kept rows, with the recorded dense output."""
     mask, queries, dense = None, stored.queries, stored.dense
@@ -90,6 +127,8 @@ def _layer_inputs(
         mask = (torch.arange(keys, device=stored.keys.device) <= last[:, None])[None, None]
     cache = CallCache(call={"dense_output": dense}, layouts=layouts, keeps_order=True)
     place = mask, stored.scaling, stored.layer_idx, [seed], cache
-    inputs = AttentionInputs(queries, stored.keys, stored.values, *place, softcap=stored.softcap, sinks=stored.sinks)
+    inputs = AttentionInputs(
+        queries, stored.keys, stored.values, *place, softcap=stored.softcap, sinks=stored.sinks, latent=latent
+    )
     inputs.exponentials()  # shared: attention of each configuration reads these, not the keys
     return inputs

@@ -19,13 +19,27 @@ from torch import Tensor
 
 from .attention import AttentionResult, ResearchAttention, ResearchAttentionConfig, dense_attention
 from .kernels import attend
+from .lists import expand_heads
 from .mask import Mask
-from .maskers import SinkMaskerConfig
+from .maskers import OracleTopKConfig, SinkMaskerConfig
 from .maskers.base import MaskerConfig, create_masker
+from .maskers.context_summary import ContextSummary
 from .maskers.inputs import AttentionInputs
+from .maskers.layout import end_of_allowed
 from .maskers.state import AttentionState
 
 _SIZES = ("heavy_size", "sink_size", "window_size", "sampling_rate")
+
+
+def prepared(attention: ResearchAttention, keys: Tensor, heads: int, allowed: Tensor | None = None) -> AttentionState:
+    """A state fitted on a context's keys (B, Hkv, N, D), which are its queries too. heads: of queries; allowed: bool (B, N)."""
+    state, end = attention.new_state(), keys.shape[2] if allowed is None else end_of_allowed(allowed)
+    if attention.observes:
+        mask = None if allowed is None else allowed[:, None, None, :end] & torch.ones(end, end, dtype=torch.bool).tril()
+        seen = keys[:, :, :end]
+        state.observe(0, ContextSummary.of(AttentionInputs(expand_heads(seen, heads), seen, seen, mask), attention.observes))
+    attention.prepare(keys, 0, state, allowed)
+    return state
 
 
 class MaskerContract:
@@ -84,9 +98,7 @@ class MaskerContract:
 
     def prepared(self, attention: ResearchAttention, keys: Tensor, allowed: Tensor | None = None) -> AttentionState:
         """A state fitted on the context's keys."""
-        state = attention.new_state()
-        attention.prepare(keys, 0, state, allowed)
-        return state
+        return prepared(attention, keys, self.heads, allowed)
 
     def run(
         self, queries: Tensor, keys: Tensor, values: Tensor, config: MaskerConfig | None = None, **options: Any
@@ -164,9 +176,28 @@ class MaskerContract:
             Mask.from_indices(Mask.from_dense(by_group).lists().indices, inputs.shape, kv_heads=inputs.kv_heads),
         ):
             before = mask.inclusion_probability().clone()
-            after = create_masker(self.make_config()).select(inputs, mask)
+            masker = create_masker(self.make_config())
+            after = masker.select(inputs, mask)
             assert torch.equal(mask.inclusion_probability(), before)
-            assert bool((after.inclusion_probability()[before == 1] == 1).all()), "a chosen key was dropped"
+            if masker.narrows:
+                assert bool((after.inclusion_probability()[before == 0] == 0).all()), "a masker that narrows chose a key"
+            else:
+                assert bool((after.inclusion_probability()[before == 1] == 1).all()), "a chosen key was dropped"
+
+    @pytest.mark.parametrize("rows", [1, 7])
+    def test_narrowing_keeps_what_position_chose(self, rows: int) -> None:
+        """A masker that narrows chooses nothing new, and drops no key that was chosen by its position before the selector."""
+        if not create_masker(self.make_config()).narrows:
+            return
+        tensors = self.tensors(150, rows)
+        pipeline = [SinkMaskerConfig(5), OracleTopKConfig(0.5), self.make_config()]
+        masks = [
+            ResearchAttention(ResearchAttentionConfig(pipeline[:count]))(*tensors).mask.inclusion_probability()
+            for count in (1, 2, 3)
+        ]
+        position, candidates, narrowed = masks
+        assert bool((narrowed >= position).all()) and bool((narrowed <= candidates).all())
+        assert narrowed.sum() < candidates.sum()
 
     @pytest.mark.parametrize("rows", [1, 7])
     def test_by_position_means_by_nothing_else(self, rows: int) -> None:
@@ -334,13 +365,12 @@ class MaskerContract:
     @pytest.mark.parametrize("rows", [1, 7])
     @pytest.mark.parametrize("columns", [2, 8])
     def test_head_budgets(self, columns: int, rows: int) -> None:
-        """A head with a budget factor chooses what it chooses where all heads have that factor."""
+        """A head with a factor chooses what it chooses where all heads have it. A table of another model is refused."""
         tensors = self.tensors(200, rows, kv_heads=2)
         factors = [0.5 + 0.25 * column for column in range(columns)]
-        config = ResearchAttentionConfig([self.make_config()])
 
         def chosen(table: list[list[float]]) -> Tensor:
-            attention = ResearchAttention(dataclasses.replace(config, head_budgets=table))
+            attention = ResearchAttention(dataclasses.replace(self.attention().config, head_budgets=table))
             return attention(*tensors).mask.inclusion_probability()
 
         uneven = chosen([factors])
@@ -349,9 +379,10 @@ class MaskerContract:
             assert torch.equal(uneven[:, heads], chosen([[factor]])[:, heads])
         plain = self.run(*tensors).mask.inclusion_probability()
         assert torch.equal(chosen([[1.0]]), plain)
-        sizes = [getattr(self.make_config(), name) for name in _SIZES if hasattr(self.make_config(), name)]
-        if any(isinstance(size, float) for size in sizes):
+        if any(isinstance(getattr(self.make_config(), name, None), float) for name in _SIZES):
             assert (chosen([[2.0]]) > 0).sum() > (plain > 0).sum()
+        with pytest.raises(ValueError, match="fit a table for this model"):
+            chosen([[1.0] * 3])
 
     def test_a_dense_layer(self) -> None:
         """A layer that stays dense attends to every allowed key, and reads no more than these."""

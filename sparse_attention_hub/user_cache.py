@@ -6,9 +6,21 @@ import os
 import sys
 from pathlib import Path
 
+from .errors import UserError
+
+#: What to do where the cache cannot be written.
+SET_CACHE = "set SPARSE_ATTENTION_HUB_CACHE to a writable folder"
+
 
 def cache_root() -> Path:
-    """SPARSE_ATTENTION_HUB_CACHE, else the platform's cache folder. RuntimeError if the user has no home folder."""
+    """SPARSE_ATTENTION_HUB_CACHE, else the platform's cache folder. UserError if the user has no home folder."""
+    try:
+        return _cache_root()
+    except RuntimeError as error:
+        raise UserError(f"there is no home folder to keep files in ({error}): {SET_CACHE}") from None
+
+
+def _cache_root() -> Path:
     chosen = os.environ.get("SPARSE_ATTENTION_HUB_CACHE")
     if chosen:
         return Path(chosen).expanduser()

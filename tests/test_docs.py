@@ -141,8 +141,8 @@ def insert(path: Path, mark: str, text: str, before: bool = False) -> None:
 
 def test_every_subject_has_its_page() -> None:
     expected = (
-        "adding_a_masker adding_a_model adding_a_task all_methods budgets_and_protocols cluster command_line engine file_formats "
-        "library models numbers plugins quick_start reading_the_report reliability speed troubleshooting using_a_result"
+        "adding_a_masker adding_a_model adding_a_task all_methods budgets_and_protocols cluster command_line engine file_formats gpu "
+        "library methods models numbers plugins quick_start reading_the_report reliability speed troubleshooting using_a_result"
     )
     assert {page.stem for page in PAGES} == set(expected.split())
 

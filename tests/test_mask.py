@@ -138,6 +138,19 @@ def test_ranges() -> None:
             assert bool((again.counts() == joined.sum()).all())
 
 
+@quick
+@given(mask=masks, seed=st.integers(0, 100))
+def test_narrow_keeps_the_named_places_of_the_lists(mask: Mask, seed: int) -> None:
+    before, indices = mask.inclusion_probability().clone(), mask.lists().indices
+    stays = torch.rand(*SHAPE[:3], indices.shape[-1], generator=torch.Generator().manual_seed(seed)) < 0.5
+    narrowed = mask.narrow(stays)
+    indices = indices.repeat_interleave(4 // indices.shape[1], 1).masked_fill(~stays, -1)
+    kept = scatter(indices, torch.ones(stays.shape), SHAPE[3])
+    assert torch.equal(narrowed.inclusion_probability(), before * kept)
+    assert torch.equal(narrowed.counts(), (before * kept > 0).sum(-1)) and narrowed.is_certain == mask.is_certain
+    assert torch.equal(mask.inclusion_probability(), before)
+
+
 def test_empty() -> None:
     empty = Mask.empty(SHAPE, kv_heads=2)
     assert empty.is_empty and empty.is_certain and not empty.inclusion_probability().any()

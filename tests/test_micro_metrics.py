@@ -121,10 +121,10 @@ def test_bad_modes_are_refused() -> None:
 
 
 def test_long_questions_are_measured_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sparse_attention_hub.attention as module
+    import sparse_attention_hub.maskers.inputs as module
 
     whole, parts = MetricRecorder("full"), MetricRecorder("full")
     call(whole, 0, 0, rows=20, total=60)
-    monkeypatch.setitem(module._BLOCK_SCORES, "cpu", 4 * 60 * 3)
+    monkeypatch.setitem(module.BLOCK_SCORES, "cpu", 4 * 60 * 3)
     call(parts, 0, 0, rows=20, total=60)
     assert parts.error == pytest.approx(whole.error, rel=1e-6)

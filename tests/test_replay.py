@@ -30,10 +30,12 @@ from sparse_attention_hub import (
     dense_attention,
     register_masker,
 )
+from sparse_attention_hub.attention import AttentionResult
 from sparse_attention_hub.maskers.shared_states import SharedStates
 from sparse_attention_hub.maskers.state import MaskerState
+from sparse_attention_hub.micro_metrics import MetricRecorder
 from sparse_attention_hub.models import LanguageModel, answer, prefill
-from sparse_attention_hub.models.trace import Trace, record_trace
+from sparse_attention_hub.models.trace import HeldLayers, Trace, TraceLayer, record_trace
 from sparse_attention_hub.replay import replay, spread
 
 CONTEXT = [1, *torch.randint(2, 100, (150,), generator=torch.Generator().manual_seed(3)).tolist()]
@@ -127,6 +129,25 @@ def test_states_are_shared_between_calls_and_bounded(trace: Trace) -> None:
     assert [r.error for r in replay(trace, attentions(), states=states)] == [r.error for r in first]
 
 
+def test_layers_stay_on_the_device_between_replays(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, read = Trace.layer, []
+
+    def count(self: Trace, layer_idx: int, device: torch.device | str = "cpu") -> TraceLayer:
+        read.append(layer_idx)
+        return real(self, layer_idx, device)
+
+    monkeypatch.setattr(Trace, "layer", count)
+    plain = replay(trace, attentions()[:3], seed=7)
+    one_layer = max(file.stat().st_size for file in trace.folder.glob("*.safetensors"))
+    for room, later in ((10 * one_layer, []), (2 * one_layer, trace.layers[2:]), (0, trace.layers)):
+        held = HeldLayers(room)
+        for expected in (trace.layers, later, later):  # the same layers again, not the latest ones
+            read.clear()
+            found = replay(trace, attentions()[:3], seed=7, held=held)
+            assert read == expected
+            assert [(r.error, r.density) for r in found] == [(r.error, r.density) for r in plain]
+
+
 def test_states_hold_nothing_for_maskers_that_learn_nothing(trace: Trace) -> None:
     """A search asks for hundreds of configurations: what it keeps of each, and walks through, would grow with them."""
     states = SharedStates()
@@ -170,6 +191,30 @@ def test_what_replay_learned_of_a_context_serves_the_model_too(
     assert prefilled is not None
     assert forced(lm, prefilled, QUESTION, trace.answer_ids, way) == expected
     assert [r.error for r in replay(trace, [way], states=states)] == [r.error for r in replayed]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errors_of_narrow_dtypes_are_not_those_of_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
+    """With all keys, what is left is the rounding of sums in float32: about 5e-7. That of outputs in bfloat16 is 1.7e-3."""
+    narrow = LanguageModel.wrap(build("llama").to(dtype), Letters(), name="narrow")
+    ways = [
+        ResearchAttention(ResearchAttentionConfig(entries))
+        for entries in ([], [SinkMaskerConfig(1.0)], [OracleTopKConfig(1.0)])
+    ]
+    trace = record_trace(narrow, CONTEXT, QUESTION, 5, tmp_path / "trace")
+    found = [result.error for result in replay(trace, ways)]
+    for way in ways:
+        recorder, errors = MetricRecorder("full"), []
+
+        def look(*, result: AttentionResult, errors: list[float] = errors, **_: object) -> None:
+            errors.append(float(result.error_rows().max()))
+            assert result.output.dtype == dtype
+
+        for seen in (recorder, look):
+            forced(narrow, prefill(narrow, CONTEXT, 40), QUESTION, trace.answer_ids, way, recorder=seen, stepwise=True)
+        assert recorder.error is not None
+        found += [recorder.error, *errors]
+    assert 0 < max(found) < 3e-6
 
 
 def test_one_layer_of_replay_is_what_a_forced_forward_does_first(lm: LanguageModel, trace: Trace) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmark.report.data import read_tree
+from benchmark.report.page import report_page
 from benchmark.tasks import get_task
 from benchmark.tasks.base import SampleRequest, build_prompt
-from examples.generate import MODEL, SAMPLE_RUNS, generate
+from examples.generate import MODEL, SEARCHES, generate
 from sparse_attention_hub import OracleTopKConfig, ResearchAttention, ResearchAttentionConfig, UserError, best_config
-from sparse_attention_hub.models import LanguageModel, load_model
+from sparse_attention_hub.maskers.hat_weights import hat_config_fields, hat_weights_for
+from sparse_attention_hub.models import LanguageModel, load_model, sparse_attention
 
-(RUN,) = SAMPLE_RUNS.glob("run_*")
+(RUN,) = (SEARCHES / "sample").glob("run_*")
 RESULTS = Path("benchmark_results/sample") / MODEL.replace("/", "_")
 TASK = "ruler/1024/niah_single_1"
 
@@ -54,6 +60,35 @@ def test_the_best_configuration_within_a_budget() -> None:
     named = best_config(RUN, model=MODEL, task=TASK, budget=0.10, masker="sink_local")
     assert named.name.endswith("_sink_local_10pct.json")
     assert isinstance(ResearchAttention.from_file(named), ResearchAttention)
+
+
+def test_of_several_runs_the_newest_counts_and_the_sample_is_not_mixed_in(tmp_path: Path) -> None:
+    def write(run: str, name: str, error: float) -> Path:
+        record = {
+            "model": "m",
+            "task": "t",
+            "masker_name": f"{name}_10pct",
+            "budget": 0.1,
+            "meets_budget": True,
+            "error": error,
+        }
+        path = tmp_path / run / f"m_t_{name}_10pct.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | {"sparse_config": {"masker_configs": []}}))
+        return path
+
+    def best() -> Path:
+        return best_config(tmp_path, model="m", task="t", budget=0.1)
+
+    sample = write("sample/run_20270101_000000", "b", 0.01)
+    assert best() == sample
+    first = write("run_20260101_000000", "a", 0.2)
+    assert best() == first
+    write("run_20260101_000000", "b", 0.1)
+    write("run_20260202_000000", "b", 0.4)
+    assert best() == first, "the newer b is worse than a"
+    (tmp_path / "run_20260202_000000" / ".run.json").write_text("{}")
+    assert best_config(tmp_path / "sample", model="m", task="t", budget=0.1) == sample
 
 
 @pytest.mark.parametrize(
@@ -98,13 +133,65 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, message: str) -> None
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-def test_a_missing_file_of_channels_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "found.json"
-    params = {"heavy_size": 0.1, "sorted_channel_file": None}
-    entry = {"type": "DoubleSparsityTopKMaskerConfig", "params": params}
-    path.write_text(json.dumps({"sparse_config": {"masker_configs": [entry]}}))
-    with pytest.raises(UserError, match="sorted_channel_file must name a file"):
-        ResearchAttention.from_file(path)
+HASH = {"heavy_size": 0.1, **hat_config_fields(str(hat_weights_for(MODEL))), "hat_weight_file": None}
+CHANNELS = {"heavy_size": 0.1, "sorted_channel_file": None}
+
+
+def write_config(path: Path, kind: str, params: dict[str, Any]) -> Path:
+    path.write_text(json.dumps({"sparse_config": {"masker_configs": [{"type": kind, "params": params}]}}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "message"),
+    [
+        ("DoubleSparsityTopKMaskerConfig", CHANNELS, "sorted_channel_file must name a file"),
+        ("DoubleSparsityTopKMaskerConfig", CHANNELS | {"sorted_channel_file": "no.json"}, "existing file, got 'no.json'"),
+        ("HashAttentionTopKMaskerConfig", HASH, "exactly one of hat_weights and hat_weight_file must be given, got neither"),
+        ("HashAttentionTopKMaskerConfig", HASH | {"hat_weight_file": "no.safetensors"}, "no.safetensors"),
+    ],
+)
+def test_a_missing_file_is_named(kind: str, params: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        ResearchAttention.from_file(write_config(tmp_path / "found.json", kind, params))
+    assert "\n" not in str(caught.value) and "found.json" in str(caught.value)
+
+
+def test_the_model_has_the_files_that_a_configuration_leaves_out(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HashAttention's weights come with the library; DoubleSparsity's channels are calibrated once and kept."""
+    hashes = ResearchAttention.from_file(write_config(tmp_path / "hash.json", "HashAttentionTopKMaskerConfig", HASH), lm)
+    assert Path(hashes.config.masker_configs[0].hat_weight_file).is_file()  # type: ignore[attr-defined]
+    channels = tmp_path / "channels.json"
+    heads = [list(range(64)) for _ in range(9)]
+    channels.write_text(json.dumps({f"model.layers.{i}.self_attn.qk_proj": heads for i in range(30)}))
+    monkeypatch.setattr("sparse_attention_hub.models.model_files.channels_for", lambda lm: channels)
+    double = ResearchAttention.from_file(write_config(tmp_path / "double.json", "DoubleSparsityTopKMaskerConfig", CHANNELS), lm)
+    assert double.config.masker_configs[0].sorted_channel_file == str(channels)  # type: ignore[attr-defined]
+    ids = lm.tokenizer("The sea is calm. " * 20, return_tensors="pt").input_ids
+    for attention in (hashes, double):
+        with sparse_attention(lm, attention) as session:
+            lm.model.generate(ids, max_new_tokens=2, do_sample=False)
+        assert session.density is not None and session.density < 0.2
+
+
+def test_weights_that_no_model_has_are_said_to_be_missing(lm: LanguageModel, tmp_path: Path) -> None:
+    other = replace(lm, id="org/other")
+    path = write_config(tmp_path / "hash.json", "HashAttentionTopKMaskerConfig", HASH)
+    with pytest.raises(UserError, match="there are no HashAttention weights for org/other: train some"):
+        ResearchAttention.from_file(path, other)
+
+
+def test_the_lines_of_the_report_load_the_result(lm: LanguageModel) -> None:
+    """What ends a card of "What to use" is Python that runs."""
+    page = report_page(read_tree(Path("benchmark_results/sample")))
+    found = [unescape(text) for text in re.findall(r"<pre>(attention = .*?)</pre>", page, flags=re.DOTALL)]
+    if not found:
+        pytest.fail("no card of the sample run loads a result")
+    names: dict[str, Any] = {"ResearchAttention": ResearchAttention, "sparse_attention": sparse_attention, "lm": lm}
+    for lines in found:
+        exec(f"{lines}\n    assert isinstance(attention, ResearchAttention)", names)
 
 
 def test_a_written_configuration_is_read(tmp_path: Path) -> None:

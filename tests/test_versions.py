@@ -34,6 +34,9 @@ PINNED = Path(__file__).parent / "data" / "pinned_figures.json"
 METHODS = (
     *("causal", "sink", "local", "oracle_top_k", "oracle_top_p", "quest", "double_sparsity", "hash_attention"),
     *("pq_cache", "random_sampling", "adaptive_sampling", "magic_pig"),
+    *("landmarks", "sparq", "loki", "clusters"),
+    *("twilight", "duo_attention", "socket_lsh"),
+    *("snap_kv", "expected_attention", "key_diff", "knorm", "h2o", "tova"),
 )
 
 

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,6 +20,7 @@ from benchmark.settings import Settings
 from benchmark.storage.benchmark_records import Answer, SampleLine
 from benchmark.tasks.base import Prompt
 from benchmark.workers.errors import check_device, is_out_of_memory
+from benchmark.workers.limits import foreign_maskers, memory_limit
 from benchmark.workers.memory import free_memory, free_unused
 from sparse_attention_hub.errors import NonFiniteError
 
@@ -38,7 +40,7 @@ class LoadedModel:
     """A model in memory, prepared for a batch.
 
     settings, workers, most: as of the batch. attentions: configuration key -> its attention; broken: failures of those that
-    cannot be built. fits: the largest group of configurations that did not run out of memory.
+    cannot be built. fits: tokens of a context -> the largest group of configurations that did not run out of memory on it.
     """
 
     key: tuple[str, ...]
@@ -48,7 +50,7 @@ class LoadedModel:
     most: int | None = None
     attentions: dict[str, ResearchAttention | None] = field(default_factory=dict)
     broken: dict[str, Answer] = field(default_factory=dict)
-    fits: int = 2**30
+    fits: dict[int, int] = field(default_factory=dict)
 
 
 class Prefix:
@@ -58,22 +60,24 @@ class Prefix:
         self.lm = lm
         self.ids: list[int] | None = None
         self.prefilled: Prefilled | None = None
+        self.observe: frozenset[str] = frozenset()
 
-    def get(self, ids: list[int], room: int) -> Prefilled:
+    def get(self, ids: list[int], room: int, observe: frozenset[str]) -> Prefilled:
+        """observe: see `prefill`."""
         from sparse_attention_hub.models import prefill
 
-        if self.prefilled is None or self.ids != ids or self.prefilled.room < room:
+        if self.prefilled is None or self.ids != ids or self.prefilled.room < room or not observe <= self.observe:
             self.drop()
             try:
-                self.prefilled = prefill(self.lm, ids, room)
+                self.prefilled = prefill(self.lm, ids, room, observe)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 logger.warning("out of memory while prefilling %d tokens: cleared memory, trying once more", len(ids))
                 error.__traceback__ = None
                 free_unused()
-                self.prefilled = prefill(self.lm, ids, room)
-            self.ids = ids
+                self.prefilled = prefill(self.lm, ids, room, observe)
+            self.ids, self.observe = ids, observe
         return self.prefilled
 
     def drop(self) -> None:
@@ -83,6 +87,8 @@ class Prefix:
 def answer_sample(request: Request, prompt: Prompt | Exception, loaded: LoadedModel, prefix: Prefix, room: int) -> SampleLine:
     """The journal line of one sample. prompt: an exception if it could not be built; room: tokens after the context that the
     samples on this context need at most."""
+    from sparse_attention_hub.models.observer import observed_by
+
     lm, sample = loaded.lm, request.sample
     line = SampleLine(
         kind="sample",
@@ -101,7 +107,8 @@ def answer_sample(request: Request, prompt: Prompt | Exception, loaded: LoadedMo
             raise prompt
         line.truncated_tokens = prompt.truncated_tokens
         line.context_tokens, line.question_tokens = len(prompt.context_ids), len(prompt.question_ids)
-        prefilled = prefix.get(prompt.context_ids, max(room, len(prompt.question_ids) + request.limit))
+        observe = observed_by(loaded.attentions.get(key) for key in request.configs)
+        prefilled = prefix.get(prompt.context_ids, max(room, len(prompt.question_ids) + request.limit), observe)
     except Exception as error:
         check_device(error)
         prefix.drop()
@@ -217,19 +224,23 @@ class _PrefilledSample:
     def _in_groups(self, keys: list[str], ask: Callable[[list[str]], list[T]]) -> Iterator[tuple[str, T | Exception]]:
         """Run all keys in lockstep and yield what `ask` returns, or its error. A group that fails is halved until it works or
         one configuration fails alone. Keys keep their order within a group."""
-        most = max(1, min(self.loaded.fits, self.loaded.most or len(keys), self._fitting(len(keys))))
+        length = self.prefilled.context_length
+        known = [most for tokens, most in self.loaded.fits.items() if tokens <= length]  # more tokens take more memory
+        most = max(1, min([len(keys), *known, self.loaded.most or len(keys), self._fitting(keys)]))
         groups, retried = _even_groups(keys, most), set[str]()
         while groups:
             group = groups.pop(0)
             try:
-                yield from zip(group, ask(group), strict=True)
+                with self._limit(group):
+                    found = ask(group)
+                yield from zip(group, found, strict=True)
                 continue
             except Exception as caught:
                 error = caught
             check_device(error)
             short = is_out_of_memory(error)
             if short:
-                self.loaded.fits = max(1, len(group) // 2)
+                self.loaded.fits[length] = max(1, len(group) // 2)
                 logger.warning("out of memory with %d configurations at once", len(group))
             retry = short and len(group) == 1 and group[0] not in retried
             if len(group) == 1 and not retry:
@@ -247,20 +258,27 @@ class _PrefilledSample:
             else:
                 groups[:0] = _even_groups(group, (len(group) + 1) // 2)
 
-    def _fitting(self, wanted: int) -> int:
-        """The largest group, at most `wanted`, that is estimated to fit into the memory that is free now."""
+    def _limit(self, group: list[str]) -> AbstractContextManager[None]:
+        """A bound on the memory of maskers from outside the package, which may take all there is."""
+        if not any(foreign_maskers(self.loaded.attentions[key]) for key in group):
+            return nullcontext()
+        return memory_limit(self.loaded.lm.device, self.loaded.workers)
+
+    def _fitting(self, keys: list[str]) -> int:
+        """Size of the largest groups of these configurations that are estimated to fit into the memory that is free now."""
         from sparse_attention_hub.models import estimate_bytes
 
-        lm, held = self.loaded.lm, self.prefilled.cache.nbytes()
+        lm, held = self.loaded.lm, self.prefilled.nbytes()
         free = free_memory(lm.device, self.loaded.workers)
         if free is None:
-            return wanted
+            return len(keys)
         room = len(self.prompt.question_ids) + self.request.limit
+        asked = [self.loaded.attentions[key] for key in keys]
 
-        def fits(count: int) -> bool:
-            return estimate_bytes(lm, self.prefilled.context_length, room, count) - held <= free * MEMORY_SHARE
+        def fits(group: list[ResearchAttention | None]) -> bool:
+            return estimate_bytes(lm, self.prefilled.context_length, room, group, asked) - held <= free * MEMORY_SHARE
 
-        return next((count for count in range(wanted, 1, -1) if fits(count)), 1)
+        return next((size for size in range(len(keys), 1, -1) if all(map(fits, _even_groups(asked, size)))), 1)
 
 
 def _even_groups(items: list[T], most: int) -> list[list[T]]:

@@ -20,7 +20,7 @@ from pydantic import JsonValue
 from benchmark.execution.messages import Request, failure
 from benchmark.execution.prompts import make_prompt, sample_hash
 from benchmark.settings import Settings, SparseConfig
-from benchmark.storage.benchmark_records import Answer, FoundBy, JournalSettings, SampleLine
+from benchmark.storage.benchmark_records import Answer, AnswerStatus, FoundBy, JournalSettings, SampleLine
 from benchmark.storage.fingerprints import config_key, lacks_a_file, same_parameters, weights_stamp
 from benchmark.storage.records import parse_record, shared_fields, to_json, write_record
 from benchmark.storage.rerun import ForcedRun
@@ -276,7 +276,7 @@ class UnitRun:
         found = self.store.find(digest, key)
         return found is not None and (found.answer.ok or found.position not in self.old_failures)
 
-    def record_failure(self, requests: Iterable[Request], message: str, status: str) -> None:
+    def record_failure(self, requests: Iterable[Request], message: str, status: AnswerStatus) -> None:
         """Journal that these samples were not answered, and why."""
         journal = Journal(self.folder / "parent.jsonl")
         for request in requests:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmark.progress import printable
-from benchmark.storage.benchmark_records import Answer
+from benchmark.storage.benchmark_records import Answer, AnswerStatus
 from benchmark.storage.results import valid_text
 from benchmark.tasks.base import Sample
 from sparse_attention_hub.errors import UserError
@@ -22,7 +22,7 @@ class Request:
     configs: tuple[str, ...]
 
 
-def failure(error: BaseException | str, status: str = "failed") -> Answer:
+def failure(error: BaseException | str, status: AnswerStatus = "failed") -> Answer:
     """The failure that is journalled instead of an answer."""
     return Answer(status=status, error_message=error_message(error))
 

@@ -32,7 +32,7 @@ from benchmark.storage.benchmark_records import (
     Score,
     Summary,
 )
-from benchmark.storage.records import AttentionRecord, Failure, parse_record, shared_fields, to_json, write_record
+from benchmark.storage.records import SPENT, AttentionRecord, Failure, parse_record, shared_fields, to_json, write_record
 from benchmark.storage.results import environment, fingerprint, safe_name, write_text
 from benchmark.storage.tables import table_text
 from benchmark.tasks.base import Sample
@@ -161,7 +161,7 @@ def make_metrics(run: UnitRun, config: SparseConfig, rows: list[Row], dense: lis
         values = [row.scores[name] for row in scored if name in row.scores]
         scores[name] = Score(mean=mean(values), interval=_interval(values), n=len(values))
     means: dict[str, Any] = {name: _mean_of(rows, name) for name in MEANS}
-    nll, density = _mean_of(rows, "reference_nll"), _mean_of(rows, "density")
+    nll, spent = _mean_of(rows, "reference_nll"), _mean_of(rows, SPENT[run.settings.budget_on])
     own = scores.get(primary, Score(mean=None, interval=None, n=0))
     metrics = Metrics(
         model=run.unit.model,
@@ -175,7 +175,8 @@ def make_metrics(run: UnitRun, config: SparseConfig, rows: list[Row], dense: lis
         layers=next((row.line.layers for row in rows if row.line and row.line.layers), None),
         sparse_layers=next((row.line.sparse_layers for row in rows if row.line and row.line.sparse_layers), None),
         budget=config.budget,
-        over_budget=None if config.budget is None or density is None else density > config.budget * BUDGET_SLACK,
+        budget_on=run.settings.budget_on,
+        over_budget=None if config.budget is None or spent is None else spent > config.budget * BUDGET_SLACK,
         samples=_counts(rows),
         **means,
         failures=[

@@ -76,7 +76,7 @@ def load_units(
             chosen: list[SparseConfig] = []
             provenance: dict[str, FoundBy] = {}
             for name, template in wanted.items():
-                found = _newest(runs, model, task, name, settings.sparse_from)
+                found = _newest(runs, model, task, name, settings)
                 if found is None:
                     missing[name].append(pair)
                     continue
@@ -99,19 +99,24 @@ def load_units(
     return used, units, notes
 
 
-def _newest(runs: Sequence[Path], model: str, task: str, name: str, sparse_from: str) -> tuple[Path, BestConfig] | None:
+def _newest(runs: Sequence[Path], model: str, task: str, name: str, settings: Settings) -> tuple[Path, BestConfig] | None:
     """The settings of a configuration in the newest run that has them, with their file. UserError if they were only searched
-    with another --sparse-from: density and error would not apply."""
+    with another --sparse-from (density and error would not apply) or --budget-on (the budget means something else)."""
     other = None
     for run in runs:
         path = run / f"{result_key(model, task, name)}.json"
         if path.is_file():
             best = _read(path, model, task, name)
-            if best.provenance.sparse_from == sparse_from:
+            checks: list[tuple[str, str, str]] = [("--sparse-from", best.provenance.sparse_from, settings.sparse_from)]
+            if best.budget is not None:
+                checks.append(("--budget-on", best.budget_on, settings.budget_on))
+            differing = [check for check in checks if check[1] != check[2]]
+            if not differing:
                 return path, best
+            flag, searched, asked = differing[0]
             other = other or (
-                f"run {run.name} was searched with --sparse-from {best.provenance.sparse_from}, this benchmark is --sparse-from "
-                f"{sparse_from}: give the search's, or choose another --config-run ({path.name})"
+                f"run {run.name} was searched with {flag} {searched}, this benchmark is {flag} {asked}: give the search's, or "
+                f"choose another --config-run ({path.name})"
             )
     if other is not None:
         raise UserError(other)

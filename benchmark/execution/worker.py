@@ -27,6 +27,7 @@ from benchmark.storage.records import to_json
 from benchmark.storage.results import Journal
 from benchmark.tasks.base import Prompt
 from benchmark.workers.errors import check_device
+from benchmark.workers.limits import watch_masks
 from benchmark.workers.memory import free_unused
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models.prompts import set_thinking
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from sparse_attention_hub.models import LanguageModel
 
 logger = logging.getLogger("benchmark.phase2")
+
+#: Seconds that a call of `select` may always take in a masker from outside the package; it may take a tenth of
+#: --benchmark-timeout too. A masker that hangs leaves time for the other configurations.
+SELECT_SECONDS = 60.0
 
 _loaded: LoadedModel | None = None
 
@@ -139,7 +144,7 @@ def prepare(batch: Batch) -> LoadedModel:
     for key, config in batch.configs.items():
         if key not in loaded.attentions:
             try:
-                loaded.attentions[key] = _attention(config, batch.settings.attention_backend, loaded.lm)
+                loaded.attentions[key] = _attention(config, batch.settings, loaded.lm)
             except Exception as error:
                 check_device(error)
                 loaded.broken[key] = failure(error)
@@ -178,14 +183,16 @@ def _load(batch: Batch) -> LoadedModel:
     return _loaded
 
 
-def _attention(config: ResearchAttentionConfig | None, backend: str, lm: LanguageModel) -> ResearchAttention | None:
+def _attention(config: ResearchAttentionConfig | None, settings: Settings, lm: LanguageModel) -> ResearchAttention | None:
     if config is None:
         return None
     from sparse_attention_hub import ResearchAttention
     from sparse_attention_hub.models.model_files import complete
 
     whole = complete(config, lm)  # with the model's own files for parameters that the configuration leaves out
-    return ResearchAttention(replace(whole, backend=backend))
+    attention = ResearchAttention(replace(whole, backend=settings.attention_backend))
+    watch_masks(attention, max(SELECT_SECONDS, settings.benchmark_timeout / 10), "a tenth of --benchmark-timeout")
+    return attention
 
 
 def _prompt(request: Request, batch: Batch, lm: LanguageModel) -> Prompt | Exception:

@@ -48,6 +48,7 @@ def analyze(configs_dir: Path, name: str | None, output: Path) -> None:
     """Print and save everything about one run. UserError if it cannot be read."""
     import optuna
 
+    from benchmark.report.search_budgets import budgets_table
     from benchmark.report.search_plots import draw_all
     from benchmark.report.search_tables import describe, hyperparameter_effects
     from benchmark.storage.results import write_text
@@ -55,7 +56,7 @@ def analyze(configs_dir: Path, name: str | None, output: Path) -> None:
     run = _read(choose_search(configs_dir, name))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     effects = {id(study): found for study in run.studies if (found := hyperparameter_effects(study))}
-    text = describe(run, effects)
+    text = f"{describe(run, effects)}\n\n{budgets_table(run)}"
     print(text)
     write_text(output / "analysis.txt", text + "\n")
     write_text(output / "all_trials_data.csv", trials_csv(run))
@@ -123,6 +124,7 @@ def trials_csv(run: Run) -> str:
             names = ("status", "error_message", "rung", "pruned_at", "error", "density", "kv_fraction", "score")
             row |= {name: getattr(trial, name) for name in names}
             row |= {"reproduced": trial.figure("reproduced", 2), "seconds": trial.seconds}
+            row["head_budgets"] = trial.table and trial.table.by
             for rung in range(len(run.rung_names)):
                 for figure in ("error", "density", "seconds"):
                     row[f"rung{rung}_{figure}"] = trial.figure(figure, rung)

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmark.progress import Progress as ProgressBar
-from benchmark.report.table import closing_table, shorten
+from benchmark.report.table import closing_table, number, shorten
 from benchmark.search.config_search import SearchOutcome, new_run_name, run_search
 from benchmark.search.spec import StudySpec, plan_studies, study_id
 from benchmark.search.trial import Progress
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.benchmark_records import Summary
-from benchmark.storage.records import Failure
+from benchmark.storage.records import SPENT, Failure
 from benchmark.storage.rerun import ForcedRun
+from benchmark.storage.search_records import BestConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,22 +143,34 @@ def search_table(outcome: SearchOutcome) -> str:
     levels = sorted(
         outcome.levels, key=lambda best: (best.model, best.task, best.masker_name.rsplit("_", 1)[0], best.budget or 0)
     )
+    kv = any(best.budget_on == "kv" for best in levels)
     for (model, task), found in groupby(levels, key=lambda best: (best.model, best.task)):
-        lines += ["", f"{shorten(f'{task} on {model}', 58):<58} {'error':>6} {'density':>7} {'score':>6}"]
+        spent = "KV" if kv else "density"
+        lines += ["", f"{shorten(f'{task} on {model}', 58):<58} {'error':>6} {spent:>7} {'score':>6}"]
         for level in found:
             score = "-" if level.score is None else f"{level.score:.2f}"
             mark = "  over budget" if not level.meets_budget else "" if level.confirmation.confirmed else "  replayed"
+            mark += "  uneven" if level.sparse_config.head_budgets is not None else ""
             name = shorten(level.masker_name, 56)
-            lines.append(f"  {name:<56} {level.error:6.3f} {level.density:7.3f} {score:>6}{mark}")
+            lines.append(f"  {name:<56} {level.error:6.3f} {number(_spent(level)):>7} {score:>6}{mark}")
     if any(not level.meets_budget for level in levels):
         lines.append("over budget: no configuration met the budget; the closest one is shown")
     if any(level.meets_budget and not level.confirmation.confirmed for level in levels):
         lines.append("replayed: no confirmed configuration met the budget; error and density are those of the replay")
+    if any(level.sparse_config.head_budgets is not None for level in levels):
+        lines.append("uneven: with fitted head budgets (--head-budgets), which had a smaller error than even ones")
+    if kv:
+        lines.append("KV: share of the dense KV bytes, selector included, which the budgets are on (--budget-on kv)")
     lines += ["", *(f"FAILED {name}: {why}" for name, why in _problems(outcome).items())]
     lines += [f"interrupted {name}" for name in outcome.unfinished]
     lines.append("error and density: forced forward over question and dense answer; score: answers to the tuning samples")
     lines.append(f"files: {outcome.run_dir}")
     return "\n".join(lines)
+
+
+def _spent(level: BestConfig) -> float | None:
+    spent: float | None = getattr(level, SPENT[level.budget_on])
+    return spent
 
 
 def benchmark(

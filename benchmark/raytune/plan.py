@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import fnmatch
 import os
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from benchmark.command_line import check_folder, flag_of
-from benchmark.settings import Settings, SparseConfig, as_sparse_configs
+from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.results import safe_name
 from benchmark.tasks import expand_task, get_task
 from benchmark.tasks.base import ContextTooShortError, SampleRequest, build_prompt
 from benchmark.tasks.limits import fitted, longest_prompt, naming
+from benchmark.workers.pools import plan_slots, visible_gpus
 from sparse_attention_hub.errors import UserError, quoted
 from sparse_attention_hub.models.prompts import knows_thinking, set_thinking
 
@@ -32,6 +31,8 @@ CHOICES = {
     "attention_backend": ("auto", "reference", "cpu", "torch", "triton"),
     "dense_backend": ("auto", "sdpa", "flash"),
     "thinking": ("auto", "off", "on"),
+    "budget_on": ("density", "kv"),
+    "head_budgets": ("off", "layer", "kv_head", "head"),
 }
 #: Folders that a run writes into: name -> phase.
 FOLDERS = {"optimal_configs_dir": 1, "ray_results_dir": 1, "benchmark_results_dir": 2}
@@ -87,24 +88,6 @@ def _model_name(given: str) -> str:
     return os.path.abspath(name) if name.startswith(".") else name
 
 
-def choose_configs(entries: list[tuple[str, Any, Any]], wanted: list[str] | None) -> list[SparseConfig]:
-    """The named configurations, in the list's order; names may be patterns. UserError for a name that matches none."""
-    configs = as_sparse_configs(entries)
-    if not wanted:
-        return configs
-    names = [config.name for config in configs]
-    chosen: set[str] = set()
-    for pattern in wanted:
-        matches = fnmatch.filter(names, pattern)
-        if not matches:
-            near = difflib.get_close_matches(pattern[:100], names, n=3, cutoff=0.4) or names[:5]
-            raise UserError(
-                f"--configs: unknown configuration {quoted(pattern)}; near: {', '.join(near)}; --configs list shows all"
-            )
-        chosen.update(matches)
-    return [config for config in configs if config.name in chosen]
-
-
 def expand_tasks(settings: Settings) -> tuple[list[str], list[str]]:
     """(tasks without repeats, groups replaced by their members; notes on groups that are incomplete)."""
     tasks: list[str] = []
@@ -157,6 +140,24 @@ def template_notes(settings: Settings, tasks: list[str], tokenizers: dict[str, A
             notes.append(
                 f"the chat template of {model} has no switch for thinking: --thinking {settings.thinking} does nothing"
             )
+    return notes
+
+
+def length_notes(settings: Settings, tasks: list[str], tokenizers: dict[str, Any]) -> list[str]:
+    """One note for each model and phase whose context length is more than the model takes. Tasks of a fixed length are refused
+    there."""
+    notes: list[str] = []
+    if all(get_task(task).fixed_length for task in tasks):
+        return notes
+    asked = {
+        1: ("--search-max-context-length", settings.search_max_context_length),
+        2: ("--max-context-length", settings.max_context_length),
+    }
+    for model, tokenizer in tokenizers.items():
+        for flag, length in (asked[phase] for phase in settings.phases):
+            allowed = longest_prompt(tokenizer, length, settings.trust_remote_code)
+            if allowed < length:
+                notes.append(f"{model} takes {allowed} tokens: prompts are at most that long, not {flag} {length}")
     return notes
 
 
@@ -276,7 +277,7 @@ def describe(settings: Settings, configs: list[SparseConfig], samples: SampleChe
         most = settings.search_max_requests
         lines.append(f"Phase 1:  {len(studies)} studies, at most {trials} trials, at most {most} samples per task")
         for study in studies[:12]:
-            levels = ", ".join(f"{level.budget:.0%}" if level.budget else "no budget" for level in study.levels)
+            levels = ", ".join(f"{100 * level.budget:g}%" if level.budget else "no budget" for level in study.levels)
             parameters = len(study.space().domains)
             lines.append(f"  {study.model} | {study.task} | {study.name} ({levels}): {parameters} parameters")
         if len(studies) > 12:
@@ -295,11 +296,23 @@ def describe(settings: Settings, configs: list[SparseConfig], samples: SampleChe
         results = settings.benchmark_results_dir
         lines.append(f"Phase 2:  {pairs} (model, task) pairs x {len(configs)} configurations, {requests} samples per task")
         lines.append(f"  at most {settings.max_new_tokens} new tokens, context at most {settings.max_context_length}")
+        lines.append(f"  workers: {_workers(settings)}")
         for model, shape in shapes.items():
             size = shape.kv_bytes * settings.max_context_length
             lines.append(f"  KV cache: {model}: at most {size / 1e9:.2f} GB per worker")
         lines.append(f"  files: {results}/<model>/<configuration>/<task>/, {results}/benchmark_summary.json")
     return "\n".join(lines)
+
+
+def _workers(settings: Settings) -> str:
+    """How many workers Phase 2 starts, and where."""
+    most = settings.max_concurrent_benchmarks
+    if settings.ray_address:
+        return "one per GPU of the Ray cluster, or per two CPUs" + (f", at most {most}" if most else "")
+    slots = plan_slots(settings.device, most)
+    if slots[0].env:
+        return f"{len(slots)}, one per GPU (of {len(visible_gpus())})"
+    return f"{len(slots)} on {slots[0].device}, {slots[0].threads} CPU threads each"
 
 
 def _shapes(settings: Settings) -> dict[str, ModelShape]:

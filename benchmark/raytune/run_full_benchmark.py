@@ -14,9 +14,11 @@ What to run is edited in get_run_configuration() and get_all_sparse_configs() be
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,9 @@ def get_run_configuration(debug: bool) -> dict[str, Any]:
     }
 
 
-def get_all_sparse_configs() -> list[tuple[str, Any, Any]]:
-    """(name, template, masker classes) of every configuration. A `_Npct` in the name is its density budget.
+def get_all_sparse_configs(levels: Sequence[float] = LEVELS, page_sizes: Sequence[int] = ()) -> list[tuple[str, Any, Any]]:
+    """(name, template, masker classes) of every configuration. A `_Npct` in the name is its budget, one of `levels` (--levels).
+    page_sizes: those that --configs names, as in sink_local_quest_top_k_pages16_10pct.
 
     Templates are what a search tries first; what a masker's search space does not vary stays as the template has it.
     """
@@ -77,22 +80,31 @@ def get_all_sparse_configs() -> list[tuple[str, Any, Any]]:
     def pq_cache(heavy: float) -> hub.PQCacheConfig:
         return hub.PQCacheConfig(heavy, pq_group_factor=4, pq_bits=6, kmeans_iter=10, init_offset=4, metric="euclidean")
 
+    def magic_pig(share: float) -> hub.MagicPigConfig:
+        # So many tables that a key matches by chance in a share of one; the rarer, the more bits.
+        bits = 12 if share < 0.05 else 10 if share < 0.25 else 6
+        tables = min(share, 6.25 * share**2) * 2**bits
+        return hub.MagicPigConfig(lsh_l=max(8, min(128, 2 ** int(math.log2(tables)))), lsh_k=bits)
+
     configs: list[tuple[str, Any, Any]] = [("dense", None, None)]
-    for level in LEVELS:
+    for level in levels:
         # Sizes are fractions of the last row's keys. Earlier rows have fewer keys and attend to as many, so their density is
         # higher: a twentieth is reserved for that, which keeps a template within its budget from 1k of context on.
         size = 0.95 * level / 100
-        rest = size - 0.02  # what sink and local leave
-        sink, local = hub.SinkMaskerConfig(sink_size=0.01), hub.LocalMaskerConfig(window_size=0.01)
+        edge = min(0.01, size / 4)
+        rest = size - 2 * edge  # what sink and local leave
+        sink, local = hub.SinkMaskerConfig(sink_size=edge), hub.LocalMaskerConfig(window_size=edge)
+        evicted = max(rest / 4, rest - 0.02)  # evictions also keep all that follows the context: some 20 of 1k keys
         half = rest / 2  # base samples take a third, the samples that follow from them some of the last sixth
         adaptive = hub.AdaptiveSamplingMaskerConfig(rest / 3, epsilon=0.3, delta=0.3, init_offset=0, local_offset=0)
-        top_p = hub.OracleTopPMaskerConfig(top_p={5: 0.4, 10: 0.55, 25: 0.75, 50: 0.9}[level])
-        magic_pig = hub.MagicPigConfig(lsh_l={5: 16, 10: 64, 25: 16, 50: 32}[level], lsh_k={5: 10, 10: 10, 25: 6, 50: 6}[level])
+        odds = 7 * (size / (1 - size)) ** 0.8  # of the mass that the highest keys of this share hold
+        top_p = hub.OracleTopPMaskerConfig(top_p=odds / (1 + odds))
         # At least three pages are kept: of 1k keys, larger ones would be more than 5%.
-        quest = hub.QuestTopKMaskerConfig(heavy_size=rest, page_size=8 if level == 5 else 16)
+        quest = hub.QuestTopKMaskerConfig(heavy_size=rest, page_size=8 if level <= 5 else 16)
+        many = hub.QuestTopKMaskerConfig(heavy_size=min(0.95, 3 * rest), page_size=16)  # candidates, of which few stay
         double_sparsity = hub.DoubleSparsityTopKMaskerConfig(rest, sorted_channel_file=None)
         combinations: dict[str, list[Any]] = {
-            "sink_local": [sink, hub.LocalMaskerConfig(window_size=size - 0.01)],
+            "sink_local": [sink, hub.LocalMaskerConfig(window_size=size - edge)],
             "sink_local_random_sampling": [sink, local, hub.RandomSamplingMaskerConfig(sampling_rate=rest)],
             "sink_local_oracle_top_k": [sink, local, hub.OracleTopKConfig(heavy_size=rest)],
             "sink_local_oracle_top_p": [sink, local, top_p],
@@ -100,14 +112,48 @@ def get_all_sparse_configs() -> list[tuple[str, Any, Any]]:
             "sink_local_double_sparsity_top_k": [sink, local, double_sparsity],
             "sink_local_hash_attention_top_k": [sink, local, hash_attention(rest)],
             "sink_local_pq_cache": [sink, local, pq_cache(rest)],
-            "sink_local_magic_pig": [sink, local, magic_pig],
+            "sink_local_landmarks": [sink, local, hub.LandmarksConfig(heavy_size=rest, page_size=8)],
+            "sink_local_sparq": [sink, local, hub.SparqConfig(heavy_size=rest, channels=0.25)],
+            "sink_local_loki": [sink, local, hub.LokiConfig(heavy_size=rest, axes_file=None, components=0.25)],
+            "sink_local_clusters": [sink, local, hub.ClustersConfig(heavy_size=rest, cluster_size=16)],
+            "sink_local_snap_kv": [sink, local, hub.SnapKVConfig(evicted, window_size=8 if level <= 5 else 32)],
+            "sink_local_expected_attention": [sink, local, hub.ExpectedAttentionConfig(evicted)],
+            "sink_local_key_diff": [sink, local, hub.KeyDiffConfig(evicted)],
+            "sink_local_knorm": [sink, local, hub.KnormConfig(evicted)],
+            "sink_local_h2o": [sink, local, hub.H2OConfig(evicted)],
+            "sink_local_tova": [sink, local, hub.TOVAConfig(evicted)],
+            "sink_local_duo_attention": [sink, local, hub.DuoAttentionConfig(retrieval_share=rest, pattern_file=None)],
+            "sink_local_socket": [sink, local, hub.SocketConfig(heavy_size=rest, tau=0.1)],
+            "sink_local_quest_top_k_twilight": [sink, local, many, hub.TwilightConfig(top_p=max(0.5, 1 - 0.005 / size))],
+            "sink_local_magic_pig": [sink, local, magic_pig(level / 100)],
             "sink_local_oracle_top_k_adaptive_sampling": [sink, local, hub.OracleTopKConfig(heavy_size=half), adaptive],
             "sink_local_hash_attention_top_k_adaptive_sampling": [sink, local, hash_attention(half), adaptive],
             "sink_local_pq_cache_adaptive_sampling": [sink, local, pq_cache(half), adaptive],
         }
         for name, maskers in combinations.items():
             config = hub.ResearchAttentionConfig(masker_configs=maskers)
-            configs.append((f"{name}_{level}pct", config, [type(masker) for masker in maskers]))
+            configs.append((f"{name}_{level:g}pct", config, [type(masker) for masker in maskers]))
+    if page_sizes:
+        configs += pages_of(get_all_sparse_configs([level / 4 for level in levels]), page_sizes)
+    return configs
+
+
+def pages_of(entries: list[tuple[str, Any, Any]], page_sizes: Sequence[int]) -> list[tuple[str, Any, Any]]:
+    """Configurations at four times the budget whose choice is rounded to whole pages: the rest of each page takes the difference.
+    Without those that sample: their keys cannot be rounded."""
+    import sparse_attention_hub as hub
+    from sparse_attention_hub.maskers.base import masker_class
+
+    configs = []
+    for name, config, classes in entries:
+        family, _, level = name.rpartition("_")
+        if config is None or masker_class(config.masker_configs[-1]).is_sampling:
+            continue
+        for size in page_sizes:
+            maskers = [*config.masker_configs, hub.RoundToPagesConfig(size)]
+            budget = 4 * float(level.removesuffix("pct"))
+            rounded = hub.ResearchAttentionConfig(masker_configs=maskers)
+            configs.append((f"{family}_pages{size}_{budget:g}pct", rounded, [*classes, hub.RoundToPagesConfig]))
     return configs
 
 
@@ -128,21 +174,31 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """Settings, the plan, the search, the benchmark."""
     from benchmark.plugins import load_plugins
-    from benchmark.raytune import plan
+    from benchmark.raytune import configurations, plan
 
-    entries = get_all_sparse_configs()
-    for plugin in load_plugins(options.plugin or ()):
-        entries += getattr(plugin, "get_all_sparse_configs", list)()
-    if options.configs == ["list"]:
-        print("\n".join(name for name, _, _ in entries))
-        return 0
     configuration = get_run_configuration(options.debug)
+    levels = configurations.check_levels(options.levels or configuration.get("levels", LEVELS))
+    entries = get_all_sparse_configs(levels, configurations.page_sizes(options.configs or configuration.get("configs") or ()))
+    for plugin in load_plugins(options.plugin or ()):
+        entries += configurations.configs_of_plugin(plugin, levels)
+    if options.configs == ["list"]:
+        from sparse_attention_hub.presets import PAPERS
+
+        print("\n".join([*(name for name, _, _ in entries), *(f"preset:{paper}" for paper in PAPERS)]))
+        return 0
+    presets, protocol = configurations.take_presets(options)
+    entries += presets
     settings = plan.make_settings(options, configuration)
-    configs = plan.choose_configs(entries, options.configs or configuration.get("configs"))
-    tasks, notes = plan.expand_tasks(settings)
+    wanted = configuration.get("configs")
+    configs = configurations.choose_configs(
+        entries, options.configs or (configurations.at_levels(wanted, levels) if options.levels else wanted)
+    )
+    configs, notes = configurations.leave_out_oracles(configs, settings)
+    tasks, incomplete = plan.expand_tasks(settings)
+    notes += [*protocol, *incomplete]
     plan.check_folders(settings)
     tokenizers = plan.check_models(settings)
-    notes += plan.template_notes(settings, tasks, tokenizers)
+    notes += plan.template_notes(settings, tasks, tokenizers) + plan.length_notes(settings, tasks, tokenizers)
     named = frozenset(options.configs or ())
     if settings.phases == (2,):
         from benchmark.execution.search_results import find_units
@@ -183,8 +239,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--models", type=text, nargs="+", metavar="ID", help="hub ids, local folders or embedded/...")
     add("--tasks", type=text, nargs="+", metavar="TASK", help="see `python -m benchmark.tasks list`; ruler/4096 is a group")
     add(
-        "--configs", type=text, nargs="+", metavar="NAME", help="names or patterns (sink_local_*_10pct); list = print all names"
+        "--configs",
+        type=text,
+        nargs="+",
+        metavar="NAME",
+        help="names or patterns (sink_local_*_10pct), preset:quest; list = print all names",
     )
+    add("--levels", type=float, nargs="+", metavar="PERCENT", help="budgets of the configurations (5 10 25 50); 0.5 is allowed")
+    add("--budget-on", choices=("density", "kv"), help="_10pct = 10%% of the keys, or of the dense KV bytes (density)")
     add("--plugin", type=text, action="append", metavar="FILE", help="a .py file or module of your own; can be repeated")
     add("--dry-run", action="store_true", help="check everything, print the plan and stop")
     add("--seed", type=int, help="of samples, searches and sampling maskers (0)")
@@ -199,11 +261,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--search-max-context-length", type=int, help="context tokens of a tuning sample (8192)")
     add("--search-max-requests", type=int, help="tuning samples per task (10)")
     add("--objective", help="what configurations without _Npct minimise: default, sparsity_5 ... sparsity_50")
+    add(
+        "--head-budgets",
+        choices=("off", "layer", "kv_head", "head"),
+        help="fit uneven budgets, a factor for each ... (kv_head)",
+    )
     add("--trace-budget-gb", type=float, help="disk for the traces of a (model, task); layers are thinned to fit")
 
     add = parser.add_argument_group("Phase 2, benchmark").add_argument
     add("--config-run", type=text, metavar="RUN", help="which search to use (the newest of each), as run_20240315_143022")
-    add("--max-concurrent-benchmarks", type=int, help="workers, one per GPU (4); on a CPU one for every two cores")
+    add("--max-concurrent-benchmarks", type=int, help="workers at most; default one per GPU, on a CPU one per two cores")
     add("--benchmark-timeout", type=float, help="seconds per (model, task), then its workers are killed (7200)")
     add("--max-new-tokens", type=int, help="answer tokens at most, thinking included (200)")
     add("--max-context-length", type=int, help="prompt tokens at most; longer ones lose their middle (64000)")

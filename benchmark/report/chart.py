@@ -58,6 +58,7 @@ _PAGE_STYLE: Style = {
     "lines.markersize": 8.5,
     **{f"{axis}tick.major.{name}": value for axis in "xy" for name, value in (("size", 0), ("pad", 7))},
 }
+_KV_LABEL = "share of the dense KV bytes (log scale)"
 _DENSE_LINE: Style = {"color": _COLOURS["dense"], "linewidth": 1.8, "dashes": (3.3, 2.2)}
 _DENSE_BAND: Style = {"facecolor": _COLOURS["dense"], "edgecolor": "none", "alpha": 0.16}
 
@@ -87,11 +88,37 @@ def chart(group: Group, names: Sequence[str]) -> str:
             panel.plot([x, x], ends, color=colour, marker="_", gid=tooltip)
             panel.plot([x], [y], color=colour, marker=marker, gid=tooltip)
     density_axis(panel, [point.density for point in points])
+    if group.budget_on == "kv":
+        panel.set_xlabel(_KV_LABEL)
     panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     panel.set_ylim(0, 1.03 * max(point.ends[1] for point in [*points, *([dense] if dense else [])]) or 1)
     panel.set_ylabel(f"score ({group.rows[0].metrics.metric})")
     return _svg(figure, f'role="img" aria-label="{escape(f"score against density, {group.task}")}"')
+
+
+@rc_context(_PAGE_STYLE)
+def budget_chart(group: Group, names: Sequence[str]) -> str:
+    """The SVG of the errors that a group's searches found at each budget: with even head budgets (dashed), and with the best that
+    were fitted; "" where none were. names: see `families`."""
+    figure = Figure(figsize=(6.4, 4.3), layout="constrained")
+    panel = figure.subplots()
+    spent: list[float] = []
+    for index, name in enumerate(names):
+        own = [row.config.provenance for row in group.rows if row.family == name and row.config.provenance is not None]
+        pairs = [(found.budget, found.even_budgets.error, found.error) for found in own if found.even_budgets and found.budget]
+        budgets, even, best = zip(*sorted(pairs), strict=True) if pairs else ((), (), ())
+        colour, marker = _look(index)
+        panel.plot(budgets, even, color=colour, marker=marker, alpha=0.5, dashes=(3.3, 2.2))
+        panel.plot(budgets, best, color=colour, marker=marker)
+        spent += budgets
+    if not spent:
+        return ""
+    density_axis(panel, spent)
+    panel.set_xlabel("budget (log scale)")
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel("error of the forced forward, tuning samples")
+    return _svg(figure, f'role="img" aria-label="{escape(f"even against fitted head budgets, {group.task}")}"')
 
 
 class _Point(NamedTuple):
@@ -104,11 +131,12 @@ class _Point(NamedTuple):
 
 def _point(row: ResultRow) -> _Point | None:
     """A row in the chart; None without score or density."""
-    score, density, ends = row.metrics.score, row.metrics.density, row.metrics.interval
+    score, density, ends = row.metrics.score, row.spent, row.metrics.interval
     if score is None or not density:
         return None
     sure = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
-    tooltip = f"tooltip {row.name}: score {score:.3f}{sure} at density {100 * density:.1f}%"
+    what = "KV bytes" if row.metrics.budget_on == "kv" else "density"
+    tooltip = f"tooltip {row.name}: score {score:.3f}{sure} at {what} {100 * density:.1f}%"
     return _Point(density, score, ends or (score, score), row.family, tooltip)
 
 

@@ -16,12 +16,14 @@ import pandas as pd
 from benchmark.settings import BUDGET_SLACK, DENSE, SparseConfig
 from benchmark.stats import LEVEL, compare_paired, group_interval, mean_interval, sign_test
 from benchmark.storage.benchmark_records import Difference, Metrics, ResultConfig, Summary
-from benchmark.storage.records import Failure, Interval, read_record
+from benchmark.storage.records import SPENT, BudgetOn, Failure, Interval, read_record
 from benchmark.storage.results import safe_name
 from sparse_attention_hub.errors import UserError, quoted
 
 #: A method saves reads at a budget if it reads at most this many times the budget in bytes, selector included.
 BYTES_SLACK = 2.0
+#: Those of configurations without --levels.
+_USUAL_BUDGETS = {0.05, 0.1, 0.25, 0.5}
 _ADVICE = "left out; run Phase 2 again"
 #: The suffix of folders that Phase 2 moved aside for results of other settings or data.
 _MOVED_ASIDE = re.compile(r"\.[0-9a-f]{8}$")
@@ -69,9 +71,14 @@ class ResultRow:
         """Whether the search met the budget; None if unknown."""
         return None if self.config.provenance is None else self.config.provenance.meets_budget
 
+    @property
+    def spent(self) -> float | None:
+        """What its budget is on: the measured density, or the share of the KV bytes."""
+        spent: float | None = getattr(self.metrics, SPENT[self.metrics.budget_on])
+        return spent
+
     def fits(self, budget: float) -> bool:
-        density = self.metrics.density
-        return not self.is_dense and bool(self.scores) and density is not None and density <= BUDGET_SLACK * budget
+        return not self.is_dense and bool(self.scores) and self.spent is not None and self.spent <= BUDGET_SLACK * budget
 
     def saves_reads(self, budget: float) -> bool:
         """Whether it reads few bytes of the layers where it is sparse. An oracle never does: it knows all scores."""
@@ -82,14 +89,15 @@ class ResultRow:
 
 @dataclass
 class Group:
-    """The rows of one (model, task, protocol). others: rows on other samples or of another engine version, which
-    are compared with nothing."""
+    """The rows of one (model, task, protocol), whose budgets are all on one thing (--budget-on). others: rows on other samples or
+    of another engine version, which are compared with nothing."""
 
     model: str
     task: str
     sparse_from: str
     rows: list[ResultRow]
     others: list[ResultRow] = field(default_factory=list)
+    budget_on: BudgetOn = "density"
 
     def what_differs(self, other: ResultRow) -> str:
         """Why a row of `others` is compared with nothing."""
@@ -166,7 +174,8 @@ class Tree:
 
     @property
     def rows(self) -> list[ResultRow]:
-        return [row for group in self.groups for row in [*group.rows, *group.others]]
+        rows = {id(row): row for group in self.groups for row in [*group.rows, *group.others]}  # groups may share a dense row
+        return list(rows.values())
 
     def failures(self) -> list[Failure]:
         """The failures of all rows, and those of the last run that belong to no row."""
@@ -194,7 +203,8 @@ def read_tree(folder: Path) -> Tree:
     """Read all results in a folder. Damaged results are left out and named in `Tree.damaged`; UserError if none is left."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a benchmark results folder")
-    groups: dict[tuple[str, str, str], Group] = {}
+    groups: dict[tuple[str, ...], Group] = {}
+    dense: list[ResultRow] = []
     damaged: list[str] = []
     for path in sorted(folder.glob("*/*/*/metrics.json")):
         if _MOVED_ASIDE.search(path.parent.name):
@@ -204,8 +214,17 @@ def read_tree(folder: Path) -> Tree:
         except UserError as error:
             damaged.append(str(error))
             continue
-        if path.parent.name == safe_name(row.metrics.task):  # else a copy that somebody renamed
-            groups.setdefault(row.key, Group(*row.key, [])).rows.append(row)
+        if path.parent.name != safe_name(row.metrics.task):  # a copy that somebody renamed
+            continue
+        if row.is_dense:
+            dense.append(row)
+        else:
+            on = row.metrics.budget_on
+            groups.setdefault((*row.key, on), Group(*row.key, [], budget_on=on)).rows.append(row)
+    for row in dense:
+        own = [group for key, group in groups.items() if key[:3] == row.key]
+        for group in own or [groups.setdefault(row.key, Group(*row.key, []))]:
+            group.rows.append(row)
     if damaged and not groups:
         raise UserError(f"{damaged[0]} ({folder} holds no other results)")
     if not groups:
@@ -285,19 +304,19 @@ def _bounded(*rows: ResultRow) -> bool:
 
 
 def _preference(row: ResultRow) -> tuple[float, float, float]:
-    score, nll, density = row.metrics.score, row.metrics.reference_nll, row.metrics.density
-    return (-(score or 0.0), math.inf if nll is None else nll, 1.0 if density is None else density)
+    score, nll = row.metrics.score, row.metrics.reference_nll
+    return (-(score or 0.0), math.inf if nll is None else nll, 1.0 if row.spent is None else row.spent)
 
 
 def group_means(groups: Iterable[Group]) -> list[GroupMean]:
     """The mean scores over groups of tasks of which at least two were run: ruler/4096 for ruler/4096/vt and others."""
-    families: dict[tuple[str, str, str], list[Group]] = {}
+    families: dict[tuple[str, str, str, str], list[Group]] = {}
     for group in groups:
         name = group.task.rpartition("/")[0]
         if "/" in name:
-            families.setdefault((group.model, name, group.sparse_from), []).append(group)
+            families.setdefault((group.model, name, group.sparse_from, group.budget_on), []).append(group)
     return [
-        _group_mean(key, members, configuration)
+        _group_mean(key[:3], members, configuration)
         for key, members in families.items()
         if len(members) > 1
         for configuration in dict.fromkeys(row.name for group in members for row in group.rows)
@@ -336,6 +355,9 @@ def run_again(rows: list[ResultRow]) -> str:
     words += ["--config-run", run] if run else []
     words += ["--models", first.model, "--tasks", *dict.fromkeys(row.config.task for row in rows)]
     words += ["--configs", *dict.fromkeys([DENSE, *(row.name for row in rows)])]
+    budgets = sorted({row.metrics.budget for row in rows if row.metrics.budget is not None})
+    words += ["--levels", *(f"{100 * budget:g}" for budget in budgets)] if set(budgets) - _USUAL_BUDGETS else []
+    words += ["--budget-on", "kv"] if any(row.metrics.budget_on == "kv" for row in rows) else []
     words += ["--seed", str(first.seed), "--sparse-from", first.sparse_from]
     words += ["--max-new-tokens", str(first.max_new_tokens), "--max-context-length", str(first.max_context_length)]
     words += ["--thinking", first.thinking] if first.thinking != "auto" else []

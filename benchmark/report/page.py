@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from benchmark.report import data
-from benchmark.report.chart import chart, families, legend
+from benchmark.report.chart import budget_chart, chart, families, legend
 from benchmark.report.data import Group, Pick, ResultRow, Tree
 from benchmark.report.table import difference, interval, marks, number, percent
 from benchmark.stats import LEVEL, SIGNIFICANT
@@ -46,12 +46,14 @@ def report_page(tree: Tree) -> str:
     names = families(tree.groups)
     parts = [
         {
-            "title": _title(tree.groups, group.model, group.task, group.sparse_from),
+            "title": _title(tree.groups, group.model, group.task, group.sparse_from)
+            + ", budgets on KV bytes" * (group.budget_on == "kv"),
             "group": group,
             "rows": [*group.rows, *group.others],
             "dense": group.dense.metrics.score if group.dense else None,
             "choices": [(budget, data.choose(group, budget)) for budget in group.budgets],
             "chart": chart(group, names),
+            "budget_chart": budget_chart(group, names),
             "longest": max([row.metrics.seconds or 0.0 for row in group.rows], default=0.0) or 1.0,
             "facts": _facts(group),
         }
@@ -188,6 +190,18 @@ def _short_bytes(row: ResultRow) -> str:
     return f"{share} (sparse layers {found.sparse_layers} of {found.layers})" if partly else share
 
 
+def _samples(row: ResultRow) -> str:
+    counts = row.metrics.samples
+    thinking = counts.never_left_thinking
+    return f"{counts.ok} of {counts.total}" + f" ({thinking} never left thinking)" * bool(thinking)
+
+
+def _loading(row: ResultRow) -> str:
+    """The two lines of Python that run a model under a result's configuration."""
+    file = str(row.folder / "config.json")
+    return f"attention = ResearchAttention.from_file({file!r}, lm)\nwith sparse_attention(lm, attention):  # lm.model.generate(...)"
+
+
 def _when(tree: Tree) -> str:
     """The models of a results folder and the time of its last run."""
     models = ", ".join(dict.fromkeys(group.model for group in tree.groups))
@@ -215,8 +229,10 @@ _PAGES.filters |= {
     "difference": difference,
     "interval": interval,
     "json": lambda record: record.model_dump_json(),
+    "loading": _loading,
     "marked": _marked,
     "number": number,
     "percent": percent,
+    "samples": _samples,
     "when": _when,
 }

@@ -21,9 +21,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from benchmark.report.chart import MARKERS, STYLE, density_axis
+from benchmark.report.search_budgets import budget_maps
 from benchmark.report.search_run import Run, Study, budget_label
 from benchmark.report.search_tables import Effect
 from benchmark.report.table import shorten
+from benchmark.storage.records import SPENT
 from benchmark.storage.results import safe_name
 from benchmark.storage.search_records import FORCED, BestConfig
 
@@ -63,7 +65,7 @@ def _figures(run: Run, effects: dict[int, list[Effect]]) -> Iterator[tuple[str, 
                 yield tail + (f"_{start // size + 1}" if len(tasks) > size else ""), tasks[start : start + size]
 
         for end, shown in pages(PANELS):
-            yield f"error_against_density{end}", _panels(run, model, shown, "Error against density", _error_density)
+            yield f"error_against_density{end}", _panels(run, model, shown, f"Error against {run.spent}", _error_density)
             yield f"best_error_by_level{end}", _panels(run, model, shown, "Best error of each budget", _best_error)
         for end, shown in pages(ROWS):
             for name, title, draw in (
@@ -75,6 +77,8 @@ def _figures(run: Run, effects: dict[int, list[Effect]]) -> Iterator[tuple[str, 
         studies = [study for study in run.studies if study.model == model and id(study) in effects]
         if studies:
             yield f"importance{tail}", _importance(run, model, studies, effects)
+        for page, figure in enumerate(budget_maps(run, model), 1):
+            yield f"head_budgets{tail}" + (f"_{page}" if page > 1 else ""), figure
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
@@ -151,26 +155,28 @@ def _error_density(panel: Axes, run: Run, studies: list[Study]) -> None:
     shown = []
     for rung, front_colour, width, order in ((0, "#999999", 1.1, 2), (FORCED, "#000000", 1.3, 3)):
         points = [
-            pd.DataFrame({name: study.figures(name, rung) for name in ("density", "error")}).dropna() for study in studies
+            pd.DataFrame({"spent": study.spent(rung), "error": study.figures("error", rung)}).dropna() for study in studies
         ]
         for study, found in zip(studies, points, strict=True):
             colour, marker, _ = _look(run, study.combination)
             if rung == 0:
-                panel.scatter(found["density"], found["error"], s=16, marker=marker, fc="none", ec=colour, alpha=0.55, lw=0.8)
+                panel.scatter(found["spent"], found["error"], s=16, marker=marker, fc="none", ec=colour, alpha=0.55, lw=0.8)
             else:
-                panel.scatter(found["density"], found["error"], s=26, marker=marker, color=colour, zorder=4)
+                panel.scatter(found["spent"], found["error"], s=26, marker=marker, color=colour, zorder=4)
         shown.append(pd.concat(points))
-        front = pareto_front(list(zip(shown[-1]["density"], shown[-1]["error"], strict=True)))
+        front = pareto_front(list(zip(shown[-1]["spent"], shown[-1]["error"], strict=True)))
         panel.step([x for x, _ in front], [y for _, y in front], where="post", color=front_colour, lw=width, zorder=order)
     best = [level for study in studies for level in study.levels]
-    x, y = [level.density for level in best], [level.error for level in best]
+    x, y = [getattr(level, SPENT[level.budget_on]) for level in best], [level.error for level in best]
     panel.scatter(x, y, marker="o", s=95, fc="none", ec="#333333", lw=1.0, zorder=5)
     budgets = [budget for budget in run.budgets if budget]
     for budget in budgets:
         panel.axvline(budget, color="#666666", linewidth=0.8, linestyle=(0, (3, 3)), zorder=1)
         above = panel.get_xaxis_transform()
         panel.text(budget, 1.02, f"{100 * budget:g}%", transform=above, ha="center", va="bottom", fontsize=8, color="#444444")
-    density_axis(panel, [*pd.concat(shown)["density"], *budgets])
+    density_axis(panel, [*pd.concat(shown)["spent"], *budgets])
+    if run.spent != "density":
+        panel.set_xlabel("share of the dense KV bytes (log scale)")
     panel.set_ylim(bottom=0)
     panel.set_ylabel("relative output error")
 
@@ -204,13 +210,13 @@ def _best_error(panel: Axes, run: Run, studies: list[Study]) -> None:
     panel.set_xlim(-0.6, len(budgets) - 0.4)
     panel.grid(axis="x", visible=False)
     missed = any(not level.meets_budget for study in studies for level in study.levels)
-    panel.set_xlabel("density budget" + (" (hatched: not met)" if missed else ""))
+    panel.set_xlabel(f"{run.spent} budget" + (" (hatched: not met)" if missed else ""))
     panel.set_ylabel("relative output error")
 
 
 def _progress(panel: Axes, run: Run, pairs: Pairs) -> None:
     for study, level in pairs:
-        errors, within = study.figures("error", 0), study.figures("density", 0) <= (level.budget or 1.0)
+        errors, within = study.figures("error", 0), study.spent(0) <= (level.budget or 1.0)
         best = errors.where(within).cummin().ffill().dropna()
         colour, marker, dash = _look(run, study.combination)
         panel.step(best.index + 1, best, where="post", color=colour, linestyle=dash, linewidth=1.3)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmark.settings import SparseConfig
-from benchmark.storage.records import read_record
+from benchmark.storage.records import SPENT, read_record
 from benchmark.storage.runs import find_run, list_runs
 from benchmark.storage.search_records import BestConfig, TrialRow, TrialsFile
 from sparse_attention_hub.errors import UserError
@@ -39,6 +39,10 @@ class Study:
 
         found = [getattr(trial, name) if rung is None else trial.figure(name, rung) for trial in self.trials]
         return pd.Series(found, dtype=float)
+
+    def spent(self, rung: int | None = None) -> pd.Series[float]:
+        """What budgets limit, of every trial; rung as of `figures`."""
+        return self.figures(SPENT[self.levels[0].budget_on], rung)
 
     def best_trial(self, level: BestConfig) -> TrialRow | None:
         return next((trial for trial in self.trials if trial.trial_id == level.best_trial_id), None)
@@ -71,6 +75,11 @@ class Run:
         """Budgets of the levels, smallest first; None (levels without one) last."""
         found = {level.budget for study in self.studies for level in study.levels}
         return sorted(found, key=lambda budget: (budget is None, budget or 0.0))
+
+    @property
+    def spent(self) -> str:
+        """What its budgets are on, for tables and plots: "density" or "KV bytes"."""
+        return "KV bytes" if any(level.budget_on == "kv" for study in self.studies for level in study.levels) else "density"
 
     def of(self, model: str, task: str) -> list[Study]:
         return [study for study in self.studies if (study.model, study.task) == (model, task)]

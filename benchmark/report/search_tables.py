@@ -13,6 +13,7 @@ import pandas as pd
 
 from benchmark.report.search_run import Run, Study, budget_label
 from benchmark.report.table import WIDTH, number, percent, shorten
+from benchmark.storage.records import SPENT
 from benchmark.storage.search_records import FORCED, BestConfig
 
 MIN_TRIALS = 6  # with fewer no importance is computed
@@ -69,7 +70,7 @@ def trials_table(run: Run) -> str:
     ]
     if len(problems) > 5:
         problems[5:] = [f"  ... and {len(problems) - 5} more, in all_trials_data.csv"]
-    return _section("Trials by combination and rung", _by_task(run, head, row), [*legend, *problems])
+    return section("Trials by combination and rung", by_task(run, head, row), [*legend, *problems])
 
 
 def best_table(run: Run) -> str:
@@ -89,8 +90,8 @@ def best_table(run: Run) -> str:
         "error: of the attention output, of the forced forward where confirmed; score: real answers to the",
         "tuning samples; reproduced: share of them whose dense answer every step would give again",
     ]
-    body = _by_task(run, head, lambda study: [row(level) for level in study.levels])
-    return _section("Best of each level", body, [*legend, *_leaders(run)])
+    body = by_task(run, head, lambda study: [row(level) for level in study.levels])
+    return section("Best of each level", body, [*legend, *_leaders(run)])
 
 
 def _leaders(run: Run) -> Iterable[str]:
@@ -105,25 +106,26 @@ def _leaders(run: Run) -> Iterable[str]:
 
 
 def budget_table(run: Run) -> str:
-    head = ["configuration", "budget", "density", "used", "trials within", "met"]
+    head = ["configuration", "budget", run.spent, "used", "trials within", "met"]
 
     def row(study: Study, best: BestConfig) -> list[str]:
-        densities = study.figures("density").dropna()
-        within = f"{(densities <= (best.budget or 1.0)).sum()} of {len(densities)}"
-        used = None if best.budget is None else best.density / best.budget
+        all_spent = study.spent().dropna()
+        within = f"{(all_spent <= (best.budget or 1.0)).sum()} of {len(all_spent)}"
+        spent = getattr(best, SPENT[best.budget_on])
+        used = None if best.budget is None or spent is None else spent / best.budget
         met = "-" if best.budget is None else "yes" if best.meets_budget else "NO"
-        return [best.masker_name, budget_label(best.budget), percent(best.density), percent(used, 0), within, met]
+        return [best.masker_name, budget_label(best.budget), percent(spent), percent(used, 0), within, met]
 
     levels = [level for study in run.studies for level in study.levels if level.budget is not None]
     met = sum(level.meets_budget for level in levels)
-    legend = [f"{met} of {len(levels)} budgets are met; used = density of the best / budget"]
-    body = _by_task(run, head, lambda study: [row(study, level) for level in study.levels])
-    return _section("How well budgets are met", body, legend)
+    legend = [f"{met} of {len(levels)} budgets are met; used = {run.spent} of the best / budget"]
+    body = by_task(run, head, lambda study: [row(study, level) for level in study.levels])
+    return section("How well budgets are met", body, legend)
 
 
 def effects_table(run: Run, effects: dict[int, list[Effect]]) -> str:
     if not effects:
-        return _section("Hyperparameters", [f"no study has {MIN_TRIALS} trials with different parameters"], [])
+        return section("Hyperparameters", [f"no study has {MIN_TRIALS} trials with different parameters"], [])
     head = ["hyperparameter", "of error", "of density", "low > high", "error there", "density there"]
 
     def row(effect: Effect) -> list[str]:
@@ -144,7 +146,7 @@ def effects_table(run: Run, effects: dict[int, list[Effect]]) -> str:
         "of error, of density: share of the variance over trials that it explains (fANOVA, rung 0);",
         "low > high: medians of the lowest and highest third of its values; mean error and density there",
     ]
-    return _section("Hyperparameters: importance and effect", _by_task(run, head, rows), legend)
+    return section("Hyperparameters: importance and effect", by_task(run, head, rows), legend)
 
 
 def replay_table(run: Run) -> str:
@@ -173,7 +175,7 @@ def replay_table(run: Run) -> str:
         "order: pairs of finalists that full replay and forced forward rank alike",
         f"{len(gaps)} finalists differ by 10% or more:" if gaps else "no finalist differs by 10% or more",
     ]
-    return _section("Where replay and real disagree", _by_task(run, head, row), [*legend, *worst])
+    return section("Where replay and real disagree", by_task(run, head, row), [*legend, *worst])
 
 
 def _off(study: Study, rung: int) -> pd.Series[float]:
@@ -200,7 +202,7 @@ def time_table(run: Run) -> str:
     rows.append(["other: recording traces, loading, sampling", "", f"{max(0.0, total - evaluating):.1f}", ""])
     rows.append(["all studies", "", f"{total:.1f}", ""])
     legend = ["seconds of all studies added up; studies that ran side by side count each"]
-    return _section("Time spent", text_table(["rung", "evaluations", "seconds", "seconds each"], rows), legend)
+    return section("Time spent", text_table(["rung", "evaluations", "seconds", "seconds each"], rows), legend)
 
 
 # -- hyperparameters -------------------------------------------------------------------------------------------------
@@ -209,7 +211,8 @@ def time_table(run: Run) -> str:
 def hyperparameter_effects(study: Study) -> list[Effect]:
     """Importance and effect of every hyperparameter that varies, the most important for the error first. Trials are compared
     on rung 0, which all of them reached. [] with fewer than `MIN_TRIALS` trials."""
-    figures = pd.DataFrame({name: study.figures(name, 0) for name in ("error", "density")}).dropna()
+    even = [trial.table is None for trial in study.trials]  # others have the parameters of a trial with even budgets
+    figures = pd.DataFrame({name: study.figures(name, 0) for name in ("error", "density")})[even].dropna()
     if len(figures) < MIN_TRIALS:
         return []
     params = pd.DataFrame([trial.params for trial in study.trials], dtype=object).loc[figures.index]
@@ -343,7 +346,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _by_task(run: Run, head: Sequence[str], rows_of: Callable[[Study], Rows]) -> list[str]:
+def by_task(run: Run, head: Sequence[str], rows_of: Callable[[Study], Rows]) -> list[str]:
     lines: list[str] = []
     for model, task in run.pairs:
         rows = [row for study in run.of(model, task) for row in rows_of(study)]
@@ -352,5 +355,5 @@ def _by_task(run: Run, head: Sequence[str], rows_of: Callable[[Study], Rows]) ->
     return lines
 
 
-def _section(title: str, body: Iterable[str], legend: Iterable[str]) -> str:
+def section(title: str, body: Iterable[str], legend: Iterable[str]) -> str:
     return "\n".join([title, "=" * len(title), *body, *legend])

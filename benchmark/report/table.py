@@ -11,7 +11,7 @@ from benchmark.storage.records import Interval
 WIDTH = 100
 _NAME = 42
 _LEGEND = {
-    "!": "! density passes the budget by more than a tenth",
+    "!": "! density (KV bytes with --budget-on kv) passes the budget by more than a tenth",
     "?": "? samples failed or are missing: see metrics.json",
     "~": "~ no configuration met this budget in the search: the closest was run",
 }
@@ -44,6 +44,9 @@ def closing_table(summary: Summary) -> str:
             )
         if any(row.configuration == DENSE and row.score == 0 for row in rows):
             lines.append(" dense fails here: no conclusion about sparse attention")
+        thinking = [f"{row.configuration} {count}" for row in rows if (count := row.samples.never_left_thinking)]
+        if thinking:
+            lines.append(shorten(f" answers that never left their thinking: {', '.join(thinking)}", WIDTH))
         lines.append("")
     lines += [text for mark, text in _LEGEND.items() if mark in used]
     return "\n".join(lines).rstrip()

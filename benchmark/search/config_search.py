@@ -29,13 +29,15 @@ from benchmark.storage.runs import list_runs, mark_run
 from benchmark.storage.search_records import BestConfig
 from benchmark.workers.pools import visible_gpus
 from benchmark.workers.ray_start import start_ray
-from benchmark.workers.signals import results_lock
+from benchmark.workers.signals import ends_within, results_lock
 from sparse_attention_hub.errors import UserError
 
 #: (model, task) -> a hash of its tuning samples
 SampleKeys = dict[tuple[str, str], str]
 #: Free bytes below which a search that broke off is said to have found the disk full.
 LEAST_FREE = 2**20
+#: Seconds from a SIGTERM to the end of the program, at most.
+SIGTERM_SECONDS = 30.0
 #: What Ray Tune and its workers read at their start. Waiting threads sleep instead of spinning, which took up to ten times the
 #: CPU time of the work on a shared machine.
 ENVIRONMENT = {
@@ -81,6 +83,7 @@ def run_search(
     waiting = {name: entry for name, entry in work.items() if found[name] is None}
     with ExitStack() as held:
         if waiting:
+            held.enter_context(ends_within(SIGTERM_SECONDS))
             held.enter_context(_ray(settings))
             held.enter_context(results_lock(settings.ray_results_dir, "--ray-results-dir"))
         for note in forced.begin() if forced is not None else []:
@@ -202,7 +205,12 @@ def _search(work: dict[str, StudyWork], settings: Settings, outcome: SearchOutco
             verbose=0,
         ),
     )
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM stops a search as Ctrl-C does
+
+    def stop(*_: object) -> None:
+        callback.interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT), signal.signal(signal.SIGTERM, stop)
     try:
         tuner.fit()
     except KeyboardInterrupt:
@@ -212,11 +220,12 @@ def _search(work: dict[str, StudyWork], settings: Settings, outcome: SearchOutco
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from None
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, before[0])  # Tune leaves a handler that stops nothing
+        signal.signal(signal.SIGTERM, before[1])
     outcome.failures |= callback.errors
     # On Ctrl-C, `fit` may also return normally.
     outcome.unfinished = [name for name in work if name not in callback.finished | callback.errors.keys()]
-    outcome.interrupted |= bool(outcome.unfinished)
+    outcome.interrupted |= callback.interrupted or bool(outcome.unfinished)
 
 
 def _collect(outcome: SearchOutcome, work: StudyWork, problem: str | None) -> str | None:

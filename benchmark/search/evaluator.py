@@ -11,26 +11,35 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from benchmark.search.limits import time_limit, watch_masks
 from benchmark.search.samples import samples_key, tuning_samples
 from benchmark.settings import Settings
 from benchmark.storage.results import fingerprint
 from benchmark.storage.search_records import Evaluation
 from benchmark.tasks import get_task
-from benchmark.workers.memory import trim_heap
+from benchmark.workers.limits import time_limit, watch_masks
+from benchmark.workers.memory import free_memory, trim_heap
 from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
 from sparse_attention_hub.errors import NonFiniteError, UserError
+from sparse_attention_hub.head_budgets import Curves, FittedBudgets, fit_head_budgets, replay_curves
 from sparse_attention_hub.kernels import choose_backend
 from sparse_attention_hub.maskers.shared_states import SharedStates
 from sparse_attention_hub.models import Forced, LanguageModel, Prefilled, answer_many, forced_many, prefill
 from sparse_attention_hub.models.model_files import complete
+from sparse_attention_hub.models.observer import observed_by
+from sparse_attention_hub.models.probe import layer_calls
 from sparse_attention_hub.models.prompts import opens_thinking, without_thinking
 from sparse_attention_hub.models.session import sparse_layers
-from sparse_attention_hub.models.trace import Trace, layer_bytes, record_trace, trace_key
+from sparse_attention_hub.models.trace import HeldLayers, Trace, layer_bytes, record_trace, trace_key
 from sparse_attention_hub.replay import replay, spread
 
 RUNG0_ROWS = 6
 RUNG0_LAYER_STEP = 4
+#: Share of a GPU's free memory in which layers of traces stay from one replay to the next.
+HELD_SHARE = 0.3
+#: Head budgets are fitted on at most so many rows of each sample. All of 48 to 72 rows give tables with 0.5% less error, at 1k.
+FIT_ROWS = 32
+#: They are fitted to a little less than their configuration spends: sizes are rounded per head, and other rows spend otherwise.
+FIT_SHARE = 0.99
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class _Measured:
     reproduced: float | None = None
     layer_errors: list[float] | None = None
     layer_densities: list[float] | None = None
+    head_densities: list[list[float]] | None = None
 
 
 class TraceEvaluator:
@@ -67,9 +77,12 @@ class TraceEvaluator:
         self._opens_thinking = self.task.use_chat_template and opens_thinking(lm.tokenizer)
         self.traces: list[Trace] = []
         self._states = SharedStates()
+        self._held: HeldLayers | None = None
         # (configuration, sample number) -> its forced forward, where that reproduced the dense answer.
         self._reproduced: dict[tuple[str, int], Forced] = {}
         usable = sparse_layers(lm)
+        self._kv = settings.budget_on == "kv"
+        self._calls = layer_calls(lm)
         names, bytes_per_layer = [], 0
         for entry in self.samples:
             context, question, answer = entry.prompt.context_ids, entry.prompt.question_ids, entry.max_new_tokens
@@ -85,15 +98,18 @@ class TraceEvaluator:
                     f"({bytes_per_layer / 1e9:.2f} GB): raise it, or lower --search-max-requests"
                 )
             self.layers = [usable[index] for index in spread(len(usable), fit)]
-        if self.layers != usable:
+        self._thinned = self.layers != usable
+        if self._thinned:
             names = [f"{name}-{fingerprint(self.layers)[:8]}" for name in names]
         self._folders = [traces_dir / name for name in names]
         self.trace_bytes = bytes_per_layer * len(self.layers)
-        self.key = fingerprint([names, samples_key(self.samples), settings.attention_backend])
+        key = [names, samples_key(self.samples), settings.attention_backend]
+        self.key = fingerprint([*key, "kv"] if self._kv else key)  # with "kv" replays measure KV bytes, too
 
-    def record(self) -> Iterator[str]:
+    def record(self, observe: frozenset[str] = frozenset()) -> Iterator[str]:
         """Open or record the traces, one per step; yields a line for each. UserError if no answer has a sparse row.
 
+        observe: what they must hold of the contexts' queries, see `prefill`; a trace that lacks it is recorded again.
         Studies of one task run in several processes: a trace that another process is recording is skipped and opened at the
         end.
         """
@@ -105,7 +121,7 @@ class TraceEvaluator:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     with FileLock(folder.parent / f".{folder.name}.lock", timeout=-1 if wait else 0):
-                        found[number], done = self._open_or_record(number, folder)
+                        found[number], done = self._open_or_record(number, folder, observe)
                 except Timeout:
                     continue
                 yield f"trace {len(found)}/{len(self.samples)} {done} ({found[number].nbytes / 1e6:.0f} MB)"
@@ -115,12 +131,13 @@ class TraceEvaluator:
                 "use --sparse-from question or raise --search-max-new-tokens"
             )
         self.traces = [found[number] for number in range(len(self.samples))]
+        self._held = _held_layers(self.lm)
 
-    def _open_or_record(self, number: int, folder: Path) -> tuple[Trace, str]:
+    def _open_or_record(self, number: int, folder: Path, observe: frozenset[str]) -> tuple[Trace, str]:
         entry = self.samples[number]
         trace, done = Trace.open(folder), "reused"
         try:
-            if trace is None:
+            if trace is None or not observe <= trace.observed:
                 trace = record_trace(
                     self.lm,
                     entry.prompt.context_ids,
@@ -129,6 +146,7 @@ class TraceEvaluator:
                     folder,
                     sparse_from=self.settings.sparse_from,
                     layers=self.layers,
+                    observe=observe if trace is None else observe | trace.observed,
                 )
                 done = "recorded"
                 trim_heap()
@@ -141,10 +159,11 @@ class TraceEvaluator:
 
     def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
         """See `trial.Evaluator`."""
-        if not self.traces:
-            for _ in self.record():
-                pass
         attentions = [self._attention(config) for config in configs]
+        observe = observed_by(attentions)
+        if not self.traces or not all(observe <= trace.observed for trace in self.traces):
+            for _ in self.record(observe):
+                pass
         measure = (self._replay_some, self._replay, self._force, self._generate)[rung]
         started = time.perf_counter()
         end = started + timeout * len(configs)
@@ -165,6 +184,43 @@ class TraceEvaluator:
         seconds = (time.perf_counter() - started) / len(configs)
         return [_over_samples(column, seconds) for column in zip(*by_sample, strict=True)]
 
+    def fit_head_budgets(self, configs: list[ResearchAttentionConfig], by: str, timeout: float) -> list[FittedBudgets | None]:
+        """See `trial.Evaluator`. There is none for sampling maskers, for sizes in tokens, and on traces that lack layers. With
+        fewer than three samples each half of a sample's rows is a group of its own."""
+        attentions = [self._attention(config) for config in configs]
+        sampling = any(masker.is_sampling for attention in attentions for masker in attention.maskers)
+        kept = [number for number, trace in enumerate(self.traces) if trace.rows > 1]
+        if sampling or self._thinned or not kept:
+            return [None] * len(configs)
+        call = self._calls[self.layers[0]]
+        columns = {"layer": 1, "kv_head": call.kv_heads, "head": call.heads}[by]
+        with time_limit(timeout * len(configs)):
+            curves = replay_curves(
+                [self.traces[number] for number in kept],
+                [attention.config for attention in attentions],
+                layers=self.lm.num_layers,
+                seeds=[self.samples[number].seed for number in kept],
+                parts=2 if len(kept) < 3 else 1,
+                most_rows=FIT_ROWS,
+                device=self.lm.device,
+                states=self._states,
+                kv=self._kv,
+            )
+        trim_heap()
+        return [self._fitted(entry, columns) for entry in curves]
+
+    def _fitted(self, curves: Curves, columns: int) -> FittedBudgets | None:
+        spent = curves.densities.mean((0, 2, 3))
+        if float(spent[-1]) <= float(spent[0]):  # no size is a fraction
+            return None
+        fitted = fit_head_budgets(curves, FIT_SHARE * float(spent[curves.unscaled]), columns)
+        if fitted.strength == 0:
+            return None
+        table = [[1.0] * columns for _ in range(self.lm.num_layers)]
+        for layer, row in zip(self.layers, fitted.table, strict=True):
+            table[layer] = [float(f"{factor:.4g}") for factor in row]
+        return fitted._replace(table=table)
+
     def _attention(self, config: ResearchAttentionConfig) -> ResearchAttention:
         attention = ResearchAttention(replace(complete(config, self.lm), backend=self.settings.attention_backend))
         watch_masks(attention)
@@ -174,7 +230,8 @@ class TraceEvaluator:
 
     def _replay_some(self, number: int, attentions: list[ResearchAttention]) -> list[_Measured]:
         rows = spread(self.traces[number].rows, RUNG0_ROWS)
-        return self._replay(number, attentions, rows, self.layers[::RUNG0_LAYER_STEP])
+        varied = any(masker.varies_by_layer for attention in attentions for masker in attention.maskers)
+        return self._replay(number, attentions, rows, self.layers[:: 1 if varied else RUNG0_LAYER_STEP])
 
     def _replay(
         self,
@@ -184,26 +241,39 @@ class TraceEvaluator:
         layers: list[int] | None = None,
     ) -> list[_Measured]:
         seed, device = self.samples[number].seed, self.lm.device
+        latent = self._calls[self.layers[0]].rule.latent
         results = replay(
-            self.traces[number], attentions, rows=rows, layers=layers, seed=seed, device=device, states=self._states
+            self.traces[number],
+            attentions,
+            rows=rows,
+            layers=layers,
+            seed=seed,
+            device=device,
+            states=self._states,
+            held=self._held,
+            kv=self._kv,
+            latent=latent,
         )
         if layers is not None:
-            return [_Measured(error=result.error, density=result.density) for result in results]
+            return [_Measured(error=result.error, density=result.density, kv_fraction=result.kv_fraction) for result in results]
         return [
             _Measured(
                 error=result.error,
                 density=result.density,
+                kv_fraction=result.kv_fraction,
                 layer_errors=result.errors.mean(-1).tolist(),
                 layer_densities=result.densities.mean(-1).tolist(),
+                head_densities=_by_column(result.densities, attention.config.head_budgets),
             )
-            for result in results
+            for attention, result in zip(attentions, results, strict=True)
         ]
 
     def _prefilled(self, number: int) -> Prefilled:
         """The sample's KV cache, with the room that its trace had: rotary factors may depend on the whole length."""
         prompt = self.samples[number].prompt
         room = len(prompt.question_ids) + self.samples[number].max_new_tokens
-        return self.traces[number].prefilled(self.lm, room, self._states) or prefill(self.lm, prompt.context_ids, room)
+        trace = self.traces[number]
+        return trace.prefilled(self.lm, room, self._states) or prefill(self.lm, prompt.context_ids, room, trace.observed)
 
     def _force(self, number: int, attentions: list[ResearchAttention]) -> list[_Measured]:
         """Question and dense answer through the model, token by token: errors compound through the layers as in generation. A
@@ -265,22 +335,28 @@ class TraceEvaluator:
         return measured
 
 
+def _by_column(densities: torch.Tensor, table: list[list[float]] | None) -> list[list[float]] | None:
+    """Densities (layers, H) as means over the heads that share a column of a table; None without a table."""
+    return None if table is None else densities.reshape(len(densities), len(table[0]), -1).mean(-1).tolist()
+
+
 class ErrorMeter:
     """A recorder of the mean error over rows, heads and layers."""
 
     def __init__(self) -> None:
-        self._rows, self._total = 0, 0.0
+        self._rows = 0
+        self._total: float | torch.Tensor = 0.0  # on the device, which is read at the end
 
     def __call__(self, *, result: Any, queries: Any, **_: Any) -> None:
         if result is not None:
             rows = queries.shape[2]
             self._rows += rows
-            self._total += float(result.error_rows().mean()) * rows
+            self._total = self._total + result.error_rows().mean().double() * rows
 
     @property
     def error(self) -> float | None:
         """None before the first sparse row."""
-        return self._total / self._rows if self._rows else None
+        return float(self._total) / self._rows if self._rows else None
 
 
 def _over_samples(column: Sequence[_Measured], seconds: float) -> Evaluation | None:
@@ -303,6 +379,12 @@ def _mean(values: Sequence[Any]) -> Any:
     if measured and isinstance(measured[0], list):
         return [_mean(layer) for layer in zip(*measured, strict=True)]
     return sum(measured) / len(measured) if measured else None
+
+
+def _held_layers(lm: LanguageModel) -> HeldLayers | None:
+    """Room for layers of traces on a GPU. On a CPU they are views of mapped files, which need no copy."""
+    free = free_memory(lm.device, 1) if lm.device.type == "cuda" else None
+    return None if free is None else HeldLayers(int(HELD_SHARE * free))
 
 
 def _check_backend(backend: str, lm: LanguageModel) -> None:

@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING
 from benchmark.search.trial import RUNGS, objective_value, plain_params
 from benchmark.settings import Settings, hyperparameters
 from benchmark.storage.fingerprints import weights_stamp
-from benchmark.storage.records import AttentionRecord, write_record
+from benchmark.storage.records import AttentionRecord, EvenBudgets, write_record
 from benchmark.storage.results import environment, result_key, write_text
-from benchmark.storage.search_records import Best, BestConfig, Confirmation, SearchProvenance, Trial, TrialRow, TrialsFile
+from benchmark.storage.search_records import (
+    Best,
+    BestConfig,
+    Confirmation,
+    SearchProvenance,
+    Trial,
+    TrialRow,
+    TrialsFile,
+)
 from benchmark.storage.tables import table_text
 
 if TYPE_CHECKING:
     from benchmark.search.evaluator import TraceEvaluator
-    from benchmark.search.space import CombinationSpace
     from benchmark.search.spec import StudyWork
     from benchmark.search.study import Study
 
@@ -26,7 +33,7 @@ SUFFIXES = ("_trials.json", "_analysis.csv", ".json")
 def write_level_files(work: StudyWork, study: Study, evaluator: TraceEvaluator, seconds: float) -> None:
     """Write the three files of every level that has a best trial. seconds: how long the search took."""
     spec, settings, identity = work.study, work.settings, work.identity
-    rows = [_trial_row(trial, study.space, identity) for trial in study.trials]
+    rows = [_trial_row(trial, study, identity) for trial in study.trials]
     for best in study.best():
         stem = result_key(spec.model, spec.task, best.level)
         trials = TrialsFile(
@@ -41,7 +48,7 @@ def write_level_files(work: StudyWork, study: Study, evaluator: TraceEvaluator, 
             trials=rows,
         )
         write_record(work.results / f"{stem}_trials.json", trials)
-        write_text(work.results / f"{stem}_analysis.csv", _analysis_csv(study.trials, settings, identity))
+        write_text(work.results / f"{stem}_analysis.csv", _analysis_csv(study, settings, identity))
         write_record(work.results / f"{stem}.json", _best_config(best, work, study, evaluator, seconds))
 
 
@@ -52,7 +59,8 @@ def trial_id(identity: str, number: int) -> str:
 def _best_config(best: Best, work: StudyWork, study: Study, evaluator: TraceEvaluator, seconds: float) -> BestConfig:
     spec, settings = work.study, work.settings
     trial = study.trials[best.trial]
-    config = study.space.build(trial.params)
+    config = study.config_of(trial)
+    even = study.best_even().get(best.level)
     forced, generated = trial.rungs.get(2), trial.rungs.get(3)
     measured_on = RUNGS[max(rung for rung in trial.rungs if rung <= 2)]
     confirmation = Confirmation(
@@ -71,6 +79,7 @@ def _best_config(best: Best, work: StudyWork, study: Study, evaluator: TraceEval
         seed=settings.seed,
         sparse_from=settings.sparse_from,
         thinking=settings.thinking,
+        head_budgets=settings.head_budgets,
         objective=settings.objective,
         dtype=str(evaluator.lm.dtype),
         device=str(evaluator.lm.device),
@@ -96,12 +105,14 @@ def _best_config(best: Best, work: StudyWork, study: Study, evaluator: TraceEval
         masker_classes=[type(masker).__name__ for masker in config.masker_configs],
         hyperparams=trial.params,
         budget=best.budget,
+        budget_on=settings.budget_on,
         meets_budget=best.meets_budget,
         error=error,
         density=trial.last.density,
         kv_fraction=trial.last.kv_fraction,
         score=None if generated is None else generated.score,
-        objective=objective_value(settings.objective, error, trial.last.density),
+        even_budgets=None if even is None else _even_budgets(study.trials[even.trial], work.identity),
+        objective=objective_value(settings.objective, error, study.ranking.spent(trial.last)),
         search_time=seconds,
         num_trials=len(study.trials),
         failed_trials=sum(trial.status != "completed" for trial in study.trials),
@@ -112,12 +123,24 @@ def _best_config(best: Best, work: StudyWork, study: Study, evaluator: TraceEval
     )
 
 
-def _trial_row(trial: Trial, space: CombinationSpace, identity: str) -> TrialRow:
+def _even_budgets(trial: Trial, identity: str) -> EvenBudgets:
+    assert trial.last.error is not None
+    return EvenBudgets(
+        trial_id=trial_id(identity, trial.number),
+        error=trial.last.error,
+        density=trial.last.density,
+        kv_fraction=trial.last.kv_fraction,
+        score=trial.rungs[3].score if 3 in trial.rungs else None,
+    )
+
+
+def _trial_row(trial: Trial, study: Study, identity: str) -> TrialRow:
     last = trial.last if trial.rungs else None
     return TrialRow(
         trial_id=trial_id(identity, trial.number),
         config=trial.params,
-        hyperparams=None if trial.status == "failed" else plain_params(hyperparameters(space.build(trial.params))),
+        hyperparams=None if trial.status == "failed" else plain_params(hyperparameters(study.config_of(trial))),
+        table=trial.table,
         status=trial.status,
         error_message=trial.error_message,
         rung=trial.reached,
@@ -131,10 +154,10 @@ def _trial_row(trial: Trial, space: CombinationSpace, identity: str) -> TrialRow
     )
 
 
-def _analysis_csv(trials: list[Trial], settings: Settings, identity: str) -> str:
+def _analysis_csv(study: Study, settings: Settings, identity: str) -> str:
     """One row per trial, with Ray Tune's columns; an iteration is a rung."""
     rows: list[dict[str, object]] = []
-    for trial in trials:
+    for trial in study.trials:
         last = trial.last if trial.rungs else None
         iterations = None if trial.reached is None else trial.reached + 1
         finished = None if trial.finished is None else datetime.fromtimestamp(trial.finished)
@@ -142,12 +165,14 @@ def _analysis_csv(trials: list[Trial], settings: Settings, identity: str) -> str
             {
                 "trial_id": trial_id(identity, trial.number),
                 "training_iteration": iterations,
-                "combined_score": last and objective_value(settings.objective, last.error, last.density),
+                "combined_score": last and objective_value(settings.objective, last.error, study.ranking.spent(last)),
                 "error": last and last.error,
                 "density": last and last.density,
+                "kv_fraction": last and last.kv_fraction,
                 "score": trial.rungs[3].score if 3 in trial.rungs else None,
                 "rung": trial.reached,
                 "pruned_at": trial.pruned_at,
+                "head_budgets": trial.table and trial.table.by,
                 "status": trial.status,
                 "time_this_iter_s": None if trial.reached is None else trial.rungs[trial.reached].seconds,
                 "time_total_s": trial.seconds,

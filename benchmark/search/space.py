@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmark.storage.records import Params
@@ -27,12 +27,15 @@ class CombinationSpace:
     end in its position, for example `oracletopk_heavy_size_4`.
     """
 
-    def __init__(self, template: ResearchAttentionConfig, task_name: str) -> None:
-        """UserError if a config class has a search space for a field that it does not have."""
+    def __init__(
+        self, template: ResearchAttentionConfig, task_name: str, starts: Sequence[ResearchAttentionConfig] = ()
+    ) -> None:
+        """starts: templates of the levels, whose smallest sizes the space holds. UserError if a config class has a search space
+        for a field that it does not have."""
         self.template = template
         self.domains: Domains = {}
         self._fields: dict[str, tuple[int, str]] = {}  # parameter -> (index of its masker, field)
-        for index, masker in enumerate(template.masker_configs):
+        for index, masker in enumerate([] if template.fixed else template.masker_configs):
             fields = {field.name for field in dataclasses.fields(masker)}
             for field, domain in type(masker).get_search_space(task_name).items():
                 if field not in fields:
@@ -42,7 +45,7 @@ class CombinationSpace:
                 name = parameter_name(type(masker), field)
                 if name in self._fields:
                     name = f"{name}_{index + 1}"
-                self.domains[name] = domain
+                self.domains[name] = _reaching(domain, [getattr(start.masker_configs[index], field) for start in starts])
                 self._fields[name] = (index, field)
 
     def ray_space(self) -> Domains:
@@ -75,6 +78,14 @@ class CombinationSpace:
         ]
         del record["type"]
         return [*maskers, record] if record else maskers
+
+
+def _reaching(domain: Any, starts: list[Any]) -> Any:
+    """The domain of a size, begun lower where a template starts below it: at 0.5% sizes are below what 5% needs."""
+    lowest = min((start for start in starts if isinstance(start, float)), default=None)
+    if isinstance(domain, LogUniform) and lowest is not None and 0 < lowest < domain.low:
+        return LogUniform(lowest / 2, domain.high)
+    return domain
 
 
 def parameter_name(config_class: type[MaskerConfig], field: str) -> str:

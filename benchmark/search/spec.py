@@ -16,6 +16,8 @@ from sparse_attention_hub.errors import UserError
 
 #: Increased when the meaning of a search's files changes, so that older results are not reused.
 FORMAT = 4
+#: Increased when head budgets are fitted in another way. Searches without them (--head-budgets off) keep their identity.
+FIT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class StudySpec:
         return [result_key(self.model, self.task, level.name) for level in self.levels]
 
     def space(self) -> CombinationSpace:
-        return CombinationSpace(self.levels[0].template, self.task)
+        return CombinationSpace(self.levels[0].template, self.task, [level.template for level in self.levels])
 
     def journal_identity(self, settings: Settings, samples: str) -> str:
         """A hash of everything but its parameters that determines an evaluation, with the versions of engine and maskers.
@@ -52,6 +54,7 @@ class StudySpec:
                 "sparse_from": settings.sparse_from,
                 "place": device_and_dtype(settings),
                 "backends": [settings.attention_backend, settings.dense_backend],
+                **({} if settings.budget_on == "density" else {"budget_on": settings.budget_on}),
             }
         )
 
@@ -65,6 +68,7 @@ class StudySpec:
                 "levels": [(level.name, level.budget, level.template.to_dict()) for level in self.levels],
                 "space": {name: repr(domain) for name, domain in self.space().domains.items()},
                 "settings": [settings.seed, objective, *limits],
+                **({} if settings.head_budgets == "off" else {"head_budgets": [settings.head_budgets, FIT_VERSION]}),
             }
         )
 

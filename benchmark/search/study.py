@@ -2,7 +2,8 @@
 
 The rungs: every configuration is replayed on a few rows and layers (rung 0); those near the best of a level, at most a tenth,
 are promoted to the full replay (1); of these at most six finalists are confirmed by a forced forward (2) and by real generation
-with the task's own score (3). One configuration that is much better than all others is promoted alone.
+with the task's own score (3). One configuration that is much better than all others is promoted alone. After the full replays,
+head budgets are fitted for the best configuration of each level; it competes with them as one more finalist.
 
 A forced forward may measure a higher density than the replay, so that a finalist no longer fits its level. Therefore each
 level may confirm up to three more configurations: while its confirmed ones have a clearly larger replayed error than an
@@ -19,17 +20,28 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from benchmark.search.proposals import BATCH, Proposals
+from benchmark.search.ranking import Ranking, alive, error_of
 from benchmark.search.space import CombinationSpace
-from benchmark.search.trial import RUNGS, Evaluator, Level, Progress, TrialTimeout, objective_value, plain_params
-from benchmark.stats import sign_test
-from benchmark.storage.records import read_lines, to_json
+from benchmark.search.trial import RUNGS, Evaluator, Level, Progress, plain_params
+from benchmark.storage.records import BudgetOn, read_lines, to_json
 from benchmark.storage.results import Journal
-from benchmark.storage.search_records import Best, Evaluation, EvaluationRecord, StudyLine, Trial
+from benchmark.storage.search_records import (
+    Best,
+    Evaluation,
+    EvaluationRecord,
+    FitRecord,
+    FittedTable,
+    HeadBudgetTable,
+    StudyLine,
+    Trial,
+)
 from benchmark.workers.errors import BrokenDeviceError, check_device, is_transient
+from benchmark.workers.limits import TimeLimitError
 from sparse_attention_hub import ResearchAttentionConfig
 from sparse_attention_hub.errors import UserError, quoted
 
@@ -38,13 +50,8 @@ PROMOTED_SHARE = 0.1
 #: Configurations in one pass of full replay, which computes and sorts the scores of all rows once: half of what a pass over 8
 #: top-k configurations takes at 4k.
 FULL_REPLAY_BATCH = 32
-DENSITY_SLACK = 1.05
-DENSITY_MARGIN = 0.995
-ERROR_SLACK = 1.2
-CLEARLY = 1.1  # replay cannot rank two configurations whose errors differ by a smaller ratio
 MAX_REFILLS = 3
 MAX_DUPLICATES = 24
-SIGNIFICANT = 0.05
 
 #: The outcome of an evaluation: its figures, None if one is not a finite number, or why it failed.
 _Found = Evaluation | Exception | str | None
@@ -64,13 +71,17 @@ class Study:
         timeout: float,
         seed: int,
         objective: str = "default",
+        budget_on: BudgetOn = "density",
+        head_budgets: str = "off",
     ) -> None:
         self.space, self.levels, self.evaluator, self.journal = space, levels, evaluator, journal
         self.num_samples, self.timeout, self.seed, self.objective = num_samples, timeout, seed, objective
+        self.ranking, self.head_budgets = Ranking(levels, objective, budget_on), head_budgets
         self.trials: list[Trial] = []
         # Trials whose rung 0 was in the journal, and the time that all evaluations in the journal took.
         self.known_trials, self.known_seconds = 0, 0.0
         self._known: dict[str, EvaluationRecord] = {}
+        self._known_fits: dict[str, FitRecord] = {}
         self._retried: set[str] = set()  # keys of evaluations that had a transient failure before
         self._broke: Counter[str] = Counter()  # how often a device broke during the evaluation with this key
 
@@ -95,6 +106,10 @@ class Study:
                     self._retried.add(record.key)
                 elif record.limit in (None, self.timeout):
                     self._known[record.key] = record
+            if line.fit is not None and line.fit.transient:
+                self._retried.add(line.fit.key)
+            elif line.fit is not None:
+                self._known_fits[line.fit.key] = line.fit
             self._broke.update(line.broke)
 
     # -- rung 0 ------------------------------------------------------------------------------------------------------
@@ -115,29 +130,36 @@ class Study:
                     fresh.append(seen[name])
             self._run_batch(fresh, 0)
             answers = [seen[_canonical(params)] for params in asked]
-            proposals.tell([trial.rungs[0] if trial.status == "completed" else None for trial in answers])
-            moved = any(_moves_front(trial, before) for trial in fresh)
+            proposals.tell([self._proposed(trial) if trial.status == "completed" else None for trial in answers])
+            moved = any(self.ranking.moves_front(trial, before) for trial in fresh)
             since_moved = 0 if moved else since_moved + len(asked)
             yield self.progress("search")
             if all(trial.status == "timeout" for trial in self.trials):
                 return  # none of the first batch, which holds the templates, ends in time: nor will others
 
-    def _new_trial(self, params: Mapping[str, Any]) -> Trial:
-        trial = Trial(number=len(self.trials), params=plain_params(params))
+    def _proposed(self, trial: Trial) -> Evaluation:
+        """The figures that proposals go by: their density is what a budget limits."""
+        figures = trial.rungs[0]
+        return figures.model_copy(update={"density": self.ranking.spent(figures)})
+
+    def _new_trial(self, params: Mapping[str, Any], table: HeadBudgetTable | None = None) -> Trial:
+        trial = Trial(number=len(self.trials), params=plain_params(params), table=table)
         self.trials.append(trial)
         return trial
 
     # -- the higher rungs --------------------------------------------------------------------------------------------
 
     def _climb(self) -> Iterator[Progress]:
-        rung0 = self._alive(0)
+        rung0 = alive(self.trials, 0)
         limit = max(MAX_FINALISTS, math.ceil(PROMOTED_SHARE * len(rung0)))
-        promoted = self._promote(rung0, 0, limit)
+        promoted = self.ranking.promote(rung0, 0, limit)
         yield from self._ascend(promoted, (1,))
-        finalists = self._promote([t for t in promoted if t.status == "completed"], 1, MAX_FINALISTS)
+        replayed = alive(promoted, 1)
+        finalists = self.ranking.promote(replayed, 1, MAX_FINALISTS)
+        finalists += yield from self._uneven(replayed)
         yield from self._ascend(finalists, (2, 3))
         for _ in range(MAX_REFILLS):
-            yield from self._ascend(self._refills(), (1, 2, 3))
+            yield from self._ascend(self.ranking.refills(self.trials), (1, 2, 3))
         for trial in self.trials:
             if trial.status == "completed" and trial.reached is not None and trial.reached < len(RUNGS) - 1:
                 trial.pruned_at = trial.reached
@@ -150,60 +172,62 @@ class Study:
                 self._run_batch(waiting[start : start + size], rung)
                 yield self.progress(RUNGS[rung])
 
-    def _refills(self) -> list[Trial]:
-        """For each level whose confirmed trials are clearly worse than one that is expected to fit: that one."""
-        chosen: list[Trial] = []
-        for level in self.levels:
-            confirmed = [t for t in self._alive(3) if _fits(t.last.density, level)]
-            better: list[tuple[int, float, int]] = []
-            for trial in self._alive(0):
-                rung = min(1, trial.reached or 0)
-                value = self._value(trial.rungs[rung], level)
-                confirmed_value = min((self._value(t.rungs[rung], level) for t in confirmed), default=math.inf)
-                if 2 not in trial.rungs and _fits(self._expected_density(trial), level) and CLEARLY * value < confirmed_value:
-                    better.append((-rung, value, trial.number))
-            if better and (best := self.trials[min(better)[2]]) not in chosen:
-                chosen.append(best)
-        return chosen
+    def _uneven(self, replayed: list[Trial]) -> Generator[Progress, None, list[Trial]]:
+        """One more finalist per level: the level's best trial with head budgets that were fitted to it, if these have a smaller
+        replayed error."""
+        bases: dict[int, Level] = {}  # number of a trial -> the level that it is the best of
+        for level in self.levels if self.head_budgets != "off" else ():
+            best = self.ranking.ordered(replayed, 1, level)[:1]
+            if level.budget is not None and not level.template.fixed and best and self.ranking.fits(best[0].rungs[1], level):
+                bases.setdefault(best[0].number, level)
+        if not bases:
+            return []
+        fit = self._fit([self.trials[number] for number in bases])
+        if fit.error_message is not None:
+            failed = self._new_trial(self.trials[next(iter(bases))].params)
+            failed.status, failed.transient = "failed", fit.transient
+            failed.error_message = f"fitting head budgets: {fit.error_message}"
+        uneven = []
+        for (number, level), table in zip(bases.items(), fit.tables, strict=True):
+            if table is not None:
+                own = HeadBudgetTable(level=level.name, base=number, **dict(table))
+                uneven.append(self._new_trial(self.trials[number].params, own))
+        yield from self._ascend(uneven, (0, 1))
+        return [
+            trial
+            for trial in alive(uneven, 1)
+            if trial.table is not None and error_of(trial.rungs[1]) < error_of(self.trials[trial.table.base].rungs[1])
+        ]
 
-    def _expected_density(self, trial: Trial) -> float:
-        """The density that a forced forward would measure: the replayed one times the largest increase measured so far."""
-        if 2 in trial.rungs:
-            return trial.last.density
-        rung = min(1, trial.reached or 0)
-        added = max((t.rungs[2].density / t.rungs[rung].density for t in self._alive(2)), default=1.0)
-        return trial.last.density * max(1.0, added)
-
-    def _alive(self, rung: int) -> list[Trial]:
-        return [trial for trial in self.trials if trial.status == "completed" and rung in trial.rungs]
-
-    def _promote(self, trials: Sequence[Trial], rung: int, limit: int) -> list[Trial]:
-        """Trials near the best of some level: density at most 1.05 x its budget, error at most 1.2 x its best error. The best
-        of each level first, then the second best of each, up to `limit`.
-
-        Trials within the budget precede those slightly above it, which a higher rung may find to fit: otherwise all finalists
-        of a level could end slightly above its budget.
-        """
-        queues: list[list[Trial]] = []
-        for level in self.levels:
-            budget = level.budget or 1.0
-            near = [t for t in trials if t.rungs[rung].density <= DENSITY_SLACK * budget]
-            near.sort(
-                key=lambda t: (t.rungs[rung].density > DENSITY_MARGIN * budget, self._value(t.rungs[rung], level), t.number)
-            )
-            if not near:
-                # No configuration meets this budget: the closest one is confirmed, and reported with meets_budget false.
-                near = sorted(trials, key=lambda t: (t.rungs[rung].density, t.number))[:1]
-            best = _error(near[0].rungs[rung]) if near else 0.0
-            queues.append([t for t in near if _error(t.rungs[rung]) <= ERROR_SLACK * best or level.budget is None])
-        chosen: list[Trial] = []
-        while len(chosen) < limit and any(queues):
-            for queue in queues:
-                while queue and queue[0] in chosen:
-                    queue.pop(0)
-                if queue and len(chosen) < limit:
-                    chosen.append(queue.pop(0))
-        return chosen
+    def _fit(self, bases: list[Trial]) -> FitRecord:
+        """Head budgets for each of these trials, from the journal where possible."""
+        by = self.head_budgets
+        key = json.dumps(["fit", by, [_canonical(trial.params) for trial in bases], self.evaluator.key])
+        if key in self._known_fits:
+            self.known_seconds += self._known_fits[key].seconds
+            return self._known_fits[key]
+        started = time.perf_counter()
+        tables: list[FittedTable | None] = [None] * len(bases)
+        problem, transient = None, False
+        if self._broke[key]:
+            problem = "broke its device"
+        else:
+            try:
+                configs = [self.config_of(trial) for trial in bases]
+                tables = [
+                    found and FittedTable(by=by, strength=found.strength, held_out=found.held_out, factors=found.table)
+                    for found in self.evaluator.fit_head_budgets(configs, by, self.timeout)
+                ]
+            except UserError:
+                raise
+            except Exception as error:
+                self._check_device(error, [key])
+                problem = f"{type(error).__name__}: {quoted(error, 500)}"
+                transient = is_transient(error) and key not in self._retried
+        seconds = time.perf_counter() - started
+        fit = FitRecord(key=key, tables=tables, error_message=problem, transient=transient, seconds=seconds)
+        self.journal.append(to_json(StudyLine(fit=fit)))
+        return fit
 
     # -- evaluating --------------------------------------------------------------------------------------------------
 
@@ -218,12 +242,12 @@ class Study:
                 self.known_trials += rung == 0
                 self.known_seconds += trial.rungs[rung].seconds if rung in trial.rungs else 0.0
             elif trial.seconds >= self.timeout:
-                self._write([trial], rung, [TrialTimeout()])
+                self._write([trial], rung, [TimeLimitError()])
             elif self._broke[key] > 1:
                 self._write([trial], rung, ["broke its device twice, the second time alone"])
             else:
                 try:
-                    waiting.append((trial, self.space.build(trial.params)))
+                    waiting.append((trial, self.config_of(trial)))
                 except ValueError as error:
                     self._write([trial], rung, [str(error)])
         if not waiting:
@@ -238,17 +262,21 @@ class Study:
             except UserError:  # concerns the whole study
                 raise
             except Exception as error:
-                try:
-                    check_device(error)
-                except BrokenDeviceError:
-                    self.journal.append(to_json(StudyLine(broke=keys)))
-                    raise
+                self._check_device(error, keys)
                 found = [error] if len(batch) == 1 else None
         if found is None:
             for trial in batch:
                 self._run_batch([trial], rung)
         else:
             self._write(batch, rung, found)
+
+    def _check_device(self, error: Exception, keys: list[str]) -> None:
+        """BrokenDeviceError if the error means that the device is broken; the journal then says what was running."""
+        try:
+            check_device(error)
+        except BrokenDeviceError:
+            self.journal.append(to_json(StudyLine(broke=keys)))
+            raise
 
     def _write(self, trials: list[Trial], rung: int, found: Sequence[_Found]) -> None:
         """Write what was found for each trial to the journal, and enter it into the trials. One line: a batch was evaluated in
@@ -272,7 +300,7 @@ class Study:
         )
         if isinstance(found, Evaluation) and trial.seconds + found.seconds <= self.timeout:
             record.status, record.evaluation = "completed", found
-        elif isinstance(found, Evaluation | TrialTimeout):
+        elif isinstance(found, Evaluation | TimeLimitError):
             late = f"took longer than {self.timeout:g} s over its rungs (--search-timeout), before the end of {RUNGS[rung]}"
             record.status, record.limit = "timeout", self.timeout
             record.error_message = f"{late}: raise it, or lower --search-max-requests"
@@ -284,38 +312,25 @@ class Study:
         return record
 
     def _journal_key(self, trial: Trial, rung: int) -> str:
-        return json.dumps([_canonical(trial.params), rung, self.evaluator.key])
+        own = [] if trial.table is None else [trial.table.factors]
+        return json.dumps([_canonical(trial.params), rung, self.evaluator.key, *own])
 
-    # -- choosing ----------------------------------------------------------------------------------------------------
-
-    def _value(self, figures: Evaluation, level: Level) -> float:
-        """The value minimised at a level: the error under a budget, the objective without one."""
-        if level.budget is None:
-            return objective_value(self.objective, figures.error, figures.density)
-        return _error(figures)
+    # -- results -----------------------------------------------------------------------------------------------------
 
     def best(self) -> list[Best]:
-        """The best of each level: the smallest confirmed error within the budget, among finalists whose score is not
-        significantly worse than the best finalist's on the same samples. Where no confirmed trial fits, the smallest error
-        among trials that fit on their highest rung, those that a forced forward is expected to keep within the budget first.
-        A level without an evaluated trial is left out."""
-        found: list[Best] = []
-        measured = self._alive(0)
-        for level in self.levels if measured else []:
-            fits = [t for t in measured if _fits(t.last.density, level)]
-            if fits:
-                candidates = _not_worse([t for t in fits if 3 in t.rungs]) or fits
-                chosen = min(
-                    candidates,
-                    key=lambda t: (not _fits(self._expected_density(t), level), self._value(t.last, level), t.number),
-                )
-            else:
-                chosen = min(self._alive(3) or measured, key=lambda t: (t.last.density, t.number))
-            confirmed = 3 in chosen.rungs
-            found.append(
-                Best(level=level.name, budget=level.budget, trial=chosen.number, meets_budget=bool(fits), confirmed=confirmed)
-            )
-        return found
+        """The best of each level; see Ranking.best."""
+        return self.ranking.best(self.trials)
+
+    def best_even(self) -> dict[str, Best]:
+        """Level -> its best trial without a table, for the levels that a table was fitted for."""
+        levels = {trial.table.level for trial in self.trials if trial.table is not None}
+        even = [trial for trial in self.trials if trial.table is None]
+        return {best.level: best for best in self.ranking.best(even) if best.level in levels}
+
+    def config_of(self, trial: Trial) -> ResearchAttentionConfig:
+        """A trial's configuration. ValueError where a masker config refuses its values."""
+        config = self.space.build(trial.params)
+        return config if trial.table is None else replace(config, head_budgets=trial.table.factors)
 
     def problem(self) -> str | None:
         """Why levels have no best configuration; None if all have one."""
@@ -325,7 +340,7 @@ class Study:
         return f"nothing found for {', '.join(level.name for level in self.levels)}: {first}"
 
     def progress(self, stage: str) -> Progress:
-        alive = self._alive(0)
+        measured = alive(self.trials, 0)
         return Progress(
             stage,
             trials=len(self.trials),
@@ -333,7 +348,7 @@ class Study:
             failed=sum(trial.status != "completed" for trial in self.trials),
             rungs=tuple(sum(rung in trial.rungs for trial in self.trials) for rung in range(len(RUNGS))),
             best={
-                level.name: min((_error(t.last) for t in alive if _fits(t.last.density, level)), default=None)
+                level.name: min((error_of(t.last) for t in measured if self.ranking.fits(t.last, level)), default=None)
                 for level in self.levels
             },
         )
@@ -345,41 +360,6 @@ def _settle(trial: Trial, record: EvaluationRecord) -> None:
     trial.transient = record.transient
     if record.evaluation is not None:
         trial.rungs[record.rung] = record.evaluation
-
-
-def _not_worse(trials: list[Trial]) -> list[Trial]:
-    """Confirmed trials whose sample scores are not significantly below the best-scoring trial's (sign test on the same samples);
-    all where a score is missing."""
-    scores = [t.rungs[3].sample_scores for t in trials]
-    if not trials or None in scores:
-        return trials
-    leader = max(trials, key=lambda t: (t.rungs[3].score or 0.0, -_error(t.last)))
-    kept = []
-    for trial, own in zip(trials, scores, strict=True):
-        pairs = list(zip(own or [], leader.rungs[3].sample_scores or [], strict=True))
-        worse, better = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
-        if worse <= better or (sign_test(better, worse) or 0.0) >= SIGNIFICANT:
-            kept.append(trial)
-    return kept
-
-
-def _moves_front(trial: Trial, before: list[Trial]) -> bool:
-    """Whether no earlier trial has both an error and a density within 1% of this one's or below."""
-    if 0 not in trial.rungs:
-        return False
-    own = trial.rungs[0]
-    earlier = [other.rungs[0] for other in before if 0 in other.rungs]
-    return not any(_error(e) <= 1.01 * _error(own) and e.density <= 1.01 * own.density for e in earlier)
-
-
-def _error(figures: Evaluation) -> float:
-    """The error on a rung that measures it."""
-    assert figures.error is not None
-    return figures.error
-
-
-def _fits(density: float, level: Level) -> bool:
-    return level.budget is None or density <= level.budget
 
 
 def _canonical(params: Mapping[str, Any]) -> str:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
 
 from benchmark.plugins import load_plugins
-from benchmark.search.limits import memory_limit
 from benchmark.search.output import write_level_files
-from benchmark.search.spec import Report, StudyWork
+from benchmark.search.spec import Report, StudySpec, StudyWork
 from benchmark.search.study import Study
 from benchmark.search.trial import Progress
 from benchmark.storage.results import Journal
 from benchmark.workers.errors import BROKEN_DEVICE, BrokenDeviceError
+from benchmark.workers.limits import memory_limit
 from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.maskers.base import masker_class
 
 if TYPE_CHECKING:
     from benchmark.search.evaluator import TraceEvaluator
@@ -64,7 +67,7 @@ class StudyTrainable(tune.Trainable):
             if not evaluator.traces:
                 size = f"{len(evaluator.samples)} traces, at most {evaluator.trace_bytes / 1e6:.0f} MB"
                 yield Progress(f"{size}: recording those that do not exist yet", announce=True)
-                for line in evaluator.record():
+                for line in evaluator.record(_observed(spec)):
                     yield Progress(line)
             study = Study(
                 spec.space(),
@@ -75,6 +78,8 @@ class StudyTrainable(tune.Trainable):
                 timeout=settings.search_timeout,
                 seed=settings.seed,
                 objective=settings.objective,
+                budget_on=settings.budget_on,
+                head_budgets=settings.head_budgets,
             )
             with memory_limit(evaluator.lm.device):
                 yield from study.run()
@@ -88,11 +93,18 @@ class StudyTrainable(tune.Trainable):
         self._problem = study.problem()
 
 
+def _observed(spec: StudySpec) -> frozenset[str]:
+    """What the study's configurations choose by, of the contexts' queries."""
+    configs = [config for level in spec.levels for config in level.template.masker_configs]
+    return frozenset(part for config in configs for part in masker_class(config).observes)
+
+
 class SearchProgress(tune.Callback):
     """Reports the progress of studies and collects each one as soon as it finishes.
 
     collect: takes a finished study's work and the problem that its worker met, and returns why the study failed, or None.
-    finished: names of studies whose worker ended. errors: name -> problem of those whose worker failed.
+    finished: names of studies whose worker ended. errors: name -> problem of those whose worker failed. interrupted: whether
+    a signal stopped the run.
     """
 
     def __init__(
@@ -101,6 +113,18 @@ class SearchProgress(tune.Callback):
         self._work, self._report, self._collect = work, report, collect
         self.finished: set[str] = set()
         self.errors: dict[str, str] = {}
+        self.interrupted = False
+
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Note Ctrl-C before Tune's own handler, whose flag Tune no longer reads once the last study has ended."""
+        stop_tune = signal.getsignal(signal.SIGINT)
+
+        def on_interrupt(number: int, frame: FrameType | None) -> None:
+            self.interrupted = True
+            if callable(stop_tune):
+                stop_tune(number, frame)
+
+        signal.signal(signal.SIGINT, on_interrupt)
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
         work, progress = self._work[trial.config["study"]], result["progress"]

@@ -6,17 +6,16 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmark.storage.records import Params
 from benchmark.storage.search_records import Evaluation
 from sparse_attention_hub import ResearchAttentionConfig
 
+if TYPE_CHECKING:
+    from sparse_attention_hub.head_budgets import FittedBudgets
+
 RUNGS = ("replay of some rows and layers", "full replay", "forced forward", "generation")
-
-
-class TrialTimeout(Exception):
-    """An evaluation took longer than its limit."""
 
 
 class Evaluator(Protocol):
@@ -27,7 +26,14 @@ class Evaluator(Protocol):
     def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
         """Evaluations in the order of `configs`; None where a figure is not a finite number.
 
-        TrialTimeout if all of them take longer than timeout * len(configs) seconds.
+        TimeLimitError if all of them take longer than timeout * len(configs) seconds.
+        """
+        ...
+
+    def fit_head_budgets(self, configs: list[ResearchAttentionConfig], by: str, timeout: float) -> list[FittedBudgets | None]:
+        """A table of head budgets for each configuration; None where even budgets do as well, or where none can be fitted.
+
+        by: "layer", "kv_head" or "head". TimeLimitError if it takes longer than timeout * len(configs) seconds.
         """
         ...
 

@@ -28,7 +28,7 @@ def measure_cpu(keys: int, rounds: int, kinds: Iterable[tuple[str, float]]) -> F
         "dense_products": lambda: dense_products(queries, *cache),
         "dense_sdpa": lambda: _dense(queries, *cache),
     }
-    ours = {f"{lists}_{density:.0%}": _step(queries, cache, lists, density, "cpu")[0] for lists, density in kinds}
+    ours = {f"{lists}_{density:.0%}": list_step(queries, cache, lists, density, "cpu")[0] for lists, density in kinds}
     seen = take_turns(dense | ours, rounds)
     torch.set_num_threads(threads)
     figures = {f"cpu_{name}_ms": 1e3 * median(times[name] for times in seen) for name in seen[0]}
@@ -48,7 +48,7 @@ def measure_gpu(lengths: list[int], batch: int, density: float) -> Figures:
         dense = _gpu_seconds(lambda: _dense(queries, *cache))  # noqa: B023 (called at once)
         figures[f"gpu_{keys}_dense_us"] = 1e6 * dense
         for name in ("own", "shared"):
-            step, entries = _step(queries, cache, name, density, "triton")
+            step, entries = list_step(queries, cache, name, density, "triton")
             seconds = _gpu_seconds(step)
             read = entries * (4 + 2 * 2 * DIM)  # bytes: the key's index, the key and the value
             figures[f"gpu_{keys}_{name}_us"] = 1e6 * seconds
@@ -79,7 +79,7 @@ def _dense(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(queries.view(queries.shape[0], KV_HEADS, -1, DIM), keys, values)
 
 
-def _step(queries: Tensor, cache: tuple[Tensor, Tensor], lists: str, density: float, backend: str) -> tuple[Step, int]:
+def list_step(queries: Tensor, cache: tuple[Tensor, Tensor], lists: str, density: float, backend: str) -> tuple[Step, int]:
     """(attention over lists of randomly chosen keys, number of list entries)."""
     batch, heads, keys = len(queries), HEADS if lists == "own" else KV_HEADS, cache[0].shape[2]
     order = torch.rand((batch, heads, 1, keys), generator=torch.Generator().manual_seed(1))

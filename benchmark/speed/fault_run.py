@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -77,7 +78,7 @@ class FaultRun:
             self.killed_run(run, kills, seconds / 2)
             self.compare(run)
         time.sleep(5.0)  # the last processes end
-        counted = ("kills", *TARGETS, "SIGKILL", "SIGTERM", "SIGINT", "phase_1", "phase_2", "runs", "starts")
+        counted = ("kills", *TARGETS, "SIGKILL", "SIGTERM", "SIGINT", "phase_1", "phase_2", "runs", "starts", "ignored")
         figures = {name: self.counts[name] for name in (*counted, *WRONG)}
         return figures | {"processes_left": len(processes(self.folder)), "undisturbed_seconds": round(seconds, 1)}
 
@@ -89,7 +90,10 @@ class FaultRun:
         command += [] if phase == "both" else ["--phase", phase]
         with (run / "log").open("ab") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            return subprocess.Popen(command, cwd=run, env=environment, stdout=log, stderr=log, start_new_session=True)
+            heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background programs ignore
+            return subprocess.Popen(
+                command, cwd=run, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=heed
+            )
 
     def killed_run(self, run: Path, kills: int, seconds: float) -> None:
         """Start the program until it ends by itself, or has failed three times. Signals follow each other within `seconds`."""
@@ -104,6 +108,7 @@ class FaultRun:
                 for pid in processes(run):
                     os.kill(pid, signal.SIGKILL)
             code = process.wait()
+            self.counts["ignored"] += stopped and code == 0  # the signal came after the last sample, or was lost
             print(f"{self.counts['kills']} of {kills} kills, exit code {code}", file=sys.stderr, flush=True)
             if code not in (0, *KILLED):
                 failed += 1

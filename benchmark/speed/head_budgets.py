@@ -2,10 +2,12 @@
 
     python benchmark/speed/head_budgets.py [--lengths 1024 4096] [--families oracle_top_k quest] [--requests 3] [--json]
 
-Tables per layer, kv head and query head are fitted on the first half of each task's requests and judged on the other half, and on
-the requests of the other task. Figures are changes of an error, the fitted table's over the even one's at the same density minus
-1: `kv_head_oracle_top_k_10pct` is replayed on held-out requests of all tasks, `..._transfer` on the tasks that the table was not
-fitted on, `forced_...` and `nll_...` are of a forced forward over the dense answers. Exit code 1 if a goal does not hold.
+Tables per layer, kv head and query head are fitted on the first half of each task's requests, as a search fits them, and judged on
+the other half, and on the requests of the other task. Figures are changes of an error, the fitted table's over the even one's at
+the same density minus 1: `kv_head_oracle_top_k_10pct` is replayed on held-out requests of all tasks, `..._transfer` on the tasks
+that the table was not fitted on, `forced_...` and `nll_...` (a difference) are of a forced forward over the dense answers.
+`search_longer` is the CPU time of a search with head budgets over that of one without, minus 1. Exit code 1 if a goal does not
+hold.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import sparse_attention_hub as hub
 from benchmark.speed.common import Figures, report, run_command
-from benchmark.speed.search_setup import search_parser, search_settings, template
+from benchmark.speed.search_setup import new_study, search_parser, search_settings, template
 from sparse_attention_hub import models
 
 if TYPE_CHECKING:
@@ -32,16 +35,26 @@ if TYPE_CHECKING:
     from sparse_attention_hub.head_budgets import Curves
 
 TASKS = ("niah_single_1", "fwe")
-FAMILIES = ("oracle_top_k", "quest", "double_sparsity", "random_sampling")
+FAMILIES = ("oracle_top_k", "quest", "double_sparsity")
 LEVELS = (5, 10, 25)
 QUEST_PAGE = 8
 #: Forced forwards are taken at this level and with these tables only.
 FORCED_LEVEL, FORCED_BY = 10, "kv_head"
+#: Trials per level of the searches that are timed, as in a debug run.
+SEARCH_TRIALS = 12
 
 
 def columns_of(lm: models.LanguageModel) -> dict[str, int]:
     config = lm.model.config
     return {"layer": 1, "kv_head": config.num_key_value_heads, "head": config.num_attention_heads}
+
+
+def curves_of(evaluator: TraceEvaluator, config: hub.ResearchAttentionConfig, which: Sequence[int], rows: int | None) -> Curves:
+    """The curves of a configuration on some of the requests, on at most so many rows of each."""
+    from sparse_attention_hub.head_budgets import replay_curves
+
+    traces, seeds = zip(*[(evaluator.traces[i], evaluator.samples[i].seed) for i in which], strict=True)
+    return replay_curves(traces, [config], layers=evaluator.lm.num_layers, seeds=seeds, most_rows=rows)[0]
 
 
 def replayed(evaluator: TraceEvaluator, which: Sequence[int], config: hub.ResearchAttentionConfig) -> tuple[float, float]:
@@ -78,35 +91,48 @@ def measure_family(
     lm: models.LanguageModel, evaluators: dict[str, TraceEvaluator], family: str, changes: dict[str, list[float]]
 ) -> None:
     """Adds the changes of one family, by name of the figure: one for each task that a table was judged on."""
-    from sparse_attention_hub.head_budgets import even_factor, fit_head_budgets, replay_curves
+    from benchmark.search.evaluator import FIT_ROWS
+    from sparse_attention_hub.head_budgets import even_factor, fit_head_budgets
+    from sparse_attention_hub.models.model_files import complete
 
+    count = len(next(iter(evaluators.values())).samples)
+    fitted_on, held_out = range(count // 2), range(count // 2, count)
     for level in LEVELS:
-        config = template(family, level / 100)
+        config = complete(template(family, level / 100), lm)
         if family == "quest":
             config.masker_configs[-1].page_size = QUEST_PAGE  # type: ignore[attr-defined]
-        curves: dict[str, Curves] = {}
-        for task, evaluator in evaluators.items():
-            seeds = [entry.seed for entry in evaluator.samples]
-            curves[task] = replay_curves(evaluator.traces, config, seeds)
-        count = len(seeds)
-        fitted_on, held_out = range(count // 2), range(count // 2, count)
-        for task in evaluators:
-            own = curves[task].of(fitted_on)
+        judged = {task: curves_of(evaluator, config, held_out, None) for task, evaluator in evaluators.items()}
+        for task, fit_on in evaluators.items():
+            own = curves_of(fit_on, config, fitted_on, FIT_ROWS)
             density = float(own.densities[:, own.unscaled].mean())
             for by, columns in columns_of(lm).items():
-                table, strength = fit_head_budgets(own, density, columns)
-                fitted = replace(config, head_budgets=table)
-                print(f"{family} {level}% {task} by {by}: strength {strength}", file=sys.stderr, flush=True)
+                fit = fit_head_budgets(own, density, columns)
+                fitted = replace(config, head_budgets=fit.table)
+                print(f"{family} {level}% {task} by {by}: strength {fit.strength}", file=sys.stderr, flush=True)
                 for other, evaluator in evaluators.items():
                     error, spent = replayed(evaluator, held_out, fitted)
-                    factor, even = even_factor(curves[other].of(held_out), spent)
+                    factor, even = even_factor(judged[other], spent)
                     name = f"{by}_{family}_{level}pct" + ("" if other == task else "_transfer")
                     changes[name].append(error / even - 1)
                     if level == FORCED_LEVEL and by == FORCED_BY:
-                        flat = replace(config, head_budgets=[[factor]] * len(table))
+                        flat = replace(config, head_budgets=[[factor]] * len(fit.table))
                         (error, nll), (even_error, even_nll) = forced(evaluator, held_out, [fitted, flat])
                         changes[f"forced_{name}"].append(error / even_error - 1)
                         changes[f"nll_{name}"].append(nll - even_nll)
+
+
+def time_searches(evaluator: TraceEvaluator, family: str, recording: float, changes: dict[str, list[float]]) -> None:
+    """Adds how much longer a search takes with head budgets. recording: CPU seconds of its traces."""
+    seconds = {}
+    for by in ("off", "kv_head"):
+        with tempfile.TemporaryDirectory() as folder:
+            study = new_study(family, evaluator, Path(folder), num_samples=SEARCH_TRIALS, seed=0, head_budgets=by)
+            started = time.process_time()
+            for _ in study.run():
+                pass
+            seconds[by] = recording + time.process_time() - started
+    print(f"search of {family}: {seconds}", file=sys.stderr, flush=True)
+    changes["search_longer"].append(seconds["kv_head"] / seconds["off"] - 1)
 
 
 def measure(options: argparse.Namespace) -> Figures:
@@ -120,13 +146,18 @@ def measure(options: argparse.Namespace) -> Figures:
     for length in options.lengths:
         with tempfile.TemporaryDirectory() as folder:
             evaluators = {}
+            recording = {}
             for task in (f"ruler/{length}/{name}" for name in TASKS):
                 sizes = {"search_max_requests": 2 * options.requests, "search_max_context_length": length}
                 settings = search_settings(options, tasks=(task,), **sizes)
                 evaluators[task] = TraceEvaluator(lm, task, settings, Path(folder))
+                started = time.process_time()
                 list(evaluators[task].record())
+                recording[task] = time.process_time() - started
             for family in options.families:
                 measure_family(lm, evaluators, family, changes)
+                if length == options.lengths[0]:  # all is compiled and loaded by then
+                    time_searches(evaluators[task], family, recording[task], changes)
     return {name: fmean(values) for name, values in changes.items()}
 
 
@@ -146,6 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         "kv_head_quest_25pct": -0.12,
         "forced_kv_head_oracle_top_k_10pct": -0.08,
         **{f"forced_kv_head_{family}_10pct": 0.0 for family in FAMILIES[1:]},
+        **{f"nll_kv_head_{family}_10pct": 0.0 for family in FAMILIES},
+        "search_longer": 0.20,
     }
     return report(measure(options), options.json, at_most=at_most, precision=".4g")
 

@@ -23,7 +23,10 @@ from benchmark.speed.common import Figures, new_parser, report, run_command, tak
 
 DENSITY = 0.05
 #: Method -> greatest ratio of its time to that of the dense step.
-GOALS = {"random_sampling": 0.35, "quest": 0.3, "double_sparsity": 0.5, "pq_cache": 0.5}
+GOALS = {
+    **{"random_sampling": 0.35, "quest": 0.3, "double_sparsity": 0.5, "pq_cache": 0.5},
+    **{"landmarks": 1.0, "sparq": 1.0, "clusters": 1.0, "snap_kv": 1.0},
+}
 
 
 def pipelines(folder: Path, keys: int) -> dict[str, list[Any]]:
@@ -31,11 +34,14 @@ def pipelines(folder: Path, keys: int) -> dict[str, list[Any]]:
     import torch
 
     from benchmark.speed.decode_step import DIM, HEADS, KV_HEADS
+    from sparse_attention_hub.maskers.principal_axes import write_axes
 
     generator = torch.Generator().manual_seed(1)
     channels = [torch.randperm(DIM, generator=generator).tolist() for _ in range(HEADS)]
     file = folder / "channels.json"
     file.write_text(json.dumps({"model.layers.0.self_attn.qk_proj": channels}))
+    axes = folder / "axes.safetensors"
+    write_axes({0: torch.eye(DIM).unsqueeze(0)}, axes)
     planes = torch.randn(KV_HEADS, DIM, 32, generator=generator)
     zeros = torch.zeros(KV_HEADS, 32)
     per_query = {"query_matrix": [planes.repeat_interleave(4, 0)], "query_bias": [zeros.repeat_interleave(4, 0)]}
@@ -50,7 +56,14 @@ def pipelines(folder: Path, keys: int) -> dict[str, list[Any]]:
         "double_sparsity": [*ends, hub.DoubleSparsityTopKMaskerConfig(rest, str(file), 16, 4)],
         "hash_attention": [*ends, hub.HashAttentionTopKMaskerConfig(rest, 32, 1, 0, "relu", hat_weights=hash_weights)],
         "pq_cache": [*ends, hub.PQCacheConfig(rest, 2, 6, 10, 128, "euclidean")],
+        "landmarks": [*ends, hub.LandmarksConfig(rest, 16)],
+        "sparq": [*ends, hub.SparqConfig(rest, 0.125)],
+        "loki": [*ends, hub.LokiConfig(rest, str(axes), 0.125)],
+        "clusters": [*ends, hub.ClustersConfig(rest, 32)],
+        "snap_kv": [*ends, hub.SnapKVConfig(rest)],
         "magic_pig": [*ends, hub.MagicPigConfig(lsh_l=36, lsh_k=10)],
+        "socket": [*ends, hub.SocketConfig(rest)],
+        "quest_twilight": [*ends, hub.QuestTopKMaskerConfig(4 * rest, 16), hub.TwilightConfig(0.4)],
         "oracle_top_k": [*ends, hub.OracleTopKConfig(rest)],
         "oracle_top_p": [*ends, hub.OracleTopPMaskerConfig(0.2)],
         "oracle_top_k_adaptive_sampling": [*ends, hub.OracleTopKConfig(rest / 2), adaptive],
@@ -61,7 +74,7 @@ def run(keys: int, repeats: int, only: list[str] | None = None) -> Figures:
     """Medians of each method's milliseconds and of its ratio to the dense step; its density and share of bytes read."""
     import torch
 
-    from benchmark.speed.decode_step import dense_products, tensors
+    from benchmark.speed.decode_step import DIM, HEADS, dense_products, tensors
 
     queries, cache = tensors(1, keys, torch.float32, "cpu")
     figures: Figures = {}
@@ -72,6 +85,10 @@ def run(keys: int, repeats: int, only: list[str] | None = None) -> Figures:
                 continue
             attention = hub.ResearchAttention(hub.ResearchAttentionConfig(configs))
             state = attention.new_state()
+            if attention.observes:
+                last_queries = torch.randn(1, HEADS, 64, DIM)
+                context = hub.AttentionInputs(last_queries, cache[0][:, :, :-1], cache[1][:, :, :-1])
+                state.observe(0, hub.ContextSummary.of(context, attention.observes))
             attention.prepare(cache[0][:, :, :-1], 0, state)
 
             def step(attention: hub.ResearchAttention = attention, state: hub.AttentionState = state) -> hub.AttentionResult:

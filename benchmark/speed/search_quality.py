@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from benchmark.search.evaluator import TraceEvaluator
     from benchmark.storage.search_records import Evaluation
+    from sparse_attention_hub.head_budgets import FittedBudgets
 
 LEVELS = setup.LEVELS
 COMBINATIONS = ("oracle_top_k", "random_sampling", "adaptive_sampling")
@@ -56,6 +57,11 @@ class RungZero:
             found = self.evaluator.evaluate(list(waiting.values()), 0, timeout)
             self._known.update(zip(waiting, found, strict=True))
         return [self._known[repr(config)] for config in configs]
+
+    def fit_head_budgets(
+        self, configs: list[hub.ResearchAttentionConfig], by: str, timeout: float
+    ) -> list[FittedBudgets | None]:
+        return [None for _ in configs]
 
 
 def nsga2(*, seed: int, startup: int) -> optuna.samplers.BaseSampler:

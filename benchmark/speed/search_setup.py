@@ -76,7 +76,9 @@ def random_configs(family: str, count: int, seed: int) -> list[hub.ResearchAtten
     return [space.build({name: domain.sample(random_state=state) for name, domain in domains.items()}) for _ in range(count)]
 
 
-def new_study(family: str, evaluator: Evaluator, folder: Path, *, num_samples: int, seed: int) -> Study:
+def new_study(
+    family: str, evaluator: Evaluator, folder: Path, *, num_samples: int, seed: int, head_budgets: str = "off"
+) -> Study:
     """A study of all LEVELS, without a time limit; its journal is written into the folder."""
     from benchmark.search.space import CombinationSpace
     from benchmark.search.study import Study
@@ -85,7 +87,8 @@ def new_study(family: str, evaluator: Evaluator, folder: Path, *, num_samples: i
 
     levels = [Level(f"{family}_{level}pct", level / 100, template(family, level / 100)) for level in LEVELS]
     space = CombinationSpace(levels[0].template, "task")
-    return Study(space, levels, evaluator, Journal(folder / "journal.jsonl"), num_samples=num_samples, timeout=1e9, seed=seed)
+    sizes: dict[str, Any] = {"num_samples": num_samples, "timeout": 1e9, "seed": seed, "head_budgets": head_budgets}
+    return Study(space, levels, evaluator, Journal(folder / "journal.jsonl"), **sizes)
 
 
 def figures_of(evaluator: Evaluator, configs: Sequence[hub.ResearchAttentionConfig], rung: int) -> list[tuple[float, float]]:

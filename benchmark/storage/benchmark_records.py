@@ -4,15 +4,44 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
-from benchmark.storage.records import AttentionRecord, Count, Failure, Interval, Measured, Params, Record, Text, Versions
+from benchmark.storage.records import (
+    AttentionRecord,
+    BudgetOn,
+    Count,
+    EvenBudgets,
+    Failure,
+    Interval,
+    Measured,
+    Params,
+    Record,
+    Text,
+    Versions,
+)
+
+AnswerStatus = Literal["ok", "failed", "timeout"]
+
+
+def _call(call: list[JsonValue]) -> list[JsonValue]:
+    def is_number(value: JsonValue, low: float, high: float) -> bool:
+        return isinstance(value, int | float) and low <= value <= high
+
+    *figures, moment = call[2:] or [None]
+    known = all(value is None or is_number(value, -1e300, 1e300) for value in figures)
+    if len(call) != 6 or not known or not all(is_number(value, 0, 2e11) for value in (*call[:2], moment)):
+        raise ValueError("a call must be [layer, step, density, error, kv_fraction, unix time]")
+    return call
+
+
+#: A call of `MetricRecorder.calls`.
+MicroCall = Annotated[list[JsonValue], AfterValidator(_call)]
 
 
 class Answer(Record):
     """An answer under one configuration, or its failure. micro: calls of `MetricRecorder`."""
 
-    status: str
+    status: AnswerStatus
     predicted_answer: Text | None = None
     tokens: int | None = None
     stopped: str | None = None
@@ -21,7 +50,7 @@ class Answer(Record):
     error: float | None = None
     kv_fraction: float | None = None
     model_kv_fraction: float | None = None
-    micro: list[list[JsonValue]] = Field(default_factory=list)
+    micro: list[MicroCall] = Field(default_factory=list)
     reference_nll: float | None = None
     reference_error: Text | None = None
     error_message: Text | None = None
@@ -131,6 +160,7 @@ class Scores(Record):
     layers: Count | None = None
     sparse_layers: Count | None = None
     budget: Measured | None
+    budget_on: BudgetOn = "density"
     over_budget: bool | None
     samples: SampleCounts
     seconds: Measured | None
@@ -152,10 +182,12 @@ class FoundBy(Record):
     config_run: Text
     config_file: Text
     budget: float | None
+    budget_on: BudgetOn = "density"
     meets_budget: bool
     error: float
     density: float
     score: float | None
+    even_budgets: EvenBudgets | None = None
     hyperparams: Params
     identity: str
     sparse_from: str
@@ -234,6 +266,7 @@ class RunRecord(Record):
     benchmark_timeout: float
     micro_metrics: str
     thinking: str = "auto"
+    budget_on: BudgetOn = "density"
 
 
 class Summary(Record):

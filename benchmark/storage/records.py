@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
 
@@ -45,6 +45,9 @@ Versions = dict[str, str | None]
 #: An error, a density or a duration. The upper bound leaves room for what tables and plots make of it.
 Figure = Annotated[float, Field(ge=0, le=1e15)]
 Count = Annotated[int, Field(ge=0)]
+#: What a budget limits: the density, or the share of the dense KV bytes; and the figure that it is.
+BudgetOn = Literal["density", "kv"]
+SPENT: dict[BudgetOn, str] = {"density": "density", "kv": "kv_fraction"}
 
 
 class Record(BaseModel):
@@ -69,6 +72,16 @@ class AttentionRecord(Record):
     masker_configs: list[MaskerRecord]
     dense_layers: list[int] = Field(default_factory=list)
     head_budgets: list[list[float]] | None = None
+
+
+class EvenBudgets(Record):
+    """The best trial of a level without head budgets, where some were fitted for it: what these are compared with."""
+
+    trial_id: str
+    error: Figure
+    density: Figure
+    kv_fraction: float | None
+    score: float | None
 
 
 class Failure(Record):

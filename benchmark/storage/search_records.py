@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
-from benchmark.storage.records import AttentionRecord, Count, Figure, Params, Plain, Record, Text, Versions
+from benchmark.storage.records import (
+    SPENT,
+    AttentionRecord,
+    BudgetOn,
+    Count,
+    EvenBudgets,
+    Figure,
+    Params,
+    Plain,
+    Record,
+    Text,
+    Versions,
+)
 
 #: The rung of the forced forward: the last that measures error and density on inputs that all configurations share.
 FORCED = 2
-#: Share of keys that a level may attend to; None for a level without a budget.
+#: Share of keys, or of the dense KV bytes, that a level may use; None for a level without a budget.
 Budget = Annotated[float, Field(gt=0, le=1e3)] | None
 
 
@@ -34,14 +46,40 @@ class Evaluation(_Whole):
     reproduced: float | None = None
     layer_errors: list[Figure] | None = None
     layer_densities: list[Figure] | None = None
+    head_densities: list[list[Figure]] | None = None  # of a configuration with head budgets, as its table has rows and columns
+
+    def spent(self, budget_on: BudgetOn) -> float:
+        """What a budget limits."""
+        value: float | None = getattr(self, SPENT[budget_on])
+        assert value is not None, "this rung did not measure what budgets are on"
+        return value
+
+
+class FittedTable(_Whole):
+    """Head budgets that were fitted. by: one factor per "layer", "kv_head" or "head". strength: 0 = even .. 1 = as fitted.
+    held_out: change of the replayed error against even budgets at the same density, on rows that the table was not fitted on.
+    factors: a row per layer of the model."""
+
+    by: str
+    strength: float
+    held_out: float
+    factors: list[list[float]]
+
+
+class HeadBudgetTable(FittedTable):
+    """The head budgets of a trial. level: what they were fitted for. base: the trial with even budgets that they scale."""
+
+    level: Text
+    base: int
 
 
 class Trial(_Whole):
     """One configuration of a search. transient: its failure is retried on the next run. rungs: figures of each rung.
-    finished: when the highest rung was evaluated, in seconds since 1970."""
+    finished: when the highest rung was evaluated, in seconds since 1970. table: its head budgets, None = even ones."""
 
     number: int
     params: Params
+    table: HeadBudgetTable | None = None
     status: Literal["completed", "failed", "timeout"] = "completed"
     error_message: Text | None = None
     transient: bool = False
@@ -85,7 +123,7 @@ class EvaluationRecord(Record):
 
     key: str
     params: Params
-    rung: int
+    rung: Annotated[int, Field(ge=0, le=3)]
     status: Literal["completed", "failed", "timeout"]
     error_message: Text | None
     evaluation: Evaluation | None
@@ -93,11 +131,31 @@ class EvaluationRecord(Record):
     transient: bool = Field(validation_alias=AliasChoices("transient", "passing"))  # the second in older files
     time: float
 
+    @model_validator(mode="after")
+    def _figures_of_what_is_completed(self) -> Self:
+        if (self.evaluation is None) == (self.status == "completed"):
+            raise ValueError("a completed evaluation has figures, another one has none")
+        if self.evaluation is not None and self.evaluation.error is None and self.rung <= FORCED:
+            raise ValueError("an evaluation by replay or forced forward has an error")
+        return self
+
+
+class FitRecord(Record):
+    """A fit of head budgets in a study's journal: a table, or None, for each trial that it was tried for; or why it failed."""
+
+    key: str
+    tables: list[FittedTable | None]
+    error_message: Text | None
+    transient: bool
+    seconds: Figure
+
 
 class StudyLine(Record):
-    """A line of a study's journal: evaluations of one batch, or the keys of the batch that was running when a device broke."""
+    """A line of a study's journal: evaluations of one batch, a fit of head budgets, or the keys of what was running when
+    a device broke."""
 
     evaluations: list[EvaluationRecord] = Field(default_factory=list)
+    fit: FitRecord | None = None
     broke: list[str] = Field(default_factory=list)
 
 
@@ -135,6 +193,7 @@ class SearchProvenance(Record):
     traces: list[str]
     layers: list[int]
     thinking: str = "auto"
+    head_budgets: str = "off"
     versions: Versions
 
 
@@ -148,11 +207,13 @@ class BestConfig(Record):
     masker_classes: list[str]
     hyperparams: Params
     budget: Budget
+    budget_on: BudgetOn = "density"
     meets_budget: bool
     error: Figure
     density: Figure
     kv_fraction: float | None
     score: float | None
+    even_budgets: EvenBudgets | None = None
     objective: float
     search_time: Figure
     num_trials: Count
@@ -164,12 +225,13 @@ class BestConfig(Record):
 
 
 class TrialRow(Record):
-    """A trial in {..}_trials.json. rung: the highest evaluated. error, density, kv_fraction: of the highest rung up to the
-    forced forward; score: of generation; rungs: figures of every rung."""
+    """A trial in {..}_trials.json. table: its head budgets. rung: the highest evaluated. error, density, kv_fraction: of the
+    highest rung up to the forced forward; score: of generation; rungs: figures of every rung."""
 
     trial_id: str
     params: Params = Field(alias="config")
     hyperparams: Params | None
+    table: HeadBudgetTable | None = None
     status: Literal["completed", "failed", "timeout"]
     error_message: Text | None
     rung: int | None

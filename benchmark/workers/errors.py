@@ -8,7 +8,7 @@ BROKEN_DEVICE = 70
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 #: Messages of torch, Triton and CUDA's libraries after which no call on the device works.
 _BROKEN_DEVICE = (
-    *("cuda error", "triton error [cuda]", "cublas_status", "cudnn error", "cudnn_status"),
+    *("cuda error", "cuda driver error", "triton error [cuda]", "cublas_status", "cudnn error", "cudnn_status"),
     *("illegal memory access", "device-side assert", "unspecified launch failure"),
 )
 

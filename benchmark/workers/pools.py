@@ -28,9 +28,6 @@ from sparse_attention_hub.errors import UserError
 
 logger = logging.getLogger("benchmark.phase2")
 
-#: GPU workers by default.
-GPU_WORKERS = 4
-
 
 class WorkerDied(Exception):
     """The worker's process ended during a job."""
@@ -89,17 +86,17 @@ class Pool(Protocol):
 
 
 def plan_slots(device: str, limit: int | None) -> list[Slot]:
-    """One slot per GPU, at most GPU_WORKERS; on a CPU one for every two cores. No CUDA context is made in this process.
+    """One slot per GPU; on a CPU one for every two cores. No CUDA context is made in this process.
 
     device: "auto", "cpu", "cuda" (all GPUs), "cuda:N", or "sharded": one worker over all GPUs, for a model that does not
-    fit on one. limit: the number of slots instead of these defaults.
+    fit on one. limit: slots at most on GPUs; on a CPU the number of slots.
     """
     cores = usable_cores()
     gpus = visible_gpus() if device == "auto" or device.startswith(("cuda", "sharded")) else []
     if device == "sharded" or device.startswith("cuda:"):
         return [Slot("worker-0", device, cores)]
     if gpus:
-        chosen = gpus[: limit or GPU_WORKERS]
+        chosen = gpus[:limit]
         threads = max(1, cores // len(chosen))
         return [Slot(f"worker-{i}", "cuda", threads, {"CUDA_VISIBLE_DEVICES": gpu}) for i, gpu in enumerate(chosen)]
     if device in ("auto", "cpu"):

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from benchmark.workers.errors import BrokenDeviceError
-from benchmark.workers.pools import GPU_WORKERS, Job, Slot, WorkerDied, usable_cores
+from benchmark.workers.pools import Job, Slot, WorkerDied, usable_cores
 from benchmark.workers.ray_start import start_ray
 
 #: Seconds after which a Ray actor that has not started counts as crashed.
@@ -39,9 +39,9 @@ class RayActor:
 
 
 class RayPool:
-    """One actor per GPU of the cluster, at most GPU_WORKERS, or one for every two of its CPUs.
+    """One actor per GPU of the cluster, or one for every two of its CPUs.
 
-    address: as for ray.init; "local" starts a cluster on this machine. limit: the number of actors instead of these defaults.
+    address: as for ray.init; "local" starts a cluster on this machine. limit: actors at most on GPUs; on CPUs their number.
     """
 
     def __init__(self, address: str, device: str, limit: int | None) -> None:
@@ -167,7 +167,7 @@ def plan_actors(nodes: list[dict[str, float]], device: str, limit: int | None) -
         most, cores = max(zip(gpus, cpus, strict=True), default=(0, 1))
         return [Slot("actor-0", "sharded", max(1, cores))], {"num_gpus": most}
     if sum(gpus) and device != "cpu":
-        count, cores = min(sum(gpus), limit or GPU_WORKERS), max(1, sum(cpus) // sum(gpus))
+        count, cores = min(sum(gpus), limit or sum(gpus)), max(1, sum(cpus) // sum(gpus))
         return [Slot(f"actor-{i}", "cuda", cores) for i in range(count)], {"num_gpus": 1}
     count = min(max(1, sum(cpus)), limit or max(1, sum(c // 2 for c in cpus)))
     share = max(1, sum(cpus) // count)

@@ -36,6 +36,7 @@ def start_ray(address: str | None, num_cpus: int | None = None) -> bool:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     folder = None
+    _give_home()
     if own:
         folder = short_folder()
         _pass_token()
@@ -81,6 +82,14 @@ def short_folder() -> str | None:
         f"{quoted(wanted)} (RAY_TMPDIR or TMPDIR) is too long for the sockets of Ray, and {', '.join(_SHORT_FOLDERS)} cannot be "
         f"written: set RAY_TMPDIR to a folder of at most {_LONGEST_FOLDER} bytes"
     )
+
+
+def _give_home() -> None:
+    """Ray Tune cannot be imported where the user has no home folder: no HOME, and no entry in the list of users."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"  # as container runtimes do; nothing is written there
 
 
 def _pass_token() -> None:

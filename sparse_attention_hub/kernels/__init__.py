@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from ..lists import uses_loops
@@ -34,8 +35,8 @@ def attend(
     queries (B, H, Q, D), keys and values (B, Hkv, N, D). softcap: logits become softcap * tanh(logit / softcap). sinks (H,): a
     logit a head that joins the denominator. known: scores that the caller has anyway, softcap and bias included; a kernel then
     need not read the keys.
-    Returns (output (B, Q, H, D) in the queries' dtype, log-sum-exp (B, H, Q) in float32 or wider); a row without keys gives 0
-    and, without a sink, -inf.
+    Returns (output (B, Q, H, D), log-sum-exp (B, H, Q)), both float32 or wider; a row without keys gives 0 and, without a sink,
+    -inf.
     backend: "auto" = triton on a GPU, cpu (compiled loops) on a CPU, torch elsewhere and for gradients; the environment variable
     SPARSE_ATTENTION_HUB_BACKEND overrides auto. Raises ValueError for an unknown backend, or one that cannot take these tensors.
     """
@@ -44,10 +45,10 @@ def attend(
     if name == "triton" and not call.known.biased:
         from .triton import attend_triton
 
-        return attend_triton(call)
+        return attend_triton(call, output_dtype=torch.float32)
     output, lse = _attend_cpu(call) if name == "cpu" else attend_reference(call) if name == "reference" else attend_torch(call)
     assert output is not None
-    return output.to(queries.dtype), lse
+    return output, lse
 
 
 def dot(queries: Tensor, keys: Tensor, mask: Mask, scaling: float, softcap: float | None = None) -> Tensor:

@@ -59,15 +59,9 @@ def attend_torch(call: Call) -> tuple[Tensor, Tensor]:
     if mask.shape[2] > 1 or call.known.scores is not None:
         return attend_reference(call)
     lists, heads = mask.lists(), mask.shape[1]
-    units = mask.kv_heads if lists.heads in (1, mask.kv_heads) else heads
-    indices = expand_heads(lists.indices, units)[:, :, 0]  # (B, units, K)
-    padded = indices < 0
-    places = indices.clamp(min=0).long().unsqueeze(-1)
-    own_keys, own_values = (
-        expand_heads(t, units).gather(2, places.expand(-1, -1, -1, t.shape[-1])).masked_fill(padded.unsqueeze(-1), 0.0)
-        for t in (call.keys, values)
-    )
-    probability = (~padded).float() if lists.probability is None else expand_heads(lists.probability, units)[:, :, 0]
+    padded, own_keys, own_values = _listed(mask, call.keys, values)
+    units, given = own_keys.shape[1], lists.probability
+    probability = (~padded).float() if given is None else expand_heads(given, units)[:, :, 0]
     probability = probability.masked_fill(padded, 0.0)
     logits = group_scores(call.queries, own_keys, call.scaling, call.softcap)
     return weigh(logits, expand_heads(probability.unsqueeze(2), heads), own_values, call.sinks)
@@ -75,8 +69,23 @@ def attend_torch(call: Call) -> tuple[Tensor, Tensor]:
 
 def dot_torch(call: Call) -> Tensor:
     """Logits of the mask's keys, in the order of its lists: float32 or wider (B, H, Q, K), -inf on padding."""
-    indices = expand_heads(call.mask.lists().indices, call.mask.shape[1])
-    return call.scores().gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, float("-inf"))
+    heads = call.mask.shape[1]
+    if call.mask.shape[2] == 1 and call.known.scores is None:
+        padded, own_keys = _listed(call.mask, call.keys)
+        logits = group_scores(call.queries, own_keys, call.scaling, call.softcap)
+        return logits.masked_fill(expand_heads(padded, heads).unsqueeze(2), NEVER)
+    indices = expand_heads(call.mask.lists().indices, heads)
+    return call.scores().gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, NEVER)
+
+
+def _listed(mask: Mask, *tensors: Tensor) -> list[Tensor]:
+    """Of a mask of one row: which entries of its lists are padding, bool (B, h, K), and the rows (B, h, K, D) of each tensor
+    (B, Hkv, N, D) that they name, 0 on padding."""
+    units = mask.kv_heads if mask.shared_heads in (1, mask.kv_heads) else mask.shape[1]
+    indices = expand_heads(mask.lists().indices, units)[:, :, 0]
+    padded, places = indices < 0, indices.clamp(min=0).long().unsqueeze(-1)
+    rows = [expand_heads(t, units).gather(2, places.expand(-1, -1, -1, t.shape[-1])) for t in tensors]
+    return [padded, *(own.masked_fill(padded.unsqueeze(-1), 0.0) for own in rows)]
 
 
 def weigh(logits: Tensor, probability: Tensor | None, values: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -100,9 +109,15 @@ def group_scores(queries: Tensor, keys: Tensor, scaling: float, softcap: float |
     """scaling * q.k for all pairs, without repeating keys over the heads of a group: float32 or wider (B, H, Q, N)."""
     batch, heads, rows, dim = queries.shape
     wide = torch.promote_types(queries.dtype, torch.float32)
-    kv_heads = keys.shape[1]
-    grouped = (queries.to(wide) * scaling).reshape(batch, kv_heads, heads // kv_heads * rows, dim)
-    scores = (grouped @ keys.to(wide).transpose(-1, -2)).view(batch, heads, rows, keys.shape[2])
+    kv_heads, total = keys.shape[1:3]
+    shape = (batch, kv_heads, heads // kv_heads * rows, dim)
+    if queries.is_cuda and queries.dtype == keys.dtype != wide and not needs_grad(queries, keys):
+        # 16-bit products summed in float32, without a float32 copy of the keys.
+        own, others = queries.reshape(shape).flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
+        scores = (torch.bmm(own, others, out_dtype=wide) * scaling).view(batch, heads, rows, total)
+    else:
+        grouped = (queries.to(wide) * scaling).reshape(shape)
+        scores = (grouped @ keys.to(wide).transpose(-1, -2)).view(batch, heads, rows, total)
     return scores if not softcap else softcap * torch.tanh(scores / softcap)
 
 

@@ -5,6 +5,7 @@ Scores are of the lowest number of their type where a key is not allowed. Compil
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from ..lists import KeyLists, as_arrays, empty_lists, expand_heads, from_flags, uses_loops
 from ..mask import Mask
+
+#: No rank that `sortable` gives a key that may be chosen is as low as this, the highest rank of -inf.
+NOTHING = -(0x7F800000 << 32) - 1
 
 
 class Order(NamedTuple):
@@ -46,9 +50,9 @@ def choose(
     heads = max(scores.shape[1], mask.shared_heads, sizes.shape[1])
     sizes = expand_heads(sizes.expand(-1, -1, rows), heads).clamp(max=keys)
     width = int(sizes.max()) if sizes.numel() else 0
-    sizes = sizes.to(scores.device)
     if not uses_loops(scores):
-        return _choose_anywhere(scores, mask, sizes, width, allowed)
+        even = sizes.device.type == "cpu" and bool((sizes == width).all())  # known without a wait for the device
+        return _choose_anywhere(scores, mask, heads, width, None if even else sizes.to(scores.device), allowed)
     from ..loops import select
 
     taken, lists = mask.lists()[:2], empty_lists(batch, heads, rows, width)
@@ -73,26 +77,40 @@ def _scores_of_last(scores: np.ndarray, sizes: np.ndarray, lowest: np.generic) -
     return thresholds
 
 
-def _choose_anywhere(scores: Tensor, mask: Mask, sizes: Tensor, width: int, allowed: Tensor | None) -> KeyLists:
-    closed = mask.chosen() if allowed is None else mask.chosen() | ~allowed
-    ranks = expand_heads(sortable(scores), sizes.shape[1])
-    ranks = ranks.masked_fill(expand_heads(closed, sizes.shape[1]), lowest(ranks.dtype))
-    best, indices = ranks.topk(width, dim=-1)
-    unwanted = (torch.arange(width, device=ranks.device) >= sizes.unsqueeze(-1)) | (best == lowest(ranks.dtype))
-    return KeyLists(indices.int().masked_fill(unwanted, -1), (~unwanted).sum(-1, dtype=torch.int32))
+def _choose_anywhere(
+    scores: Tensor, mask: Mask, heads: int, width: int, sizes: Tensor | None, allowed: Tensor | None
+) -> KeyLists:
+    """width: the largest size; sizes (B, h, Q): None if all are equal. Lists have `width` entries, without waiting for counts."""
+    closed = None if mask.is_empty else mask.chosen()
+    if allowed is not None:
+        closed = ~mask.residual(allowed)
+    scores = expand_heads(scores, heads)
+    if closed is not None:
+        scores = scores.masked_fill(expand_heads(closed, heads), lowest(scores.dtype))
+    best, indices = sortable(scores).topk(width, dim=-1, sorted=sizes is not None)
+    found = best > NOTHING
+    if sizes is not None:
+        found &= _count_up(width, scores.device) < sizes.unsqueeze(-1)
+    return KeyLists(torch.where(found, indices, -1).int(), found.sum(-1, dtype=torch.int32))
 
 
 def sortable(scores: Tensor) -> Tensor:
     """int64 numbers that rank as the scores (B, h, Q, N) do, no two alike: of equal scores the most recent key is higher.
 
-    The lowest number where a score is the lowest. int64 scores must be distinct, and are given back as they are.
+    At most NOTHING where a score is the lowest. int64 scores must be distinct, and are given back as they are.
     """
     if scores.dtype == torch.int64:
         return scores
     bits = scores.float().view(torch.int32)
     rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32  # negative numbers fall as their bits rise
-    ranks = rising | torch.arange(scores.shape[-1], device=scores.device)
-    return ranks.masked_fill_(scores == lowest(scores.dtype), lowest(torch.int64))
+    return rising | _count_up(scores.shape[-1], scores.device)
+
+
+@lru_cache(maxsize=16)
+def _count_up(length: int, device: torch.device) -> Tensor:
+    """0, 1, 2, ... int64, made once for all layers of a step."""
+    with torch.inference_mode(False):
+        return torch.arange(length, device=device)
 
 
 def order_of(scores: Tensor, lengths: Tensor) -> Order:
@@ -138,7 +156,9 @@ def expand_pages(pages: KeyLists, starts: list[int], page: int, allowed: Tensor)
         lists = empty_lists(batch, heads, rows, width * page)
         expand(*as_arrays(pages[:2], np.array(starts), page, allowed[:, 0], lists[:2]))
         return lists
-    first = pages.indices * page + torch.tensor(starts, device=allowed.device, dtype=torch.int32).view(-1, 1, 1, 1)
+    first = pages.indices * page
+    if any(starts):
+        first += torch.tensor(starts, device=allowed.device, dtype=torch.int32).view(-1, 1, 1, 1)
     indices = first.unsqueeze(-1) + torch.arange(page, dtype=torch.int32, device=allowed.device)
     indices = indices.masked_fill((pages.indices < 0).unsqueeze(-1) | (indices >= keys), -1).flatten(3)
     permitted = allowed.expand(-1, indices.shape[1], -1, -1).gather(-1, indices.clamp(min=0).long())

@@ -16,7 +16,7 @@ With TRITON_INTERPRET=1, set before this module is imported, the kernels run on 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,9 +33,41 @@ KERNELS = ("rows", "groups")
 PROGRAMS_PER_PROCESSOR = 4
 MIN_KEYS_PER_SPLIT = 64
 
-#: Bytes of keys and values that `groups` may hold in shared memory (a GPU of compute capability 8.6 or 8.9 has 99 KB).
-SHARED_BYTES = 64 * 1024
-GROUPS_STAGES = 2
+
+class Tile(NamedTuple):
+    """rows and keys that a program of `groups` holds at once, its warps, and the blocks of keys that it loads ahead."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+#: (bytes of a number, dimensions, rows of a kv head) -> the largest tile that keeps its sums in registers and fits into the 99 KB
+#: of shared memory of compute capability 8.6, found by compiling for 8.0, 8.6 and 9.0 (tests/kernels/test_triton_compile.py).
+#: Their speed is not measured.
+TILES = {
+    (2, 64, 16): Tile(16, 64, 4, 2),
+    (2, 64, 32): Tile(32, 64, 4, 2),
+    (2, 64, 64): Tile(64, 64, 4, 2),
+    (2, 128, 16): Tile(16, 64, 4, 2),
+    (2, 128, 32): Tile(32, 64, 8, 2),
+    (2, 128, 64): Tile(64, 64, 8, 1),
+    (2, 256, 16): Tile(16, 64, 8, 1),
+    (2, 256, 32): Tile(32, 64, 8, 1),
+    (2, 256, 64): Tile(64, 32, 8, 1),
+    (4, 64, 16): Tile(16, 64, 8, 2),
+    (4, 64, 32): Tile(32, 64, 8, 2),
+    (4, 64, 64): Tile(64, 32, 8, 2),
+    (4, 128, 16): Tile(16, 32, 4, 2),
+    (4, 128, 32): Tile(32, 16, 4, 2),
+    (4, 128, 64): Tile(64, 16, 8, 2),
+    (4, 256, 16): Tile(16, 16, 4, 2),
+    (4, 256, 32): Tile(16, 16, 4, 2),
+    (4, 256, 64): Tile(16, 16, 4, 2),
+}
+#: For more dimensions than the table has.
+SMALL_TILE = Tile(16, 16, 8, 1)
 
 
 def attend_triton(
@@ -108,16 +140,15 @@ def _launch(
     softcap = call.softcap or 0.0
     weighted, capped = log_weight is not None, softcap > 0
     if kernel == "rows":
-        function, constants = rows_kernel, rows_constants(queries, values, weighted, capped)
+        function, constants, options = rows_kernel, rows_constants(queries, values, weighted, capped), {"num_warps": 4}
         programs = batch * heads * rows
         sizes: tuple[int, ...] = (heads, rows, heads // kv_heads)
-        options = {"num_warps": 4}
     else:
-        function, constants = groups_kernel, groups_constants(queries, values, kv_heads, weighted, capped)
+        function = groups_kernel
+        constants, options = groups_constants(queries, values, kv_heads, weighted, capped)
         tiles = triton.cdiv(heads // kv_heads * rows, constants["BLOCK_R"])
         programs = batch * kv_heads * tiles
         sizes = (kv_heads, rows, heads // kv_heads, tiles)
-        options = {"num_warps": groups_warps(constants), "num_stages": GROUPS_STAGES}
     # Whole blocks per split, and no split without keys.
     chunk = triton.cdiv(width, splits or choose_splits(programs, width, _processors(device)))
     chunk = triton.cdiv(chunk, constants["BLOCK_K"]) * constants["BLOCK_K"]
@@ -145,27 +176,23 @@ def rows_constants(queries: Tensor, values: Tensor, weighted: bool, capped: bool
     return dims | {"BLOCK_K": block_k, "WEIGHTED": weighted, "CAPPED": capped}
 
 
-def groups_constants(queries: Tensor, values: Tensor, kv_heads: int, weighted: bool, capped: bool = False) -> dict[str, Any]:
-    """What `groups_kernel` is compiled for, given the tensors it will read."""
+def groups_constants(
+    queries: Tensor, values: Tensor, kv_heads: int, weighted: bool, capped: bool = False
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """What `groups_kernel` is compiled for, given the tensors it will read, and the compiler's options."""
     dims = _dims(queries, values)
-    bytes_per_key = (dims["BLOCK_D"] + dims["BLOCK_DV"]) * queries.element_size() * GROUPS_STAGES
-    block_k = next((size for size in (64, 32) if size * bytes_per_key <= SHARED_BYTES), 16)
-    # Wider tiles read a key for more rows at once, but keys and values share the registers and the memory with them.
     rows = queries.shape[1] // kv_heads * queries.shape[2]
-    block_r = min(choose_block(rows), block_k)
+    wide, many = max(64, dims["BLOCK_D"], dims["BLOCK_DV"]), min(64, choose_block(rows))
+    tile = TILES.get((queries.element_size(), wide, many), SMALL_TILE)
     # The interpreter's tl.dot multiplies the raw bits of bfloat16 numbers.
     upcast = INTERPRETED and queries.dtype == torch.bfloat16
-    return dims | {"BLOCK_K": block_k, "BLOCK_R": block_r, "WEIGHTED": weighted, "CAPPED": capped, "UPCAST": upcast}
+    own = {"BLOCK_K": tile.keys, "BLOCK_R": tile.rows, "WEIGHTED": weighted, "CAPPED": capped, "UPCAST": upcast}
+    return dims | own, {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def _dims(queries: Tensor, values: Tensor) -> dict[str, int]:
     dim, value_dim = queries.shape[3], values.shape[3]
     return {"D": dim, "DV": value_dim, "BLOCK_D": choose_block(dim), "BLOCK_DV": choose_block(value_dim)}
-
-
-def groups_warps(constants: dict[str, Any]) -> int:
-    """Warps per program of `groups_kernel`: with 4, tiles of 8,192 sums and more do not fit the registers."""
-    return 8 if constants["BLOCK_R"] * constants["BLOCK_DV"] >= 8192 else 4
 
 
 def merge_constants(splits: int, value_dim: int, sinks: bool = False) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Codes of keys: signs packed into words, words compared, table entries summed."""
+"""Codes of keys: signs packed into words, words compared, table entries summed, a few channels multiplied."""
 
 import numpy as np
 
-from .compiled import compiled
+from .compiled import compiled, widen
 
 
 @compiled
@@ -75,3 +75,20 @@ def sum_codes(table, codes, out):
                     own = table[b, h, r, g]
                     for n in range(scores.size):
                         scores[n] += own[keys[n, g]]
+
+
+@compiled
+def score_channels(queries, channels, keys, out):
+    """q.k over some channels of keys (B, h, N, D): queries (B, h, G, r) are given in these channels, (B, h, r); out (B, h, G, N)."""
+    batch, heads, group, total = out.shape
+    key = np.empty(channels.shape[2], queries.dtype)
+    for b in range(batch):
+        for h in range(heads):
+            for n in range(total):
+                for c in range(key.size):
+                    key[c] = widen(keys[b, h, n, channels[b, h, c]])
+                for g in range(group):
+                    score = key[0] * queries[b, h, g, 0]
+                    for c in range(1, key.size):
+                        score += key[c] * queries[b, h, g, c]
+                    out[b, h, g, n] = score

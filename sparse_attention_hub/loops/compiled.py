@@ -15,6 +15,7 @@ from llvmlite import ir
 from numba.core import cgutils, config, event
 from numba.extending import intrinsic, overload
 
+from ..errors import UserError
 from ..user_cache import cache_root
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def _cache_folder() -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return str(folder)
-    except (OSError, RuntimeError):
+    except (OSError, UserError):
         return None
 
 

@@ -23,10 +23,10 @@ def pack(flags, lists):
 
 @compiled
 def join(first, first_counts, first_p, second, second_counts, second_p, keys, lists, counts, probability):
-    """The keys of either list (B, h, Q, K); one in both has p + q - pq. Probabilities are all
-    None, which means certain, or all given."""
+    """The keys of either list (B, h, Q, K); one in both has p + q - pq. Probabilities: None = 1, in the joined list too."""
     batch, heads, rows, width = lists.shape
-    at = np.zeros(keys, np.int32)  # place of a key in the joined list, 1 = the first; 0 = not in it
+    at = np.zeros(keys, np.int64)  # place of a key in the joined list, counted over all rows: no row has to clean up
+    start = 1
     for b in range(batch):
         for h in range(heads):
             i, k = h * first.shape[1] // heads, h * second.shape[1] // heads
@@ -34,26 +34,25 @@ def join(first, first_counts, first_p, second, second_counts, second_p, keys, li
                 own, other, out, count = first[b, i, q], second[b, k, q], lists[b, h, q], first_counts[b, i, q]
                 for t in range(count):
                     out[t] = own[t]
-                    at[own[t]] = t + 1
+                    at[own[t]] = start + t
                 if probability is not None:
                     for t in range(count):
-                        probability[b, h, q, t] = first_p[b, i, q, t]
+                        probability[b, h, q, t] = 1 if first_p is None else first_p[b, i, q, t]
                 for t in range(second_counts[b, k, q]):
-                    place = at[other[t]]
-                    if place == 0:
+                    place = at[other[t]] - start
+                    if place < 0:
                         out[count] = other[t]
                     if probability is not None:
-                        p = second_p[b, k, q, t]
-                        if place == 0:
+                        p = np.float32(1) if second_p is None else second_p[b, k, q, t]
+                        if place < 0:
                             probability[b, h, q, count] = p
                         else:
-                            probability[b, h, q, place - 1] += p - p * probability[b, h, q, place - 1]
-                    count += place == 0
-                for t in range(first_counts[b, i, q]):
-                    at[own[t]] = 0
+                            probability[b, h, q, place] += p - p * probability[b, h, q, place]
+                    count += place < 0
                 for t in range(count, width):
                     out[t] = -1
                 counts[b, h, q] = count
+                start += width
 
 
 @compiled

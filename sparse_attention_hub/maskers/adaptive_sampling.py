@@ -67,6 +67,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
 
     is_sampling = True
     keeps_to_allowed = True
+    score_bytes = (27, 11)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         if self.config.base_rate_sampling == 0:
@@ -80,7 +81,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
             return mask
         wanted = inputs.share_of(left, self.config.base_rate_sampling)
         drawn = inputs.draw(mask, wanted.clamp(min=2))  # one sample has no spread
-        base = inputs.mask(drawn.lists()._replace(probability=None))  # kept for certain
+        base = inputs.mask(drawn.lists()._replace(probability=None), mask)  # kept for certain
         budget = self._budget(inputs, mask, base)
         mask = mask.union(base)
         return mask.union(inputs.draw(mask, budget))
@@ -90,33 +91,32 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         return 0.5 if exact else 0.0  # exact moments read every key
 
     def _budget(self, inputs: AttentionInputs, mask: Mask, base: Mask) -> Tensor:
-        """Draws that the bound needs of the keys that are neither chosen nor base samples: int64 (B, H, Q)."""
+        """Draws that the bound needs of the keys that are neither chosen nor base samples: int64 (B, H, Q) on the CPU."""
         heads, exact = inputs.shape[1], self.config.use_exact_estimation
         static, scores = inputs.log_mass(mask), inputs.scores_at(base)
         top = inputs.highest() if exact else torch.maximum(static, scores.amax(-1))
         top = top.masked_fill(top == NEVER, 0.0)
         samples, counts = (scores - top.unsqueeze(-1)).exp_(), expand_heads(base.counts(), heads)
         rest = expand_heads(inputs.left(mask) - base.counts(), heads)
-        quantile: float | np.ndarray
         if exact:
             outside = expand_heads(mask.union(base).residual(inputs.allowed), heads)
             mean, variance, _ = _moments((inputs.scores() - top.unsqueeze(-1)).exp() * outside, outside, rest)
-            quantile = _student_t(self.config.delta, None)
         else:
             mean, variance, error = _moments(samples, scores > NEVER, counts)
             variance = variance + error
-            quantile = _quantiles(self.config.delta, counts - 1)
         total = (static - top).exp() + samples.sum(-1) + mean * rest
         if inputs.sinks is not None:  # they are part of the denominator, and known exactly
             total = total + (inputs.sinks.to(top.dtype).view(1, -1, 1) - top).clamp(max=80.0).exp()
-        # A few numbers per row: NumPy takes a fraction of torch's time; in float64 no square overflows.
-        spread, whole, left = (t.cpu().numpy().astype(np.float64) for t in (variance.sqrt(), total, rest))
+        # A few numbers per row: one copy from a device, and NumPy takes a fraction of torch's time; in float64 no square overflows.
+        numbers = torch.stack([t.double() for t in (variance.sqrt(), total, rest, counts)])
+        spread, whole, left, drawn = numbers.cpu().numpy()
+        quantile = _student_t(self.config.delta, None) if exact else _quantiles(self.config.delta, drawn - 1)
         # Sampling with replacement would need n0 draws; without, n0 / (1 + n0 / rest) are enough.
         with_replacement = (quantile * spread * left / np.maximum(self.config.epsilon * whole, 1e-30)) ** 2
         needed = with_replacement / (1 + with_replacement / np.maximum(left, 1))
         # At least one draw wherever a key is left: otherwise that key could never be attended, a bias.
         draws = np.minimum(np.maximum(np.ceil(np.nan_to_num(needed)), 1), left)
-        return torch.from_numpy(draws.astype(np.int64)).to(rest.device)
+        return torch.from_numpy(draws.astype(np.int64))
 
 
 def _moments(terms: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,13 +132,13 @@ def _moments(terms: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tens
     return mean, variance, ((fourth - variance.square()).clamp(min=0) / count).sqrt()
 
 
-def _quantiles(delta: float, freedoms: Tensor) -> float | np.ndarray:
+def _quantiles(delta: float, freedoms: np.ndarray) -> float | np.ndarray:
     """`_student_t` for degrees of freedom (B, H, Q), which are often the same for all rows."""
-    least, most = (int(freedom) for freedom in freedoms.aminmax())
+    least, most = int(freedoms.min()), int(freedoms.max())
     if least == most:
         return _student_t(delta, max(least, 1))
-    known, which = np.unique(freedoms.cpu().numpy(), return_inverse=True)
-    return np.array([_student_t(delta, max(freedom, 1)) for freedom in known.tolist()])[which].reshape(freedoms.shape)
+    known, which = np.unique(freedoms, return_inverse=True)
+    return np.array([_student_t(delta, max(int(freedom), 1)) for freedom in known])[which].reshape(freedoms.shape)
 
 
 @lru_cache(maxsize=4096)

@@ -63,17 +63,28 @@ class Masker(ABC, Generic[ConfigT]):
     #: True if `select` reads shapes, positions and inputs.allowed only. The choice of the leading maskers
     #: of this kind is computed once for all calls of equal positions.
     by_position = False
+    #: True if `select` may also drop keys that selectors before it chose; those of `inputs.kept` stay. In a pipeline without a
+    #: selector it is given all allowed keys.
+    narrows = False
+    #: True if how many keys it chooses depends on the layer by design: a search does not judge it by a few layers.
+    varies_by_layer = False
+    #: Bytes that choosing holds at most for each head, query and key, on a GPU and by compiled loops, measured at 5 to 45% of the
+    #: keys: memory is estimated by it.
+    score_bytes = (24, 9)
     #: Raise it when the method chooses differently for the same config: results of other versions are not reused.
     version = 1
     #: Config fields that `fit` and `encode` depend on, None = all. Equal fields share codes.
     code_fields: tuple[str, ...] | None = None
+    #: What of the context's prefill it chooses by: see context_summary.PARTS. Recorded only if a configuration asks for it.
+    observes: tuple[str, ...] = ()
 
     def __init__(self, config: ConfigT) -> None:
         self.config = config
 
     @abstractmethod
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        """The mask with this masker's choice added. Never changes `mask`; never chooses a key outside inputs.allowed."""
+        """The mask with this masker's choice added, or narrowed (see `narrows`). Never changes `mask`; never chooses a key
+        outside inputs.allowed."""
 
     def fit(self, keys: Tensor, allowed: Tensor | None, layer_idx: int) -> Any:
         """Learn from the context's keys (B, Hkv, N, D). allowed: bool (B, N), False on padding; None = all."""
@@ -96,8 +107,7 @@ class Masker(ABC, Generic[ConfigT]):
     def codes(self, inputs: AttentionInputs) -> tuple[Any, Tensor]:
         """(fitted, codes of all keys (B, Hkv, N, ...)), from inputs.state if there is one, else fitted on these keys."""
         state = inputs.state if inputs.state is not None else MaskerState()
-        allowed = None if inputs.layout.all_allowed else inputs.allowed[:, 0, -1]
-        self._extend(inputs.keys, inputs.layer_idx, state, allowed)
+        self._extend(inputs.keys, inputs.layer_idx, state, inputs.layout.known_keys)
         codes, unfilled = state.codes(), inputs.keys[:, :, state.length :]
         if unfilled.shape[2]:
             codes = torch.cat([codes, self.encode(unfilled, state.fitted, inputs.layer_idx)], 2)
@@ -108,7 +118,8 @@ class Masker(ABC, Generic[ConfigT]):
         return once(inputs.cache.call, (self.codes_key(), inputs.state), make)
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
-        """Bytes that choosing reads, as a share of all keys and values: 0.5 = all keys, none of the values."""
+        """Bytes that choosing reads, as a share of all keys and values: 0.5 = all keys, none of the values. Of a masker that
+        narrows: as if it were given all keys; it reads of those that it is given."""
         return 0.0
 
     def _extend(self, keys: Tensor, layer_idx: int, state: MaskerState, allowed: Tensor | None) -> None:

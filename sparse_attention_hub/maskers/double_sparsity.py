@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels.reference import group_scores
@@ -16,7 +17,7 @@ from ..mask import Mask
 from ..search_space import Choice
 from .base import Masker, TopKConfig, check_int, register_masker
 from .channel_file import layer_channels, read_channels
-from .codes import pseudo_quantise
+from .codes import pack_levels, packs, pseudo_quantise, unpack_levels
 from .inputs import AttentionInputs
 
 CHANNEL_SELECTIONS = ("q_proj", "k_proj", "qk_proj")
@@ -70,20 +71,22 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
                 "make one with: python -m sparse_attention_hub.maskers.double_sparsity --model MODEL --out FILE"
             )
         read_channels(config.sorted_channel_file)
-        self._channels: dict[int, Tensor] = {}
+        self._channels: dict[tuple[int, torch.device], Tensor] = {}
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
         return mask.union(inputs.choose_top(scores, mask, self.config.heavy_size))
 
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
-        """Labels of keys (B, Hkv, n, D): (B, Hkv, n, g * c), c channels for each of the g query heads of a kv head."""
+        """Labels of keys (B, Hkv, n, D): (B, Hkv, n, g * c), c channels for each of the g query heads of a kv head, or packed."""
         batch, kv_heads, length, dim = keys.shape
-        channels = self.channels(layer_idx, dim).to(keys.device)
+        channels = self.channels(layer_idx, dim, keys.device)
         if channels.shape[0] % kv_heads:
             raise ValueError(f"the channel file has {channels.shape[0]} heads, which {kv_heads} kv heads do not divide")
         index = channels.view(1, kv_heads, 1, -1).expand(batch, -1, length, -1)
         labels = keys.gather(-1, index).view(batch, kv_heads, length, -1, channels.shape[1])
+        if packs(keys, self.config.label_bits):
+            return pack_levels(labels, self.config.label_bits)
         return pseudo_quantise(labels, self.config.label_bits).flatten(3)
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
@@ -92,24 +95,28 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
         kept = inputs.group_size * (inputs.keys.shape[3] // self.config.group_factor)
         return kept * min(bits, width) / (2 * width * inputs.keys.shape[3])
 
-    def channels(self, layer_idx: int, dim: int) -> Tensor:
+    def channels(self, layer_idx: int, dim: int, device: torch.device) -> Tensor:
         """The kept channels of a layer's query heads, int64 (H, c), c = dim // group_factor."""
-        if layer_idx not in self._channels:
+        place = layer_idx, device
+        if place not in self._channels:
             kept = dim // self.config.group_factor
             if kept == 0:
                 raise ValueError(f"group_factor must be at most the head dimension {dim}, got {self.config.group_factor}")
             path = str(self.config.sorted_channel_file)
-            self._channels[layer_idx] = layer_channels(path, layer_idx, self.config.channel_selection, kept, dim)
-        return self._channels[layer_idx]
+            found = layer_channels(path, layer_idx, self.config.channel_selection, kept, dim)
+            self._channels[place] = found.to(device)
+        return self._channels[place]
 
     def _scores(self, inputs: AttentionInputs) -> Tensor:
         """Approximate logits, float32 (B, H, Q, N)."""
         batch, heads, rows, _ = inputs.shape
         _, labels = self.codes(inputs)
-        channels = self.channels(inputs.layer_idx, inputs.queries.shape[-1]).to(inputs.device)
+        channels = self.channels(inputs.layer_idx, inputs.queries.shape[-1], inputs.device)
         if channels.shape[0] != heads:
             raise ValueError(f"{self.config.sorted_channel_file} is for {channels.shape[0]} query heads, the model has {heads}")
         kept, group = channels.shape[1], inputs.group_size
+        if packs(inputs.keys, self.config.label_bits):
+            labels = unpack_levels(labels, group, kept, self.config.label_bits).flatten(3)
         index = channels.view(1, heads, 1, kept).expand(batch, -1, rows, -1)
         own = pseudo_quantise(inputs.queries.gather(-1, index), self.config.label_bits)
         # Each head's channels stand in a block of their own, zeros in its neighbours': one matrix product scores the group.

@@ -21,6 +21,7 @@ from ..mask import Mask
 from . import base
 from .channel_file import write_channels
 from .inputs import AttentionInputs
+from .principal_axes import principal_axes, write_axes
 
 KEYS = 96
 HEADS = 2
@@ -49,6 +50,10 @@ def example_configs(name: str, folder: Path) -> list[base.MaskerConfig]:
     inputs, channels = example_inputs(), folder / "channels.json"
     order = (inputs.queries.abs().mean((0, 2)) * inputs.keys.std(2)[0]).argsort(-1, descending=True)
     write_channels({"model.layers.0.self_attn.qk_proj": order.tolist()}, channels)
+    axes = folder / "axes.safetensors"
+    write_axes({0: principal_axes(inputs.keys[0])}, axes)
+    heads = folder / "heads.tsv"
+    heads.write_text("1\n0\n")  # two layers of one kv head: the drawn one retrieves
     planes = torch.randn(1, DIM, 32, generator=torch.Generator().manual_seed(0)).repeat(HEADS, 1, 1)
     matrices, biases = [planes], [torch.zeros(HEADS, 32)]
     hashes = {"query_matrix": matrices, "query_bias": biases, "key_matrix": matrices, "key_bias": biases}
@@ -66,12 +71,27 @@ def example_configs(name: str, folder: Path) -> list[base.MaskerConfig]:
         "adaptive_sampling": hub.AdaptiveSamplingMaskerConfig(0.1, 0.3, 0.3, 0, 0),
         "magic_pig": hub.MagicPigConfig(lsh_l=16, lsh_k=5),
         "round_to_pages": hub.RoundToPagesConfig(4),
+        "landmarks": hub.LandmarksConfig(24, 8),
+        "sparq": hub.SparqConfig(12, 0.25),
+        "loki": hub.LokiConfig(12, str(axes), 0.25),
+        "clusters": hub.ClustersConfig(12, 8),
+        "duo_attention": hub.DuoAttentionConfig(0.5, str(heads)),
+        "socket_lsh": hub.SocketConfig(12, lsh_l=20, lsh_k=6),
+        "snap_kv": hub.SnapKVConfig(12, window_size=4, kernel_size=3),
+        "expected_attention": hub.ExpectedAttentionConfig(12),
+        "key_diff": hub.KeyDiffConfig(12),
+        "knorm": hub.KnormConfig(12),
+        "h2o": hub.H2OConfig(12),
+        "tova": hub.TOVAConfig(12),
+        "twilight": hub.TwilightConfig(0.8),
     }
     if name not in own:
         raise UserError(f"{name!r} has no example: add it to example_configs() in sparse_attention_hub/maskers/drawing.py")
     first = [] if name in ("causal", "sink", "local") else [own["sink"], own["local"]]
     if name == "round_to_pages":
         first.append(hub.OracleTopKConfig(4))
+    if name == "twilight":
+        first.append(hub.QuestTopKMaskerConfig(40, 8))
     return [*first, own[name]]
 
 
@@ -82,7 +102,7 @@ def draw(configs: Sequence[base.MaskerConfig], out: Path, title: str) -> None:
     from matplotlib.patches import Patch
 
     inputs = example_inputs()
-    mask = Mask.empty(inputs.shape, kv_heads=inputs.kv_heads)
+    mask = kept = Mask.empty(inputs.shape, kv_heads=inputs.kv_heads)
     before = mask.inclusion_probability()
     allowed = inputs.allowed[0, 0]
     picture = torch.ones(HEADS, KEYS, KEYS, 3)
@@ -90,10 +110,17 @@ def draw(configs: Sequence[base.MaskerConfig], out: Path, title: str) -> None:
     legend = []
     for config in configs:
         masker = base.create_masker(config)
-        mask = masker.select(inputs.for_masker(None), mask)
+        view = inputs.for_masker(None)
+        view.kept = kept
+        mask = masker.select(view, mask)
+        kept = mask if masker.by_position else kept
         after = mask.restrict(inputs.allowed).inclusion_probability()
         name = type(config).__name__.removesuffix("Config").removesuffix("Masker")
         colour = COLOURS.get(name.lower(), OWN if config is configs[-1] else OTHER)
+        if masker.narrows:  # what it drops becomes pale, what it leaves of a selector's choice takes its colour
+            dropped = (before > after)[0].unsqueeze(-1) * 0.75
+            picture = picture * (1 - dropped) + dropped
+            before = kept.inclusion_probability()
         gained = (after - before).clamp(min=0)[0].unsqueeze(-1)
         strength = torch.where(gained > 0, 0.35 + 0.65 * gained, gained)
         picture = picture * (1 - strength) + torch.tensor(colors.to_rgb(colour)) * strength
@@ -114,7 +141,8 @@ def draw(configs: Sequence[base.MaskerConfig], out: Path, title: str) -> None:
 
 
 def _parameters(config: base.MaskerConfig) -> str:
-    values = {k: v for k, v in base.config_to_dict(config)["params"].items() if v is not None and not str(v).endswith(".json")}
+    given = base.config_to_dict(config)["params"]
+    values = {k: v for k, v in given.items() if v is not None and Path(str(v)).suffix not in (".json", ".tsv", ".safetensors")}
     return ", ".join(f"{name}={value}" for name, value in values.items())
 
 

@@ -26,10 +26,13 @@ def hat_weights_for(model_id: str) -> str | None:
 
 
 def hat_config_fields(path: str) -> dict[str, int | str]:
-    """The config fields hat_bits, hat_mlp_layers, hat_mlp_hidden_size and hat_mlp_activation that fit a file of weights."""
+    """The config fields hat_bits, hat_mlp_layers, hat_mlp_hidden_size and hat_mlp_activation that fit a file of weights.
+    ValueError for a file without any."""
     from safetensors import safe_open
 
-    matrices = next(iter(read_hat_weights(path).values()))["query_matrix"]
+    matrices = next(iter(read_hat_weights(path).values()), {}).get("query_matrix", [])
+    if not matrices or any(matrix.dim() != 3 for matrix in matrices):
+        raise ValueError("it must hold query matrices (heads, in, out) of each layer; train others or convert them again")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,9 @@ from .layout import NEVER, Layout
 from .state import MaskerState
 from .uniforms import keyed_uniforms
 
+#: Scores that a block of rows holds at once.
+BLOCK_SCORES = {"cpu": 2**20, "gpu": 2**25}
+
 
 class AttentionInputs:
     """One attention call as maskers see it.
@@ -23,6 +28,7 @@ class AttentionInputs:
     scaling: default D ** -0.5. seeds: of `uniform()`, one per item, default 0. cache: shared with other calls. softcap: scores are
     softcap * tanh(score / softcap). sinks (H,): a logit per head that joins the softmax's denominator; it is never a key.
     latent: numbers of the one latent vector per token that all heads' keys and values are made of (MLA), 0 without one.
+    rows_after: see Layout.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class AttentionInputs:
         softcap: float | None = None,
         sinks: Tensor | None = None,
         latent: int = 0,
+        rows_after: int = 0,
     ) -> None:
         _check(queries, keys, values, attention_mask)
         self.softcap, self.sinks, self.latent = softcap, sinks, latent
@@ -46,14 +53,16 @@ class AttentionInputs:
         #: (B, H, Q, N)
         self.shape: tuple[int, int, int, int] = (*queries.shape[:3], keys.shape[2])
         self.scaling = queries.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        self.layer_idx = layer_idx
+        self.layer_idx, self.rows_after = layer_idx, rows_after
         self.seeds = seeds if seeds is not None else [0] * queries.shape[0]
         self.cache = CallCache() if cache is None else cache
         place = (self.shape, keys.shape[1], queries.device)
-        self.layout = once(self.cache.layouts, place, lambda: Layout(*place, attention_mask))
+        self.layout = once(self.cache.layouts, (*place, rows_after), lambda: Layout(*place, attention_mask, rows_after))
         self.state: MaskerState | None = None
         #: Factors on fractional sizes in this layer, float64 (h,), h = 1, kv heads or H: see head_budgets.py.
         self.factors: Tensor | None = None
+        #: What was chosen by position before the first selector: a masker that narrows keeps it.
+        self.kept: Mask | None = None
 
     def for_masker(self, state: MaskerState | None) -> AttentionInputs:
         """The same call, cached values included, with one masker's own state."""
@@ -61,6 +70,23 @@ class AttentionInputs:
         view.__dict__.update(self.__dict__)
         view.state = state
         return view
+
+    def rows(self, start: int, stop: int) -> AttentionInputs:
+        """The call of query rows [start, stop) alone; without a mask, of the keys up to theirs only."""
+        end, mask = self.shape[3], self.layout.mask
+        if mask is None:
+            end -= self.rows_after + self.shape[2] - stop
+        elif mask.shape[2] > 1:
+            mask = mask[:, :, start:stop]
+        keys, values, place = self.keys[:, :, :end], self.values[:, :, :end], (mask, self.scaling, self.layer_idx)
+        return AttentionInputs(self.queries[:, :, start:stop], keys, values, *place, softcap=self.softcap, sinks=self.sinks)
+
+    def blocks(self) -> Iterator[AttentionInputs]:
+        """The call in blocks of rows, whose scores fit into memory."""
+        batch, heads, rows, keys = self.shape
+        step = max(1, BLOCK_SCORES["cpu" if self.device.type == "cpu" else "gpu"] // (batch * heads * keys))
+        for start in range(0, rows, step):
+            yield self.rows(start, min(start + step, rows))
 
     @property
     def kv_heads(self) -> int:
@@ -100,10 +126,11 @@ class AttentionInputs:
         heads = max(counts.shape[1], factors.shape[1])
         return (expand_heads(counts, heads) * (expand_heads(factors, heads) * size).clamp(max=1.0)).long()
 
-    def mask(self, chosen: Tensor | KeyLists) -> Mask:
-        """A mask of lists or of flags (bool, or float inclusion probabilities, (B, h, Q, N)); h = 1, kv heads or H."""
+    def mask(self, chosen: Tensor | KeyLists, apart_from: Mask | None = None) -> Mask:
+        """A mask of lists or of flags (bool, or float inclusion probabilities, (B, h, Q, N)); h = 1, kv heads or H. apart_from: of
+        lists, a mask that has none of these keys."""
         if isinstance(chosen, KeyLists):
-            return Mask(self.shape, self.kv_heads, lists=chosen)
+            return Mask(self.shape, self.kv_heads, lists=chosen, apart_from=apart_from)
         return Mask.from_dense(chosen, self.shape[1], self.kv_heads)
 
     def choose_top(self, scores: Tensor, mask: Mask, size: int | float) -> Mask:
@@ -114,11 +141,11 @@ class AttentionInputs:
         own = scores is self.cache.call.get("scores")  # which are -inf where not allowed
         order = self.order() if own and self.cache.keeps_order else None
         allowed = None if own or self.layout.all_allowed else self.allowed
-        return self.mask(choose(scores, mask, self.resolve(size), order, allowed))
+        return self.mask(choose(scores, mask, self.resolve(size), order, allowed), mask)
 
     def choose_mass(self, mask: Mask, share: float) -> Mask:
         """The fewest keys, by falling score, that hold more than a share of the attention mass that `mask` left."""
-        return self.mask(choose_mass(self.scores(), self.known().terms, self.order(), mask, share))
+        return self.mask(choose_mass(self.scores(), self.known().terms, self.order(), mask, share), mask)
 
     def draw(self, mask: Mask, size: int | float | Tensor) -> Mask:
         """Allowed keys drawn without replacement from those that `mask` has not, p = size / keys left.
@@ -131,7 +158,7 @@ class AttentionInputs:
         lists = choose(ranks, mask, size if isinstance(size, Tensor) else self.resolve(size), order)
         left = self.left(mask)
         rate = lists.counts / expand_heads(left, lists.heads).clamp(min=1)
-        return self.mask(lists._replace(probability=rate.unsqueeze(-1).expand(lists.indices.shape).contiguous()))
+        return self.mask(lists._replace(probability=rate.unsqueeze(-1).expand(lists.indices.shape).contiguous()), mask)
 
     def left(self, mask: Mask) -> Tensor:
         """How many allowed keys of each row `mask` has not: int64 (B, h, Q)."""

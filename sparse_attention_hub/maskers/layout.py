@@ -18,13 +18,24 @@ NEVER = float("-inf")
 
 class Layout:
     """shape: (B, H, Q, N). attention_mask: additive or bool (True = allowed), broadcastable to
-    (B, 1, Q, N); None = the queries are the last Q positions and attention is causal."""
+    (B, 1, Q, N); None = the queries are the last Q positions and attention is causal.
+
+    rows_after: without a mask, queries of the same call that come after these Q ones. A long call is done in blocks of rows; sizes
+    and codes are those of the whole call.
+    """
 
     def __init__(
-        self, shape: tuple[int, int, int, int], kv_heads: int, device: torch.device, attention_mask: Tensor | None = None
+        self,
+        shape: tuple[int, int, int, int],
+        kv_heads: int,
+        device: torch.device,
+        attention_mask: Tensor | None = None,
+        rows_after: int = 0,
     ) -> None:
         self.shape, self.kv_heads, self.device = shape, kv_heads, device
-        self._mask = None if attention_mask is None else attention_mask[..., : shape[3]]
+        end = shape[3] - rows_after
+        self._own = slice(end - shape[2], end)  # positions of the queries, without a mask
+        self.mask = None if attention_mask is None else attention_mask[..., : shape[3]]
         #: What leading maskers chose that go by positions alone: made once for all calls of this layout.
         self.chosen: dict[Hashable, Mask] = {}
 
@@ -32,22 +43,27 @@ class Layout:
     def allowed(self) -> Tensor:
         """bool (B, 1, Q, N): what the causal and padding masks permit."""
         batch, _, rows, keys = self.shape
-        if self._mask is None:
+        if self.mask is None:
             position = torch.arange(keys, device=self.device)
-            allowed = position <= position[keys - rows :].unsqueeze(-1)
+            allowed = position <= position[self._own].unsqueeze(-1)
         else:
-            allowed = self._mask if self._mask.dtype == torch.bool else self._mask > FORBIDDEN_BIAS
+            allowed = self.mask if self.mask.dtype == torch.bool else self.mask > FORBIDDEN_BIAS
         return allowed.expand(batch, 1, rows, keys)
 
     @cached_property
     def all_allowed(self) -> bool:
         """True if every query may attend to every key (plain decoding)."""
-        return self.shape[2] == 1 if self._mask is None else bool(self.allowed.all())
+        return self._own.start == self.shape[3] - 1 if self.mask is None else bool(self.allowed.all())
+
+    @cached_property
+    def known_keys(self) -> Tensor | None:
+        """Keys that codes may be made of, those that the last row of the call may attend to: bool (B, N), None = all."""
+        return None if self.mask is None or self.all_allowed else self.allowed[:, 0, -1]
 
     @cached_property
     def n_allowed(self) -> list[int]:
         """N of each item: the allowed keys of its last query row. Fractional sizes are fractions of it."""
-        if self._mask is None:
+        if self.mask is None:
             return [self.shape[3]] * self.shape[0]
         return self.allowed[:, 0, -1].sum(-1).tolist()
 
@@ -59,7 +75,7 @@ class Layout:
     @cached_property
     def key_positions(self) -> Tensor:
         """Position of each key among the keys its item may use, counted without padding: int64 (B, N), -1 on padding."""
-        if self._mask is None:
+        if self.mask is None:
             return torch.arange(self.shape[3], device=self.device).expand(self.shape[0], -1)
         # Under causality the last row sees what any row sees; a banded mask hides early keys from it.
         usable = self.allowed[:, 0].any(1)
@@ -68,8 +84,8 @@ class Layout:
     @cached_property
     def row_positions(self) -> Tensor:
         """Position of each query row, that of the last key it may attend to: int64 (B, Q), -1 without allowed keys."""
-        if self._mask is None:
-            return self.key_positions[:, self.shape[3] - self.shape[2] :]
+        if self.mask is None:
+            return self.key_positions[:, self._own]
         return self.key_positions.unsqueeze(1).masked_fill(~self.allowed[:, 0], -1).amax(-1)
 
     @cached_property
@@ -81,14 +97,14 @@ class Layout:
     def unusable(self) -> Tensor | None:
         """bool (B, N), True for keys that no row may attend to; None where there are none."""
         unusable = self.key_positions < 0
-        return unusable if self._mask is not None and bool(unusable.any()) else None
+        return unusable if self.mask is not None and bool(unusable.any()) else None
 
     @cached_property
     def bias(self) -> Tensor | None:
         """What the attention mask adds to the scores of allowed keys: float32 (B, 1, Q, N), 0 elsewhere; None for nothing."""
-        if self._mask is None or self._mask.dtype == torch.bool:
+        if self.mask is None or self.mask.dtype == torch.bool:
             return None
-        bias = self._mask.float().expand(self.allowed.shape).masked_fill(~self.allowed, 0.0)
+        bias = self.mask.float().expand(self.allowed.shape).masked_fill(~self.allowed, 0.0)
         return bias if bool(bias.any()) else None
 
     def first_keys(self, sizes: Tensor) -> Mask:
@@ -117,27 +133,27 @@ class Layout:
             scores.masked_fill_(~self.allowed, NEVER)  # not added: what stands on padding may be anything, NaN too
         return scores
 
-    def share_of_allowed(self, counts: Tensor) -> float:
-        """counts (B, h, Q) / allowed keys: mean over heads and rows; rows without allowed keys stay out."""
+    def share_of_allowed(self, counts: Tensor) -> float | Tensor:
+        """counts (B, h, Q) / allowed keys: mean over heads and rows; rows without allowed keys stay out. Off the CPU a float64 number
+        on the device: reading it is a wait."""
+        on_cpu = counts.device.type == "cpu"
         if self.all_allowed:
-            return float(counts.sum()) / (counts.numel() * self.shape[3])
+            return (float(counts.sum()) if on_cpu else counts.sum(dtype=torch.float64)) / (counts.numel() * self.shape[3])
         lengths = self.row_lengths.float()
         shares = counts.float().mean(1) / lengths.masked_fill(lengths == 0, float("nan"))
-        return float(shares.nanmean())
+        return float(shares.nanmean()) if on_cpu else shares.nanmean().double()
 
     def resolve(self, size: int | float, factors: Tensor | None = None) -> Tensor:
         """A size in tokens (int) or as a fraction of N (float, floored, at least 1), for each item: int64 (B, h, 1) on the CPU.
 
         factors: on fractions, float64 (h,), h = 1, kv heads or H; None = 1 for all heads.
         """
-        if isinstance(size, int):
-            return self.totals.clamp(max=size)
-        shares = [size] if factors is None else (size * factors).tolist()
-        tokens = [[min(n, max(1, int(share * n))) for share in shares] for n in self.n_allowed]
-        return torch.tensor(tokens).unsqueeze(-1)
+        return resolve_size(size, self.n_allowed, factors)
 
     def fill_empty_rows(self, mask: Mask) -> tuple[Mask, int]:
         """Rows that attend to nothing attend to their last allowed key. Returns the mask and how many rows that were."""
+        if mask.is_filled:
+            return mask, 0
         counts = mask.counts()
         if int(counts.min()) > 0:
             return mask, 0
@@ -148,6 +164,14 @@ class Layout:
         last = self.shape[3] - 1 - self.allowed.flip(-1).to(torch.uint8).argmax(-1)
         indices = last.expand_as(empty).masked_fill(~empty, -1).unsqueeze(-1)
         return mask.union(Mask.from_indices(indices, self.shape, kv_heads=self.kv_heads)), rows
+
+
+def resolve_size(size: int | float, totals: list[int], factors: Tensor | None = None) -> Tensor:
+    """See Layout.resolve; totals: N of each item."""
+    if isinstance(size, int):
+        return torch.tensor(totals).view(-1, 1, 1).clamp(max=size)
+    shares = [size] if factors is None else (size * factors).tolist()
+    return torch.tensor([[min(n, max(1, int(share * n))) for share in shares] for n in totals]).unsqueeze(-1)
 
 
 def end_of_allowed(allowed: Tensor) -> int:

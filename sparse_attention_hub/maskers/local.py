@@ -28,6 +28,7 @@ class LocalMasker(Masker[LocalMaskerConfig]):
     """Row i attends to the keys in (i - window_size, i], exactly, however short the text is."""
 
     keeps_to_allowed = True
+    score_bytes = (3, 2)
     by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

@@ -75,6 +75,7 @@ class MagicPigMasker(Masker[MagicPigConfig]):
 
     is_sampling = True
     keeps_to_allowed = True
+    score_bytes = (34, 27)  # it depends on how many keys collide
     code_fields = ("lsh_l", "lsh_k", "center", "seed")
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
@@ -83,7 +84,7 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         hits = self._hits(self._signature(shifted, torch.zeros_like(shifted[..., 0]), fitted), signatures).view(inputs.shape)
         found = inputs.mask(hits & expand_heads(mask.residual(inputs.allowed), inputs.shape[1])).lists()
         probability = self._probability(_cosines(inputs, shifted, fitted, found.indices))
-        return mask.union(inputs.mask(found._replace(probability=probability.float())))
+        return mask.union(inputs.mask(found._replace(probability=probability.float()), mask))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         return self.config.lsh_l * self.config.lsh_k / 8 / (2 * inputs.keys.shape[-1] * inputs.keys.element_size())
@@ -117,8 +118,7 @@ class MagicPigMasker(Masker[MagicPigConfig]):
     def _signature(self, points: Tensor, extra: Tensor, fitted: HashFit) -> Tensor:
         """Signs of the projected vectors (points, extra): (B, h, n, D) and (B, h, n) to a word per table, (B, h, n, L)."""
         bits = points @ fitted.projections[:-1] + extra.unsqueeze(-1) * fitted.projections[-1] > 0
-        dtype = next(word for word in WORDS if torch.iinfo(word).bits >= self.config.lsh_k)
-        return pack_bits(bits.view(*bits.shape[:-1], self.config.lsh_l, self.config.lsh_k), dtype).squeeze(-1)
+        return pack_tables(bits, self.config.lsh_k)
 
     def _hits(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Keys that share enough buckets with a query: signatures of both to bool (B, Hkv, rows of the group, N)."""
@@ -146,6 +146,12 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         if self.config.min_matches == 2:
             p = p - tables * collide * torch.exp((tables - 1) * missed)
         return p.clamp(min=1e-12, max=1.0)
+
+
+def pack_tables(bits: Tensor, per_table: int) -> Tensor:
+    """Bits of all tables, bool (..., L * per_table), to a word per table, (..., L)."""
+    dtype = next(word for word in WORDS if torch.iinfo(word).bits >= per_table)
+    return pack_bits(bits.unflatten(-1, (-1, per_table)), dtype).squeeze(-1)
 
 
 def _cosines(inputs: AttentionInputs, shifted: Tensor, fitted: HashFit, indices: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class OracleTopP(Masker[OracleTopPMaskerConfig]):
     """
 
     keeps_to_allowed = True
+    score_bytes = (46, 16)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         if self.config.top_p >= 1.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from ..search_space import Choice
 from .base import Masker, TopKConfig, check_int, draw_example, register_masker
 from .codes import sum_codes
 from .inputs import AttentionInputs
+from .k_means import allowed_keys, assign, blocks, k_means
 
 METRICS = ("euclidean", "ip")
-# Floats in the largest temporary of clustering and coding: on a CPU, where it should stay in the cache, and on a GPU.
-BLOCKS = {"cpu": 2**20, "gpu": 2**23}
 
 
 @dataclass
@@ -94,7 +94,8 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         groups, dim = self.config.pq_group_factor, keys.shape[-1]
         if dim % groups:
             raise ValueError(f"pq_group_factor must divide the head dimension {dim}, got {groups}")
-        fits = [self._fit_item(self._clustered(keys, allowed, item), layer_idx) for item in range(keys.shape[0])]
+        of_items = [None] * keys.shape[0] if allowed is None else allowed.unbind()
+        fits = [self._fit_item(allowed_keys(*item), layer_idx) for item in zip(keys.unbind(), of_items, strict=True)]
         square = torch.stack([square for _, square in fits]) if self.config.metric == "ip" else None
         return PQFit(torch.stack([centroids for centroids, _ in fits]), square)
 
@@ -103,9 +104,7 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         codes = torch.empty((batch, heads, total, self.config.pq_group_factor), dtype=self.code_dtype, device=keys.device)
         for item in range(batch):
             square = None if fitted.square is None else fitted.square[item]
-            for start, stop in _blocks(total, fitted.centroids[item]):
-                points = self._points(keys[item, :, start:stop], square)
-                codes[item, :, start:stop] = _nearest(points, fitted.centroids[item]).transpose(1, 2).to(self.code_dtype)
+            assign(keys[item], partial(self._points, square=square), fitted.centroids[item], codes[item])
         return codes
 
     def _scores(self, inputs: AttentionInputs) -> Tensor:
@@ -119,16 +118,6 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         table = (parts.transpose(2, 3) @ fitted.centroids[..., :width].transpose(-1, -2)).transpose(2, 3)
         return inputs.layout.biased(sum_codes(table, codes).reshape(batch, heads, rows, total))
 
-    def _clustered(self, keys: Tensor, allowed: Tensor | None, item: int) -> Tensor:
-        """The item's keys to cluster, (Hkv, M, D): allowed ones past the offset, or all allowed ones if those are none."""
-        own = keys[item]
-        if allowed is not None:
-            places = allowed[item].nonzero().squeeze(-1)
-            together = places.numel() and int(places[-1] - places[0]) + 1 == places.numel()
-            # Padding on one side leaves a slice, which costs no copy.
-            own = own[:, int(places[0]) : int(places[-1]) + 1] if together else own[:, places]
-        return own[:, self.config.init_offset :] if own.shape[1] > self.config.init_offset else own
-
     def _points(self, keys: Tensor, square: Tensor | None) -> Tensor:
         """Sub-vectors in float32: keys (Hkv, n, D) to (Hkv, G, n, D/G), for "ip" with sqrt(square - |x|^2) added."""
         points = keys.reshape(*keys.shape[:2], self.config.pq_group_factor, -1).transpose(1, 2).float()
@@ -138,63 +127,21 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         return torch.cat([points, extra.unsqueeze(-1)], -1)
 
     def _fit_item(self, keys: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Lloyd's algorithm for all heads and sub-vectors of one item: centres (Hkv, G, 2^bits, w), largest square (Hkv, G)."""
+        """Of one item's allowed keys (Hkv, M, D): centres (Hkv, G, 2^bits, w) and the largest square (Hkv, G)."""
         config, groups = self.config, self.config.pq_group_factor
+        # Keys inside the offset are not clustered, unless there are no others.
+        keys = keys[:, config.init_offset :] if keys.shape[1] > config.init_offset else keys
         heads, total, dim = keys.shape
         centres = 2**config.pq_bits
         square = torch.zeros((heads, groups), device=keys.device)
         if total == 0:
             return square.new_zeros((heads, groups, centres, dim // groups + (config.metric == "ip"))), square
-        for start, stop in _blocks(total, square.new_empty((heads, groups, 1, dim // groups))):
+        for start, stop in blocks(total, square.new_empty((heads, groups, 1, dim // groups))):
             square = torch.maximum(square, self._points(keys[:, start:stop], None).square().sum(-1).amax(-1))
         shift = square if config.metric == "ip" else None
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + layer_idx)
-        first = torch.randperm(total, generator=generator)[:centres].repeat(-(-centres // total))[:centres]
-        centroids = self._points(keys[:, first.to(keys.device)], shift)
-        for _ in range(config.kmeans_iter):
-            sums, counts = centroids.new_zeros(centroids.shape), centroids.new_zeros(centroids.shape[:3])
-            for start, stop in _blocks(total, centroids):
-                points = self._points(keys[:, start:stop], shift)
-                _add_members(points, _nearest(points, centroids), sums, counts)
-            spare = torch.randint(total, (centres,), generator=generator).to(keys.device)
-            # A centre without keys moves to a random key.
-            counts = counts.unsqueeze(-1)
-            moved = torch.where(counts > 0, sums / counts.clamp(min=1), self._points(keys[:, spare], shift))
-            drift = (moved - centroids).norm(dim=-1).sum(-1)
-            centroids = moved
-            if float(drift.max()) < 1e-2:
-                break
-        return centroids, square
-
-
-def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the nearest centre: points (Hkv, G, n, w), centroids (Hkv, G, C, w) to int64 (Hkv, G, n)."""
-    # |x - c|^2 less |x|^2, which is the same for all centres.
-    offset = centroids.square().sum(-1).flatten(0, 1).unsqueeze(1)
-    distance = torch.baddbmm(offset, points.flatten(0, 1), centroids.flatten(0, 1).transpose(-1, -2), alpha=-2)
-    if distance.is_cuda:
-        return distance.argmin(-1).view(points.shape[:3])
-    return torch.from_numpy(distance.detach().numpy().argmin(-1)).view(points.shape[:3])  # five times as fast as torch's
-
-
-def _add_members(points: Tensor, codes: Tensor, sums: Tensor, counts: Tensor) -> None:
-    """Add points (Hkv, G, n, w) to the sums (Hkv, G, C, w) and counts (Hkv, G, C) of the centres that codes (Hkv, G, n) name."""
-    centres, width = sums.shape[2:]
-    if points.is_cuda:  # where adding by index goes in any order, and sums would differ from run to run
-        member = torch.zeros((*codes.shape, centres), device=points.device).scatter_(-1, codes.unsqueeze(-1), 1.0)
-        sums += member.transpose(-1, -2) @ points
-        counts += member.sum(2)
-    else:
-        rows = (codes + centres * torch.arange(codes.shape[0] * codes.shape[1]).view(*codes.shape[:2], 1)).flatten()
-        sums.view(-1, width).index_add_(0, rows, points.reshape(-1, width))
-        counts += torch.bincount(rows, minlength=counts.numel()).view(counts.shape)
-
-
-def _blocks(total: int, centroids: Tensor) -> list[tuple[int, int]]:
-    """Ranges of keys whose distances to all centres (Hkv, G, C, w) fit into one temporary."""
-    heads, groups, centres, width = centroids.shape
-    step = max(1, BLOCKS["gpu" if centroids.is_cuda else "cpu"] // (heads * groups * max(centres, width)))
-    return [(start, min(start + step, total)) for start in range(0, total, step)]
+        points = partial(self._points, square=shift)
+        return k_means(keys, points, centres, config.kmeans_iter, generator), square
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class RandomSamplingMasker(Masker[RandomSamplingMaskerConfig]):
 
     is_sampling = True
     keeps_to_allowed = True
+    score_bytes = (20, 4)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         return mask.union(inputs.draw(mask, self.config.sampling_rate))

@@ -41,6 +41,7 @@ class RoundToPages(Masker[RoundToPagesConfig]):
     """
 
     keeps_to_allowed = True
+    score_bytes = (34, 14)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         chosen = _joined(mask.chosen(), inputs, self.config.share)

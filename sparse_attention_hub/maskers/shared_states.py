@@ -5,34 +5,49 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
 from .base import Masker
+from .context_summary import ContextSummary
 from .state import AttentionState, MaskerState
 
 
 class SharedStates:
-    """LRU cache of at most `limit_bytes` of codes: a context is fitted once per layer and `codes_key`."""
+    """LRU cache of at most `limit_bytes` of codes: a context is fitted once per layer and `codes_key`.
+
+    A state that was dropped is found again while a fork of it lives: its codes are in memory anyway.
+    """
 
     def __init__(self, limit_bytes: int = 256 * 2**20) -> None:
         self._limit, self._total = limit_bytes, 0
         self._held: OrderedDict[tuple[Any, ...], MaskerState] = OrderedDict()
+        self._alive: WeakValueDictionary[tuple[Any, ...], MaskerState] = WeakValueDictionary()
         self._sizes: dict[tuple[Any, ...], int] = {}
         self._used: set[tuple[Any, ...]] = set()  # since the last trim: their codes may have grown
 
-    def of(self, maskers: Sequence[Masker[Any]], context: str, keys: Tensor, layer_idx: int) -> AttentionState:
-        """States of a pipeline's maskers on one layer, fitted on the keys (1, Hkv, N, D) of the named context."""
+    def of(
+        self,
+        maskers: Sequence[Masker[Any]],
+        context: str,
+        keys: Tensor,
+        layer_idx: int,
+        summary: ContextSummary | None = None,
+    ) -> AttentionState:
+        """States of a pipeline's maskers on one layer, fitted on the keys (1, Hkv, N, D) of the named context and what its prefill
+        saw of the layer."""
         state = AttentionState()
         for position, masker in enumerate(maskers):
-            name = (context, layer_idx, masker.codes_key())
-            held = self._held.get(name)
+            question = summary.question if masker.observes and summary is not None else ()
+            name = (context, layer_idx, masker.codes_key(), question)
+            held = self._alive.get(name)
             if held is None:
                 held = MaskerState()
+                held.summary = summary
                 masker.prepare(keys, layer_idx, held)
-                if held.is_fitted:  # most maskers learn nothing: a search would keep a state per trial
-                    self._held[name] = held
-            if held.is_fitted:
+            if held.is_fitted:  # most maskers learn nothing: a search would keep a state per trial
+                self._held[name] = self._alive[name] = held
                 self._held.move_to_end(name)
                 self._used.add(name)
             state.adopt(layer_idx, position, held)
@@ -56,3 +71,5 @@ class SharedStates:
         """Forget a context."""
         for name in [name for name in self._held if name[0] == context]:
             self._forget(name)
+        for name in [name for name in self._alive if name[0] == context]:
+            del self._alive[name]

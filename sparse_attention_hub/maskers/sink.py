@@ -28,6 +28,7 @@ class SinkMasker(Masker[SinkMaskerConfig]):
     """Attends to the first `sink_size` allowed keys of every item, as far as causality lets a row see them."""
 
     keeps_to_allowed = True
+    score_bytes = (3, 2)
     by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

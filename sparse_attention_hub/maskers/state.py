@@ -3,29 +3,61 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .context_summary import ContextSummary
+
+
+class _Buffer:
+    """Codes (B, Hkv, n, ...) with room for more; it grows by an eighth, so that most decode steps copy their own codes only.
+
+    shared: the first codes that several states have in common, None = it is one state's. owner: the state whose own codes
+    follow them, up to `filled`.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.codes = like[:, :, :0]
+        self.shared: int | None = None
+        self.owner: object = None
+        self.filled = 0
+
+    def write(self, codes: Tensor, first: int) -> None:
+        """Put codes behind the `first` ones."""
+        end = first + codes.shape[2]
+        frozen = self.codes.is_inference() and not torch.is_inference_mode_enabled()
+        if frozen or end > self.codes.shape[2]:
+            grown = codes.new_empty((*codes.shape[:2], end + max(64, first // 8), *codes.shape[3:]))
+            grown[:, :, :first] = self.codes[:, :, :first]
+            self.codes = grown
+        self.codes[:, :, first:end] = codes
 
 
 class MaskerState:
     """One masker's memory of one layer.
 
-    `fitted`: what `Masker.fit` made of the context's keys; frozen from then on.
-    The buffer of codes grows by an eighth, so that most decode steps copy their own codes only. A code
-    belongs to one key; a masker that codes whole pages sets `keys_per_code` and `offset` (keys before
-    the first page) as it fits. Only complete pages have a code: rewinding into a page drops its code.
+    `fitted`: what `Masker.fit` made of the context's keys; frozen from then on. A code belongs to one key; a masker that codes
+    whole pages sets `keys_per_code` and `offset` (keys before the first page) as it fits. Only complete pages have a code:
+    rewinding into a page drops its code. `summary`: what the context's prefill saw, to be fitted on; see AttentionState.observe.
+
+    Forks share the codes of their common keys. Each keeps its later codes in a tail of its own, which is copied behind the
+    shared ones before it reads: configurations side by side need one copy of a long context's codes, as of its keys.
     """
 
     def __init__(self) -> None:
         self.fitted: Any = None
+        self.summary: ContextSummary | None = None
         self.fit_length = 0
         self.length = 0
         self.keys_per_code = 1
         self.offset = 0
-        self._buffer: Tensor | None = None
-        self._is_fork = False  # the buffer is another state's
+        self._buffer: _Buffer | None = None
+        self._tail: _Buffer | None = None  # codes after the shared ones
+        self._name = object()  # as the buffer's owner
+        self._source: MaskerState | None = None  # of a fork: as long as it lives, others can be forked from it
 
     @property
     def is_fitted(self) -> bool:
@@ -41,39 +73,71 @@ class MaskerState:
         return max(0, length - self.offset) // self.keys_per_code
 
     def codes(self) -> Tensor:
-        """Codes of the first `length` keys, (B, Hkv, length, ...), or of their complete pages."""
-        assert self._buffer is not None
-        return self._buffer[:, :, : self.count(self.length)]
+        """Codes of the first `length` keys, (B, Hkv, length, ...), or of their complete pages. Valid until the codes of a state
+        with the same source are asked for."""
+        buffer, count = self._buffer, self.count(self.length)
+        assert buffer is not None
+        if buffer.shared is not None:
+            first = buffer.filled if buffer.owner is self._name else buffer.shared
+            if count > first:
+                assert self._tail is not None
+                buffer.write(self._tail.codes[:, :, first - buffer.shared : count - buffer.shared], first)
+            buffer.owner, buffer.filled = self._name, count
+        return buffer.codes[:, :, :count]
 
     def append(self, codes: Tensor, length: int | None = None) -> None:
         """Add the next codes, (B, Hkv, n, ...). length: keys seen now, default one more for each code."""
         held = self.count(self.length)
-        needed = held + codes.shape[2]
-        frozen = self._buffer is not None and self._buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if self._buffer is None or frozen or self._is_fork or needed > self._buffer.shape[2]:
-            grown = codes.new_empty((*codes.shape[:2], needed + max(64, held // 8), *codes.shape[3:]))
-            if self._buffer is not None:
-                grown[:, :, :held] = self.codes()
-            self._buffer, self._is_fork = grown, False
-        self._buffer[:, :, held:needed] = codes
+        if self._buffer is None:
+            self._buffer = _Buffer(codes)
+        if self._buffer.shared is None:
+            self._buffer.write(codes, held)
+        else:
+            self._tail = self._tail or _Buffer(codes)
+            self._tail.write(codes, held - self._buffer.shared)
         self.length = self.length + codes.shape[2] if length is None else length
 
     def rewind(self, length: int) -> None:
         """Forget keys past `length`. Below what was fitted on, the fit is forgotten too."""
         self.length = min(self.length, length)
+        if self.summary is not None and length < self.summary.length:
+            self.summary = None
         if length < self.fit_length:
-            self.fitted, self.fit_length, self.length, self._buffer = None, 0, 0, None
+            self.fitted, self.fit_length, self.length, self._buffer, self._source = None, 0, 0, None, None
+        buffer, count = self._buffer, self.count(self.length)
+        if buffer is None or (buffer.shared is not None and count <= buffer.shared):
+            self._tail = None
+        if buffer is not None and buffer.shared is not None:
+            if buffer.owner is self._name:
+                buffer.filled = min(buffer.filled, count)
+            if count < buffer.shared:  # what follows is no longer what the others have there
+                self._buffer = _Buffer(buffer.codes)
+                self._buffer.write(buffer.codes[:, :, :count], 0)
 
     def fork(self, length: int) -> MaskerState:
-        """An independent state of the first `length` keys; its codes are copied when it first appends."""
+        """An independent state of the first `length` keys, which shares their codes."""
+        buffer, held = self._buffer, self.count(self.length)
+        if buffer is not None and buffer.shared is None:
+            buffer.shared = self.count(min(length, self.length))
+            if held > buffer.shared:
+                self._tail = _Buffer(buffer.codes)
+                self._tail.write(buffer.codes[:, :, buffer.shared : held], 0)
         forked = copy.copy(self)
-        forked._is_fork = True
+        forked._name, forked._source = object(), self
+        if self._tail is not None and buffer is not None and buffer.shared is not None:
+            own = self._tail.codes[:, :, : held - buffer.shared]
+            forked._tail = _Buffer(own)
+            forked._tail.write(own, 0)
         forked.rewind(length)
         return forked
 
+    def parts(self) -> list[Tensor]:
+        """The tensors that hold codes: those that forks share, and its own."""
+        return [part.codes for part in (self._buffer, self._tail) if part is not None]
+
     def bytes(self) -> int:
-        """Memory held by the codes, in bytes."""
-        return 0 if self._buffer is None else self._buffer.numel() * self._buffer.element_size()
+        """Memory held by the codes, or by a fit in place of them, in bytes; those that it shares count in full."""
+        return sum(part.nbytes for part in self.parts()) + int(getattr(self.fitted, "nbytes", 0))
 
 
 class AttentionState:
@@ -81,18 +145,35 @@ class AttentionState:
 
     def __init__(self) -> None:
         self._entries: dict[tuple[int, int], MaskerState] = {}
+        self._summaries: dict[int, ContextSummary] = {}
+
+    def observe(self, layer_idx: int, summary: ContextSummary) -> None:
+        """Give the maskers what the context's prefill saw in a layer. Call it before `prepare`; a fit that is made stays."""
+        self._summaries[layer_idx] = summary
+        for (layer, _), entry in self._entries.items():
+            if layer == layer_idx:
+                entry.summary = summary
 
     def entry(self, layer_idx: int, position: int) -> MaskerState:
         """The memory of the masker at `position` of the pipeline in layer `layer_idx`."""
-        return self._entries.setdefault((layer_idx, position), MaskerState())
+        entry = self._entries.get((layer_idx, position))
+        if entry is None:
+            entry = self._entries[layer_idx, position] = MaskerState()
+            entry.summary = self._summaries.get(layer_idx)
+        return entry
 
     def adopt(self, layer_idx: int, position: int, entry: MaskerState) -> None:
         """Use a state that is held elsewhere too."""
         self._entries[layer_idx, position] = entry
 
+    def parts(self) -> list[Tensor]:
+        """The tensors that hold codes; attentions side by side share some of them."""
+        return [part for entry in self._entries.values() for part in entry.parts()]
+
     def rewind(self, length: int) -> None:
         """Follow the KV cache back to `length` keys. Raises ValueError for a negative length."""
         if length < 0:
             raise ValueError(f"length must be >= 0, got {length}")
+        self._summaries = {layer: summary for layer, summary in self._summaries.items() if summary.length <= length}
         for entry in self._entries.values():
             entry.rewind(length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,16 +19,32 @@ def keyed_uniforms(seeds: list[int], layer_idx: int, kv_heads: int, query_positi
     seeds: one integer per item. query_positions: int64 (B, Q), key_positions: int64 (B, N), both counted without padding.
     The global random state is neither read nor changed.
     """
-    # 64 bits for every (item, kv head); each half is mixed in turn with the query's and the key's position.
-    hashes = [[_mix64(_mix64((seed & _MASK64) ^ (layer_idx << 40)) ^ head) for head in range(kv_heads)] for seed in seeds]
-    words = np.array(hashes, np.uint64)
+    call = tuple(seeds), layer_idx, kv_heads
     if not uses_loops(key_positions):
-        return _in_torch(words, query_positions, key_positions)
+        return _in_torch(_halves(*call, key_positions.device), query_positions, key_positions)
     from ..loops.random import keyed_uniforms as fill
 
+    words = _words(*call)
     uniforms = torch.empty((*words.shape, query_positions.shape[1], key_positions.shape[1]), dtype=torch.float32)
     fill(*as_arrays(words, query_positions, key_positions, uniforms))
     return uniforms
+
+
+def _words(seeds: tuple[int, ...], layer_idx: int, kv_heads: int) -> np.ndarray:
+    """64 bits for every (item, kv head); each half is mixed in turn with the query's and the key's position."""
+    hashes = [[_mix64(_mix64((seed & _MASK64) ^ (layer_idx << 40)) ^ head) for head in range(kv_heads)] for seed in seeds]
+    return np.array(hashes, np.uint64)
+
+
+@lru_cache(maxsize=512)
+def _halves(seeds: tuple[int, ...], layer_idx: int, kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lower and upper halves of the words, int32 (2, B, kv_heads, 1), and what query positions are multiplied with for each,
+    int32 (2, 1, 1, 1); copied to the device once per layer."""
+    with torch.inference_mode(False):
+        words = _words(seeds, layer_idx, kv_heads).view(np.int64)
+        halves = np.stack([words, words >> 32]).astype(np.int32)[..., None]
+        factors = torch.tensor([-0x61C88647, 0x5851F42D], dtype=torch.int32).view(2, 1, 1, 1)
+        return torch.from_numpy(halves).to(device), factors.to(device)
 
 
 def _mix64(value: int) -> int:
@@ -37,12 +55,9 @@ def _mix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _in_torch(words: np.ndarray, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+def _in_torch(halves: tuple[Tensor, Tensor], query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """The bits of loops/random.py in int32 tensors: conversions keep the low 32 bits, and products wrap."""
-    halves = torch.from_numpy(words.view(np.int64)).to(key_positions.device).unsqueeze(-1)
-    rows = query_positions.to(torch.int32)[:, None, :]
-    low = _mix32(halves.to(torch.int32) ^ (rows * -0x61C88647))
-    high = _mix32((halves >> 32).to(torch.int32) ^ (rows * 0x5851F42D))
+    low, high = _mix32(halves[0] ^ (query_positions.to(torch.int32)[:, None, :] * halves[1])).unbind()
     columns = (key_positions.to(torch.int32) * 0x2545F491)[:, None, None, :]
     bits = _mix32(_mix32(low.unsqueeze(-1) ^ columns) ^ high.unsqueeze(-1))
     return ((bits >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24

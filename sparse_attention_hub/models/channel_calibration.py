@@ -5,18 +5,14 @@ python -m sparse_attention_hub.maskers.double_sparsity --model MODEL --out FILE 
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ..errors import UserError, check_writable
 from ..maskers.channel_file import Channels, write_channels
 from .load import LanguageModel
-from .recording import add_model_arguments, load_asked_model, read_texts, record, sample_texts
+from .recording import calibrate_command, record, sample_texts
 
 
 def calibrate(lm: LanguageModel, texts: list[str] | None = None, tokens: int = 1024) -> Channels:
@@ -41,28 +37,10 @@ def calibrate(lm: LanguageModel, texts: list[str] | None = None, tokens: int = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Calibrate with --model; without, draw the masker's mask as every masker module does."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not any(word in ("-h", "--help", "--model") or word.startswith("--model=") for word in given):
-        from ..maskers.drawing import main as draw_main
 
-        draw_main("double_sparsity", given)
-        return 0
-    parser = argparse.ArgumentParser(
-        prog="python -m sparse_attention_hub.maskers.double_sparsity",
-        description="Find a model's important channels. Without --model: draw the masker's mask to --out, a PNG file.",
-    )
-    add_model_arguments(parser, text='a text file to calibrate on, texts separated by lines of "---" (default: generated)')
-    parser.add_argument("--out", required=True, type=Path, help="the JSON file to write")
-    options = parser.parse_args(given)
-    try:
-        check_writable(options.out)
-        texts = read_texts(options.text) if options.text else None
-        lm = load_asked_model(options)
-        with torch.inference_mode():
-            lists = calibrate(lm, texts, options.tokens)
-        write_channels(lists, options.out)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{options.out}: channels of {len(lists) // 3} layers")
-    return 0
+    def write(lm: LanguageModel, texts: list[str] | None, tokens: int, out: Path) -> str:
+        lists = calibrate(lm, texts, tokens)
+        write_channels(lists, out)
+        return f"channels of {len(lists) // 3} layers"
+
+    return calibrate_command("double_sparsity", "a model's important channels", "JSON", write, arguments)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..user_cache import cache_root
+from ..user_cache import SET_CACHE, cache_root
 from .notices import quiet_transformers
 
 EMBEDDED_MODEL = "embedded/SmolLM2-135M-Instruct"
@@ -48,8 +48,7 @@ def embedded_folder(model_id: str = EMBEDDED_MODEL) -> Path:
                 _convert(source, folder)
     except OSError as error:
         raise UserError(
-            f"cannot write the embedded model to {folder.parent} ({error.strerror or error}): "
-            "set SPARSE_ATTENTION_HUB_CACHE to a writable folder with 600 MB free"
+            f"cannot write the embedded model to {folder.parent} ({error.strerror or error}): {SET_CACHE} with 600 MB free"
         ) from None
     return folder
 

@@ -6,8 +6,9 @@ import functools
 import hashlib
 import inspect
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -18,7 +19,7 @@ from .rope import length_dependent
 from .sources import model_files
 
 if TYPE_CHECKING:
-    from ..attention import ResearchAttentionConfig
+    from ..attention import ResearchAttention, ResearchAttentionConfig
     from .cache import SharedPrefixCache
     from .lockstep import LayerCall
 
@@ -35,7 +36,7 @@ class LanguageModel:
 
     dense_backend: transformers' name of the attention that prefills. keeps_logits: the model can compute logits of the last
     tokens only. takes_positions: it can be told the tokens' positions. length_dependent: its modules whose rotary factors depend
-    on the text's length. layers, continues: what `probe` found out.
+    on the text's length. layers, continues: what `probe` found out. code_bytes: what `memory` found out.
     """
 
     id: str
@@ -53,6 +54,7 @@ class LanguageModel:
     length_dependent: list[Any]
     layers: dict[int, LayerCall] | None = None
     continues: bool | None = None
+    code_bytes: WeakKeyDictionary[ResearchAttention, dict[tuple[str, ...], float]] = field(default_factory=WeakKeyDictionary)
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, *, name: str = "model", dense_backend: str = "auto") -> LanguageModel:
@@ -107,7 +109,8 @@ def load_model(
     """Load weights and tokenizer for inference.
 
     device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", or "sharded" (over all visible GPUs). dtype: "auto"
-    (bfloat16 on a GPU, float32 on CPU), "float32", "float16", "bfloat16". dense_backend: "auto", "sdpa", "flash".
+    (bfloat16 on a GPU, float16 on one without bfloat16 such as T4 and V100, float32 on CPU), "float32", "float16", "bfloat16".
+    dense_backend: "auto", "sdpa", "flash".
     UserError, one line, if the model cannot be loaded.
     """
     place = pick_device(device)
@@ -122,13 +125,21 @@ def load_model(
         check_tokenizer(tokenizer, config, model_id)
         _check_without_weights(config, model_id, trust_remote_code)
         options |= {"config": config, "dtype": number, "output_loading_info": True}
-        if device == "sharded":
-            model, report = auto.from_pretrained(path, device_map="auto", **options)
-        else:
-            model, report = auto.from_pretrained(path, **options)
+        model, report = auto.from_pretrained(path, device_map=_device_map(device, place), **options)
+        if device != "sharded":
             model = model.to(place)
         _check_weights(report, len(model.state_dict()), model_id)
     return LanguageModel.wrap(model, tokenizer, name=model_id, dense_backend=dense_backend)
+
+
+def _device_map(device: str, place: torch.device) -> str | dict[str, torch.device] | None:
+    """Where weights go as they are read. Without a map the whole model is in host memory first, once for each worker."""
+    from transformers import utils
+
+    if device == "sharded":
+        return "auto"
+    on_gpu = place.type == "cuda" and utils.is_accelerate_available()  # type: ignore[attr-defined]
+    return {"": place} if on_gpu else None
 
 
 def load_tokenizer(model_id: str, *, trust_remote_code: bool = False) -> Any:
@@ -274,7 +285,8 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype that a name means on a device. UserError if there is no such dtype."""
     if dtype == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            # T4 and V100 only emulate bfloat16. What passes float16's range is a failure of the sample, never a score.
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         return torch.float32
     if dtype not in DTYPES:
         raise UserError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}", "dtype")

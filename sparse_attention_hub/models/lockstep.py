@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attention import ResearchAttention
+from ..attention import AttentionResult, ResearchAttention
 from ..errors import UserError
 from ..maskers.call_cache import CallCache
 from ..maskers.inputs import AttentionInputs
@@ -18,6 +18,7 @@ from ..maskers.layout import Layout
 from ..maskers.state import AttentionState
 from .dense import dense_rows
 from .load import LanguageModel
+from .observer import Observer
 from .rope import factors_of
 from .rules import Rule, layer_rule, refuse_mask
 from .switch import SessionAttention, SparseMeans
@@ -31,7 +32,11 @@ LOCKSTEP = "sparse_hub_lockstep"
 #: AttentionResult, None for a dense row; queries (1, H, Q, D), after RoPE, of the last Q positions; keys,
 #: values (1, Hkv, N, D), views of the cache, valid only during the call; scaling; softcap and sinks where the layer
 #: has them; step, 0 for the question, 1, 2, ... for the generated tokens (1 for a forced answer that is not fed stepwise).
+#: A sparse row with more queries than QUERIES_AT_ONCE calls it for each block of them.
 Recorder = Callable[..., None]
+
+#: Queries that a sparse attention takes at once. Scores and choices of one take tens of MiB at 64k keys and 32 heads.
+QUERIES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Lockstep:
     def __init__(self, lm: LanguageModel, prefilled: Prefilled, rows: list[Row], seed: int = 0) -> None:
         self.lm, self.prefilled, self.rows, self.seed = lm, prefilled, rows, seed
         self.step = 0
+        self.observer: Observer | None = None  # of a pass with one dense row
+        self.summaries = prefilled.summaries  # what maskers are fitted on, beside the keys
         self.layers: dict[int, LayerCall] = {}  # of those that were called
         self._called: set[int] = set()  # layers that called attention in the current forward pass
         self._filling = False  # the current pass ends before the last layer's attention
@@ -144,36 +151,75 @@ class Lockstep:
         scaling = scale if scale is not None else queries.shape[-1] ** -0.5
         layer.append(keys, values)
         self.layers[layer_idx] = LayerCall(rule, queries.shape[1], keys.shape[1], keys.shape[3], values.shape[3])
+        if self.observer is not None and not rule.limited:
+            keys, values = layer.view(0)
+            about = {"scaling": scaling, "layer_idx": layer_idx, "cache": CallCache(layouts=self._layouts), **rule.scores}
+            self.observer.see(AttentionInputs(queries, keys, values, **about))
         if self._filling and len(self._called) == len(self.prefilled.cache.attention):
             raise _Filled
-        draws: dict[Hashable, object] = {}  # all rows use the same random numbers
-        outputs = []
+        each = [queries] if len(self.rows) == 1 else queries.split(1)
+        outputs: list[list[Tensor]] = [[] for _ in self.rows]
         for index, row in enumerate(self.rows):
-            own = queries if len(self.rows) == 1 else queries[index : index + 1]
-            keys, values = layer.view(index)
-            result = None
             if row.memory is None or rule.limited:
-                output = dense_rows(own, keys, values, scaling, rule)
-            else:
-                self._prepare(row.memory, layer_idx, keys[:, :, : self.prefilled.context_length])
-                cache = CallCache(draws=draws, layouts=self._layouts)
-                place = None, scaling, layer_idx, [self.seed], cache
-                inputs = AttentionInputs(own, keys, values, *place, **rule.scores, latent=rule.latent)
-                result = row.memory.attention.attend_inputs(inputs, row.memory.state)
-                output = result.output.to(own.dtype)
-                row.add(result, own.shape[2])
-            outputs.append(output)
-            seen = {"queries": own, "keys": keys, "values": values, "scaling": scaling, **rule.scores}
-            for recorder in () if rule.limited else row.recorders:
-                recorder(layer_idx=layer_idx, result=result, step=self.step, **seen)
-        return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs)  # some models call `view` on it
+                keys, values = layer.view(index)
+                outputs[index].append(dense_rows(each[index], keys, values, scaling, rule))
+                self._record(row, None, layer_idx, each[index], keys, values, scaling, rule)
+        length = queries.shape[2]
+        for start in range(0, length, QUERIES_AT_ONCE):
+            block = slice(start, min(length, start + QUERIES_AT_ONCE))
+            draws: dict[Hashable, object] = {}  # all rows use the same random numbers
+            for index, row in enumerate(self.rows):
+                if row.memory is not None and not rule.limited:
+                    own = each[index][:, :, block]
+                    call = layer_idx, own, *layer.view(index), scaling, rule
+                    outputs[index].append(self._attend_sparsely(row, row.memory, *call, length - block.stop, draws))
+        rows = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in outputs]
+        return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)  # some models call `view` on it
+
+    def _attend_sparsely(
+        self,
+        row: Row,
+        memory: Memory,
+        layer_idx: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        rule: Rule,
+        after: int,
+        draws: dict[Hashable, object],
+    ) -> Tensor:
+        """Output (1, Q, H, DV) of a block of a row's queries, which `after` queries follow. Its scores are freed at its end."""
+        self._prepare(memory, layer_idx, keys[:, :, : self.prefilled.context_length])
+        place = None, scaling, layer_idx, [self.seed], CallCache(draws=draws, layouts=self._layouts)
+        inputs = AttentionInputs(queries, keys, values, *place, **rule.scores, latent=rule.latent, rows_after=after)
+        result = memory.attention.attend_inputs(inputs, memory.state)
+        row.add(result, queries.shape[2])
+        seen = keys.shape[2] - after
+        self._record(row, result, layer_idx, queries, keys[:, :, :seen], values[:, :, :seen], scaling, rule)
+        return result.output
+
+    def _record(
+        self,
+        row: Row,
+        result: AttentionResult | None,
+        layer_idx: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        rule: Rule,
+    ) -> None:
+        seen = {"queries": queries, "keys": keys, "values": values, "scaling": scaling, **rule.scores}
+        for recorder in () if rule.limited else row.recorders:
+            recorder(layer_idx=layer_idx, result=result, step=self.step, **seen)
 
     def _prepare(self, memory: Memory, layer_idx: int, keys: Tensor) -> None:
         """Fit the maskers on the context's keys, once per layer; attentions with equal codes share the work."""
         if layer_idx in memory.prepared:
             return
         maskers = memory.attention.maskers_of(layer_idx)
-        known = self.prefilled.learned.of(maskers, self.prefilled.name, keys, layer_idx)
+        known = self.prefilled.learned.of(maskers, self.prefilled.name, keys, layer_idx, self.summaries.get(layer_idx))
         for position in range(len(maskers)):
             memory.state.adopt(layer_idx, position, known.entry(layer_idx, position).fork(self.prefilled.context_length))
         memory.prepared.add(layer_idx)

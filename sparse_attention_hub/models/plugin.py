@@ -8,14 +8,15 @@
 A forward pass that finds the cache empty is a prefill and stays dense (without a cache, every pass
 is); all later passes are sparse, also the later chunks of a chunked prefill. The cache is never changed.
 Each item of a batch is computed on its real keys only, without left padding and the empty slots of a
-StaticCache. Layers with a sliding window stay dense. Attention weights are not returned:
+StaticCache. Evictions that choose by the context's queries need the prefill inside the `with`; after an earlier one, the queries of the
+first sparse pass are taken instead. Layers with a sliding window stay dense. Attention weights are not returned:
 `output_attentions=True` yields None. For many attentions on one context `answer_many` is faster.
 """
 
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -28,11 +29,13 @@ from transformers.masking_utils import sdpa_mask
 
 from ..attention import ResearchAttention
 from ..errors import UserError
+from ..maskers.context_summary import ContextSummary
 from ..maskers.inputs import AttentionInputs
 from ..maskers.layout import FORBIDDEN_BIAS
 from .dense import dense_with_mask
 from .load import LanguageModel
-from .rules import layer_rule
+from .observer import Observer
+from .rules import Rule, layer_rule
 from .switch import SessionAttention, SparseMeans, attention_configs, check_supported
 
 PLUGIN = "sparse_hub"
@@ -85,10 +88,13 @@ class SparseSession(SparseMeans):
     attention: ResearchAttention
     seeds: int | Sequence[int]
     dense_prefill: bool
+    make_observer: Callable[[], Observer]
     calls: int = 0
     sparse_calls: int = 0
     windowed_calls: int = 0
     _items: dict[tuple[int, int], _Item] = field(default_factory=dict)
+    #: What the last prefill saw, and one channel of its keys, by layer and item.
+    _prefills: dict[tuple[int, int], tuple[ContextSummary, Tensor]] = field(default_factory=dict)
     _view: _View | None = None
 
     def attend(
@@ -114,6 +120,8 @@ class SparseSession(SparseMeans):
         if not rule.limited and (view is None or view.mask is not mask):  # all layers of a pass share one mask
             view = self._view = _View(mask, batch=queries.shape[0], length=queries.shape[2])
         if rule.limited or view is None or (view.prefill and self.dense_prefill):
+            if self.attention.observes and view is not None and not rule.limited:
+                self._observe(view, module.layer_idx, queries, keys, values, scaling, rule)
             if rule.scores:
                 return dense_with_mask(queries, keys, values, mask, scaling, rule)
             # With a mask given, transformers' own function aligns nothing by itself.
@@ -123,28 +131,26 @@ class SparseSession(SparseMeans):
             raise UserError(f"seed must be one number, or one for each of the {len(queries)} items, got {len(seeds)}")
         self.sparse_calls += 1
         outputs = []
-        for i, (first, end) in enumerate(view.spans):
-            own_keys = keys[i : i + 1, :, first:end]
-            item = self._item(i, module.layer_idx, own_keys, max(0, end - first - queries.shape[2]))
-            own_mask = None if view.causal[i] else view.full[i : i + 1, :, :, first:end]
-            inputs = AttentionInputs(
-                queries[i : i + 1],
-                own_keys,
-                values[i : i + 1, :, first:end],
-                own_mask,
-                scaling,
-                module.layer_idx,
-                [int(seeds[i])],
-                **rule.scores,
-                latent=rule.latent,
-            )
+        for i in range(len(queries)):
+            inputs = _inputs(view, i, module.layer_idx, queries, keys, values, scaling, rule, int(seeds[i]))
+            item = self._item(i, module.layer_idx, inputs.keys, max(0, inputs.shape[3] - inputs.shape[2]))
             result = self.attention.attend_inputs(inputs, item.state)
-            item.seen = own_keys[0, :, :, 0].clone()
+            item.seen = inputs.keys[0, :, :, 0].clone()
             rows = int((~result.density_rows.isnan()).sum())  # rows of padding do not count
             if rows:
                 self.add(result, rows)
             outputs.append(result.output.to(queries.dtype))
         return torch.cat(outputs)
+
+    def _observe(
+        self, view: _View, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float | None, rule: Rule
+    ) -> None:
+        """Record what the attention chooses by, of a dense prefill."""
+        for i in range(len(queries)):
+            inputs = _inputs(view, i, layer_idx, queries, keys, values, scaling, rule)
+            observer = self.make_observer()
+            observer.see(inputs)
+            self._prefills[layer_idx, i] = observer.summaries[layer_idx], inputs.keys[0, :, :, 0].clone()
 
     def _item(self, i: int, layer_idx: int, keys: Tensor, past: int) -> _Item:
         """The item's state after `past` keys: rewound after a crop, new for another text or a moved beam."""
@@ -155,9 +161,30 @@ class SparseSession(SparseMeans):
             return item
         item = _Item(self.attention.new_state(), known, past)
         if past > 0:
+            summary, seen = self._prefills.get((layer_idx, i), (None, known))
+            if summary is not None and torch.equal(known, seen):
+                item.state.observe(layer_idx, summary)
             self.attention.prepare(keys[:, :, :past], layer_idx, item.state)
         self._items[(layer_idx, i)] = item
         return item
+
+
+def _inputs(
+    view: _View,
+    i: int,
+    layer_idx: int,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float | None,
+    rule: Rule,
+    seed: int = 0,
+) -> AttentionInputs:
+    """The call of one item, on its real keys only."""
+    own, real = slice(i, i + 1), slice(*view.spans[i])
+    mask = None if view.causal[i] else view.full[own, :, :, real]
+    place = mask, scaling, layer_idx, [seed]
+    return AttentionInputs(queries[own], keys[own, :, real], values[own, :, real], *place, **rule.scores, latent=rule.latent)
 
 
 def _full_mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -181,7 +208,11 @@ def sparse_attention(
     kind = type(target).__name__
     check_supported(target, getattr(target, "name_or_path", "") or kind)
     seeds = int(seed) if isinstance(seed, numbers.Integral) else [int(one) for one in seed]  # type: ignore[union-attr]
-    session = SparseSession(attention, seeds, dense_prefill)
+    attention.config.check_layers(target.config.get_text_config(decoder=True).num_hidden_layers)
+    session = SparseSession(attention, seeds, dense_prefill, lambda: Observer(target, attention.observes))
+    problem = session.make_observer().problem
+    if problem is not None:
+        raise UserError(problem)
     counted = 0
 
     def must_have_been_called(*_: Any) -> None:

@@ -1,16 +1,18 @@
-"""Records a model's queries and keys for calibration and training; the arguments of both commands."""
+"""Records a model's queries and keys for calibration and training; the arguments of these commands, and calibration's whole one."""
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, check_writable
 from .load import LanguageModel, load_model
 
 #: {layer: (queries (H, n - 1, D), keys (Hkv, n, D))}
@@ -41,6 +43,42 @@ def add_model_arguments(parser: argparse.ArgumentParser, text: str) -> None:
 def load_asked_model(options: argparse.Namespace) -> LanguageModel:
     """The model that these arguments name."""
     return load_model(options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+
+
+def calibrate_command(
+    masker: str,
+    what: str,
+    file: str,
+    calibrate: Callable[[LanguageModel, list[str] | None, int, Path], str],
+    arguments: Sequence[str] | None,
+) -> int:
+    """The command line of a masker module whose method is calibrated: with --model it finds `what` and writes a `file` of it;
+    without, it draws the masker's mask as every masker module does. calibrate(lm, texts, tokens, out) writes the file and
+    says what is in it. The exit code: 0, or 2 for bad input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not any(word in ("-h", "--help", "--model") or word.startswith("--model=") for word in given):
+        from ..maskers.drawing import main as draw_main
+
+        draw_main(masker, given)
+        return 0
+    parser = argparse.ArgumentParser(
+        prog=f"python -m sparse_attention_hub.maskers.{masker}",
+        description=f"Find {what}. Without --model: draw the masker's mask to --out, a PNG file.",
+    )
+    add_model_arguments(parser, text='a text file to calibrate on, texts separated by lines of "---" (default: generated)')
+    parser.add_argument("--out", required=True, type=Path, help=f"the {file} file to write")
+    options = parser.parse_args(given)
+    try:
+        check_writable(options.out)
+        texts = read_texts(options.text) if options.text else None
+        lm = load_asked_model(options)
+        with torch.inference_mode():
+            found = calibrate(lm, texts, options.tokens, options.out)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{options.out}: {found}")
+    return 0
 
 
 def sample_texts(count: int, seed: int = 0, characters: int = 12_000) -> list[str]:
@@ -79,6 +117,19 @@ def read_texts(path: str) -> list[str]:
     return [text for text in texts if text]
 
 
+def encode_text(lm: LanguageModel, text: str, tokens: int) -> list[int]:
+    """A text's token ids, BOS included. Longer texts lose their middle: at most `tokens`. UserError for less than 8 tokens."""
+    ids: list[int] = lm.tokenizer.encode(text, add_special_tokens=False)
+    if lm.tokenizer.bos_token_id is not None:
+        ids = [lm.tokenizer.bos_token_id, *ids]
+    limit = min(tokens, lm.max_positions or tokens)
+    if len(ids) > limit:
+        ids = ids[: limit // 2] + ids[len(ids) - (limit - limit // 2) :]
+    if len(ids) < 8:
+        raise UserError(f"a text must have 8 tokens or more, got {len(ids)}")
+    return ids
+
+
 def record(lm: LanguageModel, texts: list[str], tokens: int) -> Iterator[Recording]:
     """Run each text through the model, densely. Queries and keys are post-RoPE, in the model's dtype; query
     i is at position i + 1. Longer texts lose their middle: n <= `tokens`.
@@ -88,14 +139,7 @@ def record(lm: LanguageModel, texts: list[str], tokens: int) -> Iterator[Recordi
     from .session import forced_many, prefill
 
     for text in texts:
-        ids = lm.tokenizer.encode(text, add_special_tokens=False)
-        if lm.tokenizer.bos_token_id is not None:
-            ids = [lm.tokenizer.bos_token_id, *ids]
-        limit = min(tokens, lm.max_positions or tokens)
-        if len(ids) > limit:
-            ids = ids[: limit // 2] + ids[len(ids) - (limit - limit // 2) :]
-        if len(ids) < 8:
-            raise UserError(f"a text must have 8 tokens or more, got {len(ids)}")
+        ids = encode_text(lm, text, tokens)
         recording: Recording = {}
 
         def keep(*, layer_idx: int, queries: Tensor, keys: Tensor, into: Recording = recording, **_: Any) -> None:

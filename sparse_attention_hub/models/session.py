@@ -9,20 +9,22 @@ scores a given answer. Both leave the `Prefilled` as they found it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..attention import ResearchAttention
 from ..errors import NonFiniteError, UserError
+from ..maskers.context_summary import ContextSummary
 from ..maskers.shared_states import SharedStates
 from .cache import SharedPrefixCache
 from .load import LanguageModel
 from .lockstep import Lockstep, Memory, Recorder, Row
+from .observer import Observer, observed_by
 from .probe import continues, layer_calls
 from .probe import sparse_layers as sparse_layers  # re-exported
 from .switch import switched
@@ -60,7 +62,8 @@ class Forced:
 @dataclass
 class Prefilled:
     """A context's KV cache, and the masker states fitted on its keys. name: of the context in `learned`. text_length: tokens of
-    context, question and answer; rotary factors that depend on the length are those of so many."""
+    context, question and answer; rotary factors that depend on the length are those of so many. summaries: what the prefill saw, by
+    layer; observed: its parts; problem: why one that was wanted is missing."""
 
     cache: SharedPrefixCache
     context_length: int
@@ -69,6 +72,9 @@ class Prefilled:
     learned: SharedStates = field(default_factory=SharedStates)
     name: str = ""
     text_length: int = 0
+    summaries: dict[int, ContextSummary] = field(default_factory=dict)
+    observed: frozenset[str] = frozenset()
+    problem: str | None = None
 
     @property
     def room(self) -> int:
@@ -80,15 +86,21 @@ class Prefilled:
         keys, values = self.cache.layers[layer_idx].view(0)
         return keys[:, :, : self.context_length], values[:, :, : self.context_length]
 
+    def nbytes(self) -> int:
+        """Bytes held: by the cache, and by the codes that maskers keep."""
+        parts = {id(part): part for memory in self.states.values() for part in memory.state.parts()}
+        return self.cache.nbytes() + sum(part.nbytes for part in parts.values())
+
     def forget(self) -> None:
         """Drop what maskers learned, to free memory. It is learned again when needed."""
         self.states.clear()
         self.learned.forget(self.name)
 
 
-def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
+def prefill(lm: LanguageModel, context_ids: list[int], room: int, observe: Collection[str] = ()) -> Prefilled:
     """Run the context through the model once, densely and without the LM head; `room` tokens can follow.
 
+    observe: what to record of the context's queries, for attentions that choose by it: `attention.observes`.
     Where rotary factors depend on the text's length ("longrope", "dynamic"), it is that of context and room together.
     UserError for an empty context or one longer than the model's positions.
     """
@@ -104,8 +116,11 @@ def prefill(lm: LanguageModel, context_ids: list[int], room: int) -> Prefilled:
     prefilled = Prefilled(cache, length, 0.0, text_length=length + room)
     ids = torch.tensor([context_ids], device=lm.device)
     batch = Lockstep(lm, prefilled, [Row()])
-    if lm.dense_backend == "sdpa" or not _fused(lm):
-        for part in torch.split(ids, length if not continues(lm) else _prefill_chunk(lm), dim=1):
+    observer = Observer(lm.model, observe)
+    prefilled.summaries, prefilled.observed, prefilled.problem = observer.summaries, observer.parts, observer.problem
+    batch.observer = observer if observer.parts else None
+    if observer.parts or lm.dense_backend == "sdpa" or not _fused(lm):
+        for part in torch.split(ids, length if not continues(lm) else prefill_chunk(lm), dim=1):
             batch.fill(part)
     else:
         with switched(lm.attention_configs, lm.dense_backend), batch.factors(), torch.no_grad():
@@ -122,7 +137,8 @@ def _fused(lm: LanguageModel) -> bool:
     return not any(call.rule.scores or call.rule.latent or call.rule.chunk for call in layer_calls(lm).values())
 
 
-def _prefill_chunk(lm: LanguageModel) -> int:
+def prefill_chunk(lm: LanguageModel) -> int:
+    """Tokens of a context that go through the layers at once."""
     return _CHUNKS["cpu"] if lm.device.type == "cpu" else _CHUNKS["gpu"]
 
 
@@ -282,14 +298,25 @@ def _asked(
             f"the context was prefilled with room for {prefilled.room} tokens, question and answer take {fed}: "
             "prefill with more room"
         )
+    missing = observed_by(attentions) - prefilled.observed
+    if "statistics" in missing and prefilled.problem is not None:
+        raise UserError(prefilled.problem)
+    if missing:
+        raise UserError(
+            f"an attention chooses by what the prefill did not record ({', '.join(sorted(missing))}): "
+            "call prefill(..., observe=attention.observes)"
+        )
     recorders = recorders if recorders is not None else [None] * len(attentions)
     memories: dict[tuple[ResearchAttention, int], Memory] = {}
     rows = []
     for i, (attention, recorder) in enumerate(zip(attentions, recorders, strict=True)):
         memory = None
         if attention is not None:
-            key = attention, attentions[:i].count(attention)  # an attention that is given twice has two memories
-            memory = memories[key] = prefilled.states.setdefault(key, Memory(attention, attention.new_state()))
+            attention.config.check_layers(lm.num_layers)
+            memory = Memory(attention, attention.new_state())
+            if sparse_from == "question" or not attention.observes:  # else what it is fitted on has the question in it
+                key = attention, attentions[:i].count(attention)  # an attention that is given twice has two memories
+                memory = memories[key] = prefilled.states.setdefault(key, memory)
         rows.append(Row(memory, () if recorder is None else (recorder,)))
     batch = Lockstep(lm, prefilled, rows, seed)
     question = torch.tensor([question_ids], device=lm.device)
@@ -299,8 +326,11 @@ def _asked(
             logits = batch.forward(question.expand(len(rows), -1), 1)
         else:
             batch.rows = [Row(recorders=[recorder for row in rows if row.memory is None for recorder in row.recorders])]
+            batch.observer = _question_observer(lm, prefilled, question_ids, attentions)
             logits = batch.forward(question, 1).expand(len(rows), -1, -1)
-            batch.rows = rows
+            if batch.observer is not None:
+                batch.summaries = batch.observer.named(question_ids)
+            batch.rows, batch.observer = rows, None
             prefilled.cache.fork(len(rows), fed + 1)
         yield batch, logits
     except BaseException:
@@ -315,23 +345,13 @@ def _asked(
         prefilled.cache.rewind(prefilled.context_length)
 
 
-def estimate_bytes(lm: LanguageModel, context_tokens: int, room: int, forks: int) -> int:
-    """Rough peak memory, without the weights, of a prefill and answers under `forks` attentions: KV cache,
-    private tails, activations of the larger of the two passes, and one row's attention scores."""
-    config, calls = lm.model.config.get_text_config(decoder=True), layer_calls(lm)
-    number = lm.dtype.itemsize  # bytes
-    token = sum(call.token_numbers for call in calls.values()) * number
-    tails = forks * room * token if forks > 1 else 0
-    row = (6 * config.hidden_size + 3 * _feed_forward(config)) * number
-    at_once = min(context_tokens, _prefill_chunk(lm)) if lm.dense_backend == "sdpa" and continues(lm) else context_tokens
-    activations = max(at_once, forks * room) * row
-    heads = max(call.heads for call in calls.values())
-    scores = 4 * heads * min(room, 64) * (context_tokens + room) * 4
-    logits = forks * config.vocab_size * (number + 4)
-    return int((context_tokens + room) * token + tails + activations + scores + logits)
-
-
-def _feed_forward(config: Any) -> int:
-    """Channels of a feed-forward layer."""
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return max(width) if isinstance(width, list) else int(width)
+def _question_observer(
+    lm: LanguageModel, prefilled: Prefilled, question_ids: list[int], attentions: Sequence[ResearchAttention | None]
+) -> Observer | None:
+    """What adds a dense question to the context's summaries; None if no attention needs it or they have it already."""
+    held = {summary.question for summary in prefilled.summaries.values()}
+    if not observed_by(attentions) or held == {tuple(question_ids)}:
+        return None
+    if held - {()}:
+        raise ValueError("the context comes from the trace of another question, which its summaries have seen")
+    return Observer(lm.model, prefilled.observed, prefilled.summaries)

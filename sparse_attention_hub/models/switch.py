@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -46,32 +47,39 @@ class SessionAttention:
         """Inside, the model of these configs uses this attention, and in this thread its calls go to `session`."""
         token = self._session.set(session)
         try:
-            with switched(configs, self._name):
+            with switched(configs, self._name), without_cudnn():
                 yield
         finally:
             self._session.reset(token)
 
 
 class SparseMeans:
-    """Means over query rows and sparse layers; None before the first sparse row."""
+    """Means over query rows and sparse layers; None before the first sparse row. Summed on the device, which is read at the end."""
 
     _rows = 0
-    _density = 0.0
-    _kv_fraction = 0.0
+    _density: float | Tensor = 0.0
+    _kv_fraction: float | Tensor = 0.0
 
     def add(self, result: AttentionResult, rows: int) -> None:
         """Add the result of one layer, itself a mean over `rows` query rows."""
         self._rows += rows
-        self._density += result.density * rows
-        self._kv_fraction += result.kv_fraction * rows
+        self._density = _plus(self._density, result.density_share, rows)
+        self._kv_fraction = _plus(self._kv_fraction, result.kv_share, rows)
 
     @property
     def density(self) -> float | None:
-        return self._density / self._rows if self._rows else None
+        return float(self._density) / self._rows if self._rows else None
 
     @property
     def kv_fraction(self) -> float | None:
-        return self._kv_fraction / self._rows if self._rows else None
+        return float(self._kv_fraction) / self._rows if self._rows else None
+
+
+def _plus(total: float | Tensor, share: float | Tensor, rows: int) -> float | Tensor:
+    """The sum, on the device of the total: layers may be on several."""
+    if isinstance(total, Tensor) and isinstance(share, Tensor):
+        return torch.add(total, share.to(total.device), alpha=rows)
+    return total + share * rows
 
 
 def attention_configs(model: Any) -> list[Any]:
@@ -101,6 +109,18 @@ def check_supported(model: Any, name: str) -> None:
             f"model {name!r} ({config.model_type}) computes attention in its own code, not through transformers' attention "
             "interface, so it cannot be made sparse: take another model"
         )
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Inside, torch's fused attention is flash attention or its memory-efficient form. cuDNN's, the default on an H100, builds a
+    graph for every new number of keys, so at every decode step: tens to hundreds of milliseconds, and the graphs are kept."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextmanager

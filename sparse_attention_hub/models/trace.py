@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +26,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..attention import dense_attention
+from ..errors import UserError
+from ..maskers.context_summary import ContextSummary
+from ..maskers.inputs import AttentionInputs
 from ..maskers.shared_states import SharedStates
 from .load import LanguageModel
+from .observer import Observer
 
 if TYPE_CHECKING:
     from .session import Prefilled
 
 FORMAT = 1
 META = "trace.json"
+_SEEN = "seen."  # before the names of a summary's tensors
 #: {layer: (queries, new keys, new values) of each call}
 _Calls = dict[int, list[tuple[Tensor, Tensor, Tensor]]]
 
@@ -41,7 +47,7 @@ _Calls = dict[int, list[tuple[Tensor, Tensor, Tensor]]]
 class TraceLayer:
     """One layer of a trace: queries (1, H, R, D), after RoPE, of the last R positions; keys and values
     (1, Hkv, N, D) of the context and those rows; dense (1, R, H, D), their dense output in float32; softcap and sinks (H,): see
-    AttentionInputs."""
+    AttentionInputs; summary: what the context's prefill saw, under "decode" with the question."""
 
     layer_idx: int
     queries: Tensor
@@ -51,6 +57,7 @@ class TraceLayer:
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    summary: ContextSummary | None = None
 
 
 class Trace:
@@ -64,6 +71,7 @@ class Trace:
         self.rows: int = meta["rows"]
         self.answer_ids: list[int] = meta["answer_ids"]
         self.nbytes: int = meta["bytes"]
+        self.observed: frozenset[str] = frozenset(meta.get("observed", ()))
 
     @staticmethod
     def open(folder: Path) -> Trace | None:
@@ -81,8 +89,13 @@ class Trace:
         """Read one layer; on a CPU its tensors are views of the mapped file."""
         with safe_open(self.folder / _layer_file(layer_idx), framework="pt", device=str(device)) as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        softcap = self.meta.get("softcap", {}).get(str(layer_idx))
-        return TraceLayer(layer_idx, scaling=self.meta["scaling"][str(layer_idx)], softcap=softcap, **tensors)
+        scaling, softcap = self.meta["scaling"][str(layer_idx)], self.meta.get("softcap", {}).get(str(layer_idx))
+        recorded = {name.removeprefix(_SEEN): tensors.pop(name) for name in list(tensors) if name.startswith(_SEEN)}
+        summary = None
+        if self.observed:
+            seen = tuple(self.meta["question_ids"] if self.meta["sparse_from"] == "decode" else ())
+            summary = ContextSummary(self.observed, self.context_length + len(seen), scaling, softcap, seen, **recorded)
+        return TraceLayer(layer_idx, scaling=scaling, softcap=softcap, summary=summary, **tensors)
 
     def prefilled(self, lm: LanguageModel, room: int, states: SharedStates | None = None) -> Prefilled | None:
         """The context's KV cache rebuilt from the trace, instead of prefilling again; None if the trace
@@ -91,13 +104,38 @@ class Trace:
 
         if len(self.layers) != lm.num_layers:
             return None
-        cache = lm.new_cache(self.context_length + room)
+        cache, summaries = lm.new_cache(self.context_length + room), {}
         for index, layer in enumerate(cache.layers):
             stored = self.layer(index, lm.device)
+            if stored.summary is not None:
+                summaries[index] = stored.summary
             layer.update(stored.keys[:, :, : self.context_length], stored.values[:, :, : self.context_length])
         learned = SharedStates() if states is None else states
-        length = self.meta.get("text_length", 0)
-        return Prefilled(cache, self.context_length, 0.0, learned=learned, name=self.key, text_length=length)
+        about = {"name": self.key, "text_length": self.meta.get("text_length", 0), "observed": self.observed}
+        return Prefilled(cache, self.context_length, 0.0, learned=learned, summaries=summaries, **about)
+
+
+class HeldLayers:
+    """Layers of traces that stay on a device from one replay to the next, as many as `limit_bytes` hold.
+
+    A search reads the same layers in the same order in each pass, so what is held is never dropped for what comes later: a cache of
+    the latest ones would hold nothing that the next pass begins with.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._left = limit_bytes
+        self._held: dict[tuple[Trace, int], TraceLayer] = {}
+
+    def layer(self, trace: Trace, layer_idx: int, device: torch.device | str) -> TraceLayer:
+        """As `Trace.layer`."""
+        name = trace, layer_idx
+        if name in self._held:
+            return self._held[name]
+        found, size = trace.layer(layer_idx, device), (trace.folder / _layer_file(layer_idx)).stat().st_size
+        if size <= self._left:
+            self._left -= size
+            self._held[name] = found
+        return found
 
 
 def trace_key(lm: LanguageModel, context_ids: list[int], question_ids: list[int], max_new_tokens: int, sparse_from: str) -> str:
@@ -130,9 +168,11 @@ def record_trace(
     *,
     sparse_from: str = "question",
     layers: list[int] | None = None,
+    observe: Collection[str] = (),
 ) -> Trace:
     """Answer a sample densely and record it under `folder`. Recording stops at EOS.
 
+    observe: what to record of the context's queries, see `prefill`; UserError if the model does not permit it.
     layers: which to keep; None = all that can be sparse. Under "decode" only answer rows are recorded; an
     answer of one token then has none: `rows` is 0 and there are no layers. UserError if no layer can be
     sparse. Removes half-written traces: no other process may be recording this one.
@@ -142,6 +182,7 @@ def record_trace(
     kept = set(sparse_layers(lm) if layers is None else layers)
     calls: _Calls = defaultdict(list)
     scores: dict[int, dict[str, Any]] = {}
+    question: Observer | None = None
 
     def record(*, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor, result: None, step: int, **about: Any) -> None:
         if layer_idx in kept:
@@ -149,8 +190,15 @@ def record_trace(
             wanted = queries[:, :, :0] if step == 0 and sparse_from == "decode" else queries
             calls[layer_idx].append((wanted.clone(), keys[:, :, new].clone(), values[:, :, new].clone()))
             scores[layer_idx] = about  # scaling, and softcap and sinks where the layer has them
+            if question is not None and step == 0:
+                question.see(AttentionInputs(queries, keys, values, layer_idx=layer_idx, **about))
 
-    prefilled = prefill(lm, context_ids, len(question_ids) + max_new_tokens)
+    prefilled = prefill(lm, context_ids, len(question_ids) + max_new_tokens, observe)
+    if prefilled.problem is not None:
+        raise UserError(prefilled.problem)
+    if prefilled.observed and sparse_from == "decode":
+        question = Observer(lm.model, prefilled.observed, prefilled.summaries)
+        prefilled.summaries = question.named(question_ids)
     reply = answer(lm, prefilled, question_ids, None, max_new_tokens, recorder=record)
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
@@ -171,10 +219,13 @@ def record_trace(
             "stopped": reply.stopped,
             "sparse_from": sparse_from,
             "text_length": prefilled.text_length,
+            "observed": sorted(prefilled.observed),
         }
         (building / META).write_text(json.dumps(meta))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # another process may be reading it: the files that it has open stay readable
+            os.replace(folder, building.with_suffix(".old"))
         os.replace(building, folder)
+        shutil.rmtree(building.with_suffix(".old"), ignore_errors=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return Trace(folder, meta)
@@ -193,6 +244,8 @@ def _write_layers(folder: Path, prefilled: Prefilled, calls: _Calls, scores: dic
         tensors = {"queries": queries, "keys": keys, "values": values, "dense": dense}
         if "sinks" in own:
             tensors["sinks"] = own["sinks"]
+        if layer_idx in prefilled.summaries:
+            tensors |= {_SEEN + name: tensor for name, tensor in prefilled.summaries[layer_idx].tensors().items()}
         path = folder / _layer_file(layer_idx)
         try:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)

@@ -169,6 +169,7 @@ def test_the_tree_and_what_its_files_hold(toy_unit: BenchmarkUnit, toy_task: Toy
     ]
     assert config["hash"] and config["seed"] == 0 and config["dtype"] == "float32" and config["device"] == "cpu"
     assert config["sparse_from"] == "question" and "torch" in config["versions"] and "commit" in config["versions"]
+    assert config["versions"]["template-date"] == "2024-07-26"
     assert config["config_run"] == "run_x" and config["provenance"]["config_run"] == "run_x"
 
     micro = [json.loads(line) for line in (folder / "micro_metrics.jsonl").read_text().splitlines()]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,9 +192,9 @@ def test_a_context_is_prefilled_once_for_all_questions_and_configurations(
 
     real, calls = models.prefill, []
 
-    def count(lm: Any, ids: list[int], room: int) -> Any:
+    def count(lm: Any, ids: list[int], *rest: Any) -> Any:
         calls.append(len(ids))
-        return real(lm, ids, room)
+        return real(lm, ids, *rest)
 
     monkeypatch.setattr(models, "prefill", count)
     run_benchmarks([toy_unit], make_settings(), in_process=True)
@@ -217,6 +218,25 @@ def test_short_memory_halves_the_batch_until_it_fits(
     outcome = run_benchmarks([toy_unit], make_settings(max_requests=2), in_process=True)
     assert outcome.failures == [] and all(entry.samples.ok == 2 for entry in outcome.results)
     assert sizes == [3, 1, 2, 1, 1] + [1, 1, 1]  # the second sample does not try what failed before
+
+
+def test_short_memory_at_a_long_context_leaves_shorter_ones_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def ask(keys: list[str]) -> list[str]:
+        tried.append((length, len(keys)))
+        if length >= 60 and len(keys) > 1:
+            raise RuntimeError("CUDA out of memory")
+        return keys
+
+    monkeypatch.setattr(answer_sample._PrefilledSample, "_fitting", lambda self, keys: len(keys))
+    nothing: Any = None
+    loaded = answer_sample.LoadedModel((), nothing, Settings((), ()), attentions=dict.fromkeys("abc"))
+    for length in (60, 40, 70, 60):
+        prefilled: Any = SimpleNamespace(context_length=length, forget=lambda: None)
+        sample = answer_sample._PrefilledSample(nothing, nothing, loaded, prefilled)
+        assert list(sample._in_groups(list("abc"), ask)) == [("a", "a"), ("b", "b"), ("c", "c")]
+    assert tried == [(60, 3), (60, 1), (60, 2), (60, 1), (60, 1), (40, 3), *[(70, 1)] * 3, *[(60, 1)] * 3]
 
 
 def test_a_configuration_that_is_short_alone_is_asked_once_more_with_memory_cleared(
@@ -250,7 +270,7 @@ def test_the_batch_is_made_to_fit_before_it_is_tried(
         return real(lm, prefilled, ids, attentions, *rest, **options)
 
     monkeypatch.setattr(models, "answer_many", watch)
-    monkeypatch.setattr(models, "estimate_bytes", lambda lm, context, room, forks: 10**9 if forks > 2 else 1)
+    monkeypatch.setattr(models, "estimate_bytes", lambda lm, context, room, group, asked: 10**9 if len(group) > 2 else 1)
     monkeypatch.setattr(answer_sample, "free_memory", lambda device, workers: 10**8)
     run_benchmarks([toy_unit], make_settings(max_requests=1), in_process=True)
     assert sizes == [1, 2] or sizes == [2, 1]
@@ -854,7 +874,8 @@ def test_slots_follow_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["2", "5", "7"]
     assert [slot.device for slot in plan_slots("auto", 2)] == ["cuda", "cuda"]
     monkeypatch.setattr(pools, "visible_gpus", lambda: [str(i) for i in range(8)])
-    assert [len(plan_slots(device, limit)) for device, limit in (("auto", None), ("cuda", 8), ("cpu", None))] == [4, 8, 4]
+    wishes = [("auto", None), ("cuda", 3), ("cuda", 9), ("cpu", None)]
+    assert [len(plan_slots(device, limit)) for device, limit in wishes] == [8, 3, 8, 4]
     assert [slot.device for slot in plan_slots("cpu", None)] == ["cpu"] * 4
     assert [(slot.device, slot.env) for slot in plan_slots("sharded", None)] == [("sharded", {})]
 

@@ -12,7 +12,7 @@ import pytest
 
 from benchmark.execution.search_results import find_units, load_units
 from benchmark.raytune.analyze_trials import choose_search
-from benchmark.raytune.plan import choose_configs
+from benchmark.raytune.configurations import choose_configs
 from benchmark.raytune.run_full_benchmark import get_all_sparse_configs
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.results import result_key
@@ -57,6 +57,26 @@ def test_provenance_names_the_run_and_the_file(settings: Settings, write: Write)
     found = unit.provenance[NAME]
     assert (found.config_run, found.config_file, found.identity) == (RUN, path.name, "abc")
     assert found.sparse_from == "question"
+
+
+def test_budgets_on_density_and_on_kv_bytes_are_never_mixed(settings: Settings, write: Write) -> None:
+    path = write(budget_on="kv")
+    with pytest.raises(UserError, match="was searched with --budget-on kv, this benchmark is --budget-on density: give the"):
+        load_units([path.parent], settings, chosen(NAME), [TASK])
+    _, (unit,), _ = load_units([path.parent], replace(settings, budget_on="kv"), chosen(NAME), [TASK])
+    assert unit.provenance[NAME].budget_on == "kv"
+
+
+def test_head_budgets_reach_phase_2(settings: Settings, write: Write) -> None:
+    (config,) = chosen(NAME)
+    assert config.config is not None
+    table = [[0.5, 2.0]] * 3
+    even = {"trial_id": "abc_00001", "error": 0.2, "density": 0.1, "kv_fraction": 0.2, "score": 1.0}
+    path = write(sparse_config=replace(config.config, head_budgets=table).to_dict(), even_budgets=even)
+    _, (unit,), _ = load_units([path.parent], settings, chosen(NAME), [TASK])
+    assert unit.configs[0].config is not None and unit.configs[0].config.head_budgets == table
+    found = unit.provenance[NAME].even_budgets
+    assert found is not None and found.error == 0.2
 
 
 FOREIGN: dict[str, dict[str, Any]] = {

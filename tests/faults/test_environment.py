@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -14,8 +18,10 @@ from benchmark.progress import Progress
 from benchmark.workers import ray_start
 from benchmark.workers.errors import BrokenDeviceError, check_device, is_out_of_memory, is_transient
 from benchmark.workers.ray_start import short_folder, start_ray
-from benchmark.workers.signals import results_lock
+from benchmark.workers.signals import INTERRUPTED, ends_within, results_lock
 from sparse_attention_hub.errors import NonFiniteError, UserError
+from sparse_attention_hub.models.embedded import embedded_folder
+from sparse_attention_hub.models.model_files import channels_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +91,23 @@ def test_sockets_get_a_short_folder(name: str, monkeypatch: pytest.MonkeyPatch) 
         short_folder()
 
 
+def test_without_a_place_for_the_cache_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SPARSE_ATTENTION_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    lm: Any = SimpleNamespace(weights_fingerprint="abc")
+    for place in (None, "/proc/nobody", "~nobody-of-this-name/x"):
+        if place is not None:
+            monkeypatch.setenv("SPARSE_ATTENTION_HUB_CACHE", place)
+        for keep in (embedded_folder, lambda: channels_for(lm)):
+            with pytest.raises(UserError, match="set SPARSE_ATTENTION_HUB_CACHE to a writable folder") as raised:
+                keep()
+            assert "\n" not in str(raised.value)
+
+
 STARTS = """
 import ray
 from benchmark.workers.ray_start import start_ray
@@ -103,10 +126,40 @@ def test_ray_starts_without_a_home_and_with_a_long_temporary_folder(tmp_path: Pa
     assert "answer 42" in done.stdout, done.stderr[-2000:]
 
 
+STUCK = """
+import signal, time
+from benchmark.workers.signals import ends_within
+signal.signal(signal.SIGTERM, lambda *_: None)  # as where no handler is run
+with ends_within(0.2):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_sigterm_ends_a_program_that_waits_for_ray() -> None:
+    process = subprocess.Popen([sys.executable, "-c", STUCK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == INTERRUPTED
+    process.stdout.close()
+
+
+def test_a_program_that_stops_in_time_is_not_ended() -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with ends_within(0.05):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 DEVICE_ERRORS = [
     "CUDA error: an illegal memory access was encountered",
     "Triton Error [CUDA]: an illegal memory access was encountered",
     "Triton Error [CUDA]: misaligned address",
+    "Triton Error [CUDA]: unspecified launch failure",
+    "CUDA driver error: unknown error",
     "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`",
     "cuBLAS: CUBLAS_STATUS_INTERNAL_ERROR",
     "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",

@@ -1,18 +1,21 @@
-"""The program stopped by signals, next to another one in its folder, on a full disk, without a home folder, under a strict umask."""
+"""The program stopped by signals, next to another one in its folder, on a full disk, without a home folder, under a strict umask,
+run by a user whom the system does not know."""
 
 from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from benchmark.raytune.run_full_benchmark import main
 from benchmark.speed.fault_run import processes
 from benchmark.storage.benchmark_records import Summary
 from benchmark.storage.records import read_record
@@ -31,11 +34,16 @@ SIZES = [
 SIZES += ["--max-requests", "4", "--max-context-length", "400", "--max-new-tokens", "4"]
 #: No folder of the user's: None = unset.
 HOMELESS = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "SPARSE_ATTENTION_HUB_CACHE", "NUMBA_CACHE_DIR", "HF_HOME"))
+#: The id of a user without an entry in /etc/passwd, as containers often have.
+STRANGER = 54321
+EMBEDDED = "embedded/SmolLM2-135M-Instruct"
 
 
-def start(folder: Path, model: str, *more: str, umask: int = -1, **changes: str | None) -> subprocess.Popen[str]:
-    """The program in a folder. changes: of the environment; None = unset."""
-    command = [sys.executable, str(PROGRAM), "--models", model, "--tasks", "infinite_bench/passkey", *SIZES, *more]
+def start(
+    folder: Path, model: str, *more: str, umask: int = -1, before: Sequence[str] = (), **changes: str | None
+) -> subprocess.Popen[str]:
+    """The program in a folder. before: of the command; changes: of the environment; None = unset."""
+    command = [*before, sys.executable, str(PROGRAM), "--models", model, "--tasks", "infinite_bench/passkey", *SIZES, *more]
     environment = {
         name: value for name, value in {**os.environ, "OMP_NUM_THREADS": "1", **changes}.items() if value is not None
     }
@@ -58,39 +66,41 @@ def answers(folder: Path) -> int:
         return sum(row["status"] == "ok" for row in csv.DictReader(rows))
 
 
-def test_the_second_program_in_a_folder_ends_in_one_line(tiny_model: str, tmp_path: Path) -> None:
-    first = start(tmp_path, tiny_model, "--configs", "dense")
-    while not (tmp_path / "benchmark_results/.lock").exists():
-        assert first.poll() is None
-        time.sleep(0.05)
-    first.send_signal(signal.SIGSTOP)
-    code, errors = end(start(tmp_path, tiny_model, "--configs", "dense"))
-    assert code == 2 and errors.count("\n") == 1 and "another run writes to benchmark_results" in errors
-    first.send_signal(signal.SIGCONT)
-    assert end(first)[0] == 0 and answers(tmp_path) == 4
+def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, model: str, *more: str) -> int:
+    """The exit code of the same command in this process, without workers: where a process is not the point."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("benchmark.execution.runner.has_pebble", lambda: False)
+    return main(["--models", model, "--tasks", "infinite_bench/passkey", *SIZES, *more])
 
 
 @pytest.mark.timeout(240)
-def test_signals_end_a_run_in_order_or_at_once(tiny_model: str, tmp_path: Path) -> None:
-    """Ctrl-C reaches the whole group: the workers finish their samples, the files are written, exit code 130. Twice: now."""
+def test_a_second_program_and_signals(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second program in the folder ends in one line. Ctrl-C reaches the whole group: the workers finish their samples, the files
+    are written, exit code 130. Two signals: now. Without a home folder, and files that others may not read stay so."""
+    many = ("--configs", "dense", "--max-requests", "60")
 
     def answered() -> int:
         return sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("benchmark_results/*/.journals/*/*.jsonl"))
 
     def start_and_wait() -> subprocess.Popen[str]:
         before = answered()
-        process = start(tmp_path, tiny_model, "--configs", "dense", "--max-requests", "100")
+        process = start(tmp_path, tiny_model, *many, umask=0o077, **HOMELESS, PYTHONDONTWRITEBYTECODE="1")
         while answered() == before:
             assert process.poll() is None
             time.sleep(0.02)
         return process
 
     process = start_and_wait()
+    os.killpg(process.pid, signal.SIGSTOP)
+    code, errors = end(start(tmp_path, tiny_model, *many))
+    assert code == 2 and errors.count("\n") == 1 and "another run writes to benchmark_results" in errors
     os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGCONT)
     assert end(process)[0] == 130
     summary = read_record(tmp_path / "benchmark_results/benchmark_summary.json", Summary, "")
     samples = summary.results[0].samples
     assert summary.interrupted and not summary.failures and samples.ok == answered() and samples.missing > 0
+    assert (tmp_path / "benchmark_results").stat().st_mode & 0o077 == 0
 
     process = start_and_wait()
     process.send_signal(signal.SIGTERM)
@@ -102,8 +112,8 @@ def test_signals_end_a_run_in_order_or_at_once(tiny_model: str, tmp_path: Path) 
         time.sleep(0.1)
     assert not processes(tmp_path)
 
-    assert end(start(tmp_path, tiny_model, "--configs", "dense", "--max-requests", "100"))[0] == 0
-    assert answers(tmp_path) == answered() == 100, "nothing is lost or answered again"
+    assert run_here(monkeypatch, tmp_path, tiny_model, *many) == 0
+    assert answers(tmp_path) == answered() == 60, "nothing is lost or answered again"
 
 
 @pytest.fixture
@@ -131,21 +141,19 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     ],
     indirect=["small_disk"],
 )
-def test_a_full_disk(tiny_model: str, tmp_path: Path, small_disk: Path, configs: list[str]) -> None:
+def test_a_full_disk(
+    tiny_model: str, tmp_path: Path, small_disk: Path, configs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run ends with a line that names the cause; with space, the same command completes it."""
     code, errors = end(start(tmp_path, tiny_model, "--configs", "dense", *configs))
     assert code != 0 and "No space left on device" in errors and "Traceback" not in errors, errors
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
-    code, errors = end(start(tmp_path, tiny_model, "--configs", "dense", *configs))
-    assert code == 0 and answers(tmp_path) == 4, errors
-
-
-def test_without_a_home_folder_and_with_a_strict_umask(tiny_model: str, tmp_path: Path) -> None:
-    """Results that others may not read stay unreadable for them."""
-    process = start(tmp_path, tiny_model, "--configs", "dense", umask=0o077, **HOMELESS, PYTHONDONTWRITEBYTECODE="1")
-    code, errors = end(process)
-    assert code == 0 and answers(tmp_path) == 4, errors
-    assert (tmp_path / "benchmark_results").stat().st_mode & 0o077 == 0
+    if configs == ["dense"]:
+        assert run_here(monkeypatch, tmp_path, tiny_model, "--configs", "dense") == 0
+    else:  # a search, which needs processes
+        code, errors = end(start(tmp_path, tiny_model, "--configs", "dense", *configs))
+        assert code == 0, errors
+    assert answers(tmp_path) == 4
 
 
 @pytest.mark.slow
@@ -153,3 +161,44 @@ def test_both_phases_with_a_home_folder_that_cannot_be_written(tiny_model: str, 
     homeless = HOMELESS | {"HOME": "/proc/nobody"}  # where nobody can write, root included
     code, errors = end(start(tmp_path, tiny_model, "--configs", "dense", "sink_local_25pct", **homeless))
     assert code == 0 and answers(tmp_path) == 4, errors
+
+
+@pytest.fixture
+def as_stranger(tmp_path: Path) -> list[str]:
+    """What to put before a command so that the stranger runs it, who may read every file and writes into tmp_path."""
+    may_read = "-all,+dac_read_search"  # the interpreter may lie in root's own folder
+    user = ["--reuid", str(STRANGER), "--regid", str(STRANGER), "--clear-groups"]
+    before = ["setpriv", *user, "--inh-caps", may_read, "--ambient-caps", may_read]
+    if shutil.which("setpriv") is None or subprocess.run([*before, "true"], capture_output=True).returncode:
+        pytest.skip("a program cannot be run as another user here: that takes root and setpriv")
+    os.chown(tmp_path, STRANGER, STRANGER)
+    return before
+
+
+HOMES = [pytest.param(None, id="no HOME"), pytest.param("/", id="a read-only HOME", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_user_whom_the_system_does_not_know(
+    home: str | None, tiny_model: str, tmp_path: Path, as_stranger: list[str]
+) -> None:
+    nobody = HOMELESS | {"HOME": home, "USER": None, "LOGNAME": None}
+    phases = ("--phase", "1") if home is None else ()  # without a place to keep compiled loops, each process takes seconds
+    code, errors = end(
+        start(tmp_path, tiny_model, *phases, "--configs", "dense", "sink_local_25pct", before=as_stranger, **nobody)
+    )
+    assert code == 0 and (phases or answers(tmp_path) == 4), errors
+    assert len(list(tmp_path.glob("optimal_configs/run_*/*_sink_local_25pct.json"))) == 1
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made <= {"optimal_configs", "benchmark_results", "ray_results"}, "no folder called ~"
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_where_the_embedded_model_cannot_be_kept_a_line_names_the_variable(
+    home: str | None, tmp_path: Path, as_stranger: list[str]
+) -> None:
+    nobody = HOMELESS | {"HOME": home, "USER": None, "LOGNAME": None}
+    code, errors = end(start(tmp_path, EMBEDDED, "--debug", before=as_stranger, **nobody))
+    assert code == 2 and errors.count("\n") == 1, errors
+    assert "set SPARSE_ATTENTION_HUB_CACHE to a writable folder" in errors
+    assert list(tmp_path.iterdir()) == []

@@ -11,14 +11,16 @@ from torch import Tensor
 from sparse_attention_hub import Mask
 from sparse_attention_hub.kernels import attend
 from sparse_attention_hub.kernels.reference import Call
+from sparse_attention_hub.lists import KeyLists
 
 
 @dataclass(frozen=True)
 class Case:
     """form: how the mask is held: "dense", or as lists for each head ("own"), each kv head ("group") or all ("all").
 
-    layout: how keys and values lie in memory: "plain", "cache" (the front of a longer buffer), "transposed" (N before
-    heads) or "spread" (every other number of a longer row).
+    layout: how keys and values lie in memory: "plain", "cache" (the front of a longer buffer), "offset" (the middle of one, of
+    the last of its heads and items), "transposed" (N before heads) or "spread" (every other number of a longer row).
+    splits: into how many parts the Triton kernels cut lists. expanded: items and rows share their lists, with strides of 0.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Case:
     share: float = 0.4
     softcap: float | None = None
     sinks: bool = False
+    splits: int = 2
+    expanded: bool = False
 
 
 HALF, BRAIN = torch.float16, torch.bfloat16
@@ -58,6 +62,20 @@ CASES = [
     Case("17 queries groups of 8", form="own", rows=17, batch=1, heads=8, kv_heads=1, weighted=True, share=0.1),
     Case("17 queries bfloat16", rows=17, batch=1, weighted=True, dtype=BRAIN, layout="spread"),
     Case("17 queries of 256 dimensions", rows=17, batch=1, dim=256, keys=70, share=0.05),
+    Case("decode Llama's shape", form="own", heads=8, dim=128, dtype=BRAIN, layout="cache"),
+    Case(
+        "decode Llama's shape, one list per group", form="group", heads=8, dim=128, weighted=True, dtype=BRAIN, layout="cache"
+    ),
+    Case("5 queries of Llama's shape", form="own", rows=5, heads=8, dim=128, weighted=True, dtype=BRAIN, layout="cache"),
+    Case("decode 256 dimensions", form="own", dim=256, keys=70, weighted=True, dtype=HALF),
+    Case("decode more than 4096 keys", form="own", heads=2, kv_heads=1, keys=4500, batch=1, share=0.15, layout="cache"),
+    Case("decode more than 4096 keys of a group", form="group", keys=4500, batch=1, share=0.1, dtype=HALF, splits=3),
+    Case("decode in 20 splits", form="own", heads=2, kv_heads=1, keys=700, share=0.49, weighted=True, sinks=True, splits=20),
+    Case("3 queries in 20 splits", form="group", rows=3, keys=1300, batch=1, share=0.4, dtype=HALF, splits=20),
+    Case("decode the middle of a buffer", form="own", weighted=True, layout="offset"),
+    Case("3 queries on the middle of a buffer", rows=3, layout="offset", dtype=HALF),
+    Case("decode with lists that items share", form="group", heads=8, weighted=True, expanded=True),
+    Case("3 queries that share their lists", form="own", rows=3, weighted=True, expanded=True, dtype=HALF),
     Case("one key", form="own", rows=3, keys=3, share=0.6),
     Case("decode softcap and sinks", form="own", weighted=True, softcap=2.0, sinks=True),
     Case("decode group lists sinks", form="group", heads=8, sinks=True, dtype=HALF),
@@ -84,15 +102,22 @@ def make_call(case: Case, device: str = "cpu") -> Call:
     # Each row has a share of its own; the last row of the first head has no key at all.
     chosen = uniform(batch, held, rows, keys) < case.share * 2 * uniform(batch, held, rows, 1)
     chosen[:, 0, -1] = False
+    if case.expanded:
+        chosen = chosen[:1, :, -1:].expand(batch, held, rows, keys)
     probability = 0.02 + 0.98 * uniform(batch, held, rows, keys)
     probability[uniform(batch, held, rows, keys) < 0.3] = 1.0
     if case.form == "dense":
         mask = Mask.from_dense((probability * chosen if case.weighted else chosen).to(device), kv_heads=case.kv_heads)
     else:
         order = uniform(batch, held, rows, keys).argsort(-1)
+        if case.expanded:
+            order = order[:1, :, :1].expand(chosen.shape)
+            probability = probability[:1, :, :1].expand(chosen.shape)
         lists = order.masked_fill(~chosen.gather(-1, order), -1)
         weights = probability.gather(-1, order).to(device) if case.weighted else None
         mask = Mask.from_indices(lists.to(device), shape, weights, kv_heads=case.kv_heads)
+        if case.expanded:
+            mask = _expanded(mask)
     tensors = [_lay_out(normal(batch, case.kv_heads, keys, dim), case.layout) for _ in range(2)]
     sinks = 2 * uniform(case.heads).to(device) if case.sinks else None
     queries = normal(batch, case.heads, rows, dim) * 2
@@ -113,11 +138,21 @@ def exactly(call: Call) -> tuple[Tensor, Tensor]:
     return answer(call._replace(**doubles), "reference")
 
 
+def _expanded(mask: Mask) -> Mask:
+    """The same mask, its lists with strides of 0 for items and rows."""
+    found = mask.lists()
+    wide = found.indices.shape
+    parts = [None if part is None else part[:1, :, :1].expand(wide[: part.dim()]) for part in found]
+    return Mask(mask.shape, mask.kv_heads, lists=KeyLists(*parts))
+
+
 def _lay_out(tensor: Tensor, layout: str) -> Tensor:
     """The same numbers; what lies between them is NaN, which shows if a kernel reads it."""
     batch, heads, keys, dim = tensor.shape
     if layout == "cache":
         view = tensor.new_full((batch, heads, keys + 37, dim), float("nan"))[:, :, :keys]
+    elif layout == "offset":
+        view = tensor.new_full((batch + 1, heads + 1, keys + 50, dim), float("nan"))[1:, 1:, 13 : 13 + keys]
     elif layout == "transposed":
         view = tensor.new_full((batch, keys, heads, dim), float("nan")).transpose(1, 2)
     elif layout == "spread":

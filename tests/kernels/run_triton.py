@@ -30,7 +30,7 @@ def answer_cases(device: str) -> dict[tuple[str, str], Answer]:
         call = make_call(case, device)
         answers[case.name, "own choice"] = attend_triton(call)
         for kernel in kernels_for(case):
-            answers[case.name, kernel] = attend_triton(call, kernel=kernel, splits=2, output_dtype=torch.float32)
+            answers[case.name, kernel] = attend_triton(call, kernel=kernel, splits=case.splits, output_dtype=torch.float32)
     return {key: (output.cpu(), lse.cpu()) for key, (output, lse) in answers.items()}
 
 

@@ -29,8 +29,6 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)}
     command = [sys.executable, str(HERE / "run_triton.py"), str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if "only 0-dimensional arrays can be converted" in done.stderr:
-        pytest.skip("this version of triton cannot interpret kernels with this version of numpy")
     assert done.returncode == 0, done.stderr
     return torch.load(path)
 

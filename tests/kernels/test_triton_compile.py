@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,9 +20,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from sparse_attention_hub.kernels.triton import (  # noqa: E402
-    GROUPS_STAGES,
     groups_constants,
-    groups_warps,
     merge_constants,
     rows_constants,
 )
@@ -26,6 +28,9 @@ from sparse_attention_hub.kernels.triton_kernels import groups_kernel, merge_ker
 
 #: What a GPU of compute capability 8.6 gives a program, the least of those with tensor cores for bfloat16.
 SHARED_LIMIT = 99 * 1024
+#: Registers of a multiprocessor, and how many programs of a kernel should find room in them.
+REGISTERS, PROGRAMS = 65536, {"rows": 4, "groups": 1}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 #: Loads of 16 bytes at once, into registers or straight into shared memory.
 WIDE_LOAD = re.compile(r"ld\.global[^;]*\.v4\.b32|ld\.global[^;]*\.v2\.b64|cp\.async\.cg\.shared\.global[^;]*0x10")
@@ -60,50 +65,95 @@ def gather_pointers(dtype: torch.dtype, index: str) -> dict[str, str]:
     return {f"{name}_ptr": f"*{NAMES[dtype]}" for name in "qkv"} | {"i_ptr": f"*{index}"} | floats
 
 
-def check(compiled, *, wide: bool) -> None:
+def check(compiled) -> None:
     assert compiled.asm["cubin"], "nothing came out of the assembler"
     assert compiled.metadata.shared <= SHARED_LIMIT
-    if wide:
-        assert WIDE_LOAD.search(compiled.asm["ptx"]), "keys and values are not read 16 bytes at a time"
+    assert WIDE_LOAD.search(compiled.asm["ptx"]), "keys and values are not read 16 bytes at a time"
+
+
+class Resources(NamedTuple):
+    """registers of a thread; stack: bytes of a thread that did not fit the registers, and go through memory."""
+
+    registers: int
+    stack: int
+
+
+def resources(compiled, folder: Path) -> Resources:
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    shown = subprocess.run([CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", shown)
+    assert found is not None, shown
+    return Resources(int(found[1]), int(found[2]))
+
+
+def check_resources(compiled, warps: int, programs: int, folder: Path) -> None:
+    found = resources(compiled, folder)
+    assert found.stack == 0, f"{found.stack} bytes of a thread go through memory"
+    assert found.registers * 32 * warps * programs <= REGISTERS, (
+        f"{found.registers} registers: less than {programs} programs fit"
+    )
 
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "dim", "weighted"),
     [
         (80, torch.bfloat16, 128, False),
+        (86, torch.bfloat16, 128, True),
         (90, torch.bfloat16, 128, True),
         (90, torch.float32, 128, True),
         (80, torch.float16, 80, True),
+        (90, torch.bfloat16, 64, True),
+        (80, torch.bfloat16, 256, True),
+        (90, torch.bfloat16, 256, True),
     ],
 )
-def test_rows_kernel_compiles(capability, dtype, dim, weighted):
+def test_rows_kernel_compiles(capability, dtype, dim, weighted, tmp_path):
     queries, values = shapes(dtype, 32, 1, dim)
     constants = rows_constants(queries, values, weighted)
-    check(compile_kernel(rows_kernel, constants, gather_pointers(dtype, "i32"), capability), wide=True)
+    compiled = compile_kernel(rows_kernel, constants, gather_pointers(dtype, "i32"), capability)
+    check(compiled)
+    check_resources(compiled, 4, PROGRAMS["rows"], tmp_path)
+
+
+#: Rows of a kv head with four query heads: tiles of 16, 32 and 64 rows.
+TILES = [*itertools.product((torch.bfloat16, torch.float32), (1, 8, 16), (64, 128, 256))]
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "rows", "dim", "weighted", "capped"),
+    ("capability", "dtype", "rows", "dim"),
     [
-        (80, torch.bfloat16, 1, 128, False, False),
-        (90, torch.bfloat16, 1, 128, True, True),
-        (90, torch.bfloat16, 32, 128, True, False),
-        (80, torch.float16, 32, 96, True, False),
-        (80, torch.float32, 8, 128, True, True),
-        (90, torch.bfloat16, 8, 256, True, False),
+        *((80, *tile) for tile in TILES if tile[0] == torch.bfloat16),
+        *((86, *tile) for tile in TILES if tile[0] == torch.float32),
+        *((90, *tile) for tile in TILES if tile[0] == torch.bfloat16),
+        *((86, *tile) for tile in TILES if tile[0] == torch.bfloat16 and tile[2] == 128),
+        (80, torch.float16, 32, 96),
+        (86, torch.float16, 5, 80),
     ],
 )
-def test_groups_kernel_compiles(capability, dtype, rows, dim, weighted, capped):
+def test_groups_kernel_compiles(capability, dtype, rows, dim, tmp_path):
+    """With weights and a softcap, which take the most registers. No tile may spill: what does not fit goes through memory."""
     queries, values = shapes(dtype, 32, rows, dim)
-    constants = groups_constants(queries, values, 8, weighted, capped)
-    options = {"num_warps": groups_warps(constants), "num_stages": GROUPS_STAGES}
+    constants, options = groups_constants(queries, values, 8, True, True)
     compiled = compile_kernel(groups_kernel, constants, gather_pointers(dtype, "i32"), capability, **options)
-    check(compiled, wide=True)
+    check(compiled)
+    check_resources(compiled, options["num_warps"], PROGRAMS["groups"], tmp_path)
     if dtype != torch.float32:
         assert re.search(r"mma\.sync|wgmma", compiled.asm["ptx"]), "the tensor cores are not used"
+        assert not re.search(r"cvt\.f32\.bf16", re.split(r"mma", compiled.asm["ptx"])[0]), "keys are widened before the product"
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_merge_kernel_compiles(capability):
+def test_groups_kernel_compiles_without_weights(tmp_path):
+    queries, values = shapes(torch.bfloat16, 32, 1, 128)
+    constants, options = groups_constants(queries, values, 8, False)
+    compiled = compile_kernel(groups_kernel, constants, gather_pointers(torch.bfloat16, "i32"), 80, **options)
+    check(compiled)
+    check_resources(compiled, options["num_warps"], PROGRAMS["groups"], tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_merge_kernel_compiles(capability, tmp_path):
     pointers = dict.fromkeys(["partial_ptr", "top_ptr", "total_ptr", "sink_ptr", "lse_ptr"], "*fp32") | {"out_ptr": "*bf16"}
-    check(compile_kernel(merge_kernel, merge_constants(17, 128, sinks=True), pointers, capability), wide=True)
+    compiled = compile_kernel(merge_kernel, merge_constants(17, 128, sinks=True), pointers, capability)
+    check(compiled)
+    check_resources(compiled, 4, 4, tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_attention_hub import MagicPigConfig
-from sparse_attention_hub.maskers.codes import pack_bits, score_bits
+from sparse_attention_hub.maskers.codes import pack_bits, pack_levels, pseudo_quantise, score_bits, unpack_levels
 from sparse_attention_hub.maskers.magic_pig import MagicPigMasker
 
 
@@ -39,3 +39,15 @@ def test_buckets(lsh_l: int, lsh_k: int, matches: int, monkeypatch: pytest.Monke
     hits = masker._hits(queries, signatures)
     monkeypatch.setattr("sparse_attention_hub.lists.HAS_NUMBA", False)
     assert bool(hits.any()) and torch.equal(hits, masker._hits(queries, signatures))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8, 9, 15])
+@pytest.mark.parametrize("channels", [1, 5, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_levels_are_packed_and_come_back(bits: int, channels: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 40, 4, channels, generator=torch.Generator().manual_seed(bits)).to(dtype)
+    x[0, 0, 0] = 0.5  # no spread
+    codes = pack_levels(x, bits)
+    assert torch.equal(unpack_levels(codes[:, :, 3:], 4, channels, bits), pseudo_quantise(x, bits)[:, :, 3:])
+    width = next(width for width in (1, 2, 4, 8, 16) if width >= bits)
+    assert codes.dtype == torch.uint8 and codes.shape[-1] <= 8 * 4 + 4 * channels * width / 8 + 4

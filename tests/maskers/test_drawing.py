@@ -15,9 +15,19 @@ from sparse_attention_hub.maskers.drawing import draw, example_configs
 NAMES = [
     "adaptive_sampling",
     "causal",
+    "clusters",
     "double_sparsity",
+    "expected_attention",
+    "h2o",
+    "key_diff",
+    "knorm",
+    "snap_kv",
+    "tova",
+    "duo_attention",
     "hash_attention",
+    "landmarks",
     "local",
+    "loki",
     "magic_pig",
     "oracle_top_k",
     "oracle_top_p",
@@ -26,6 +36,9 @@ NAMES = [
     "random_sampling",
     "round_to_pages",
     "sink",
+    "socket_lsh",
+    "sparq",
+    "twilight",
 ]
 
 

@@ -291,6 +291,23 @@ def test_a_template_takes_the_sizes_of_the_weights_it_names(tmp_path: Path) -> N
         fit_template(template, "organisation/own")
 
 
+@pytest.mark.parametrize(
+    "held",
+    [{}, {"query_matrix.0": (3,)}, {"query_matrix.0": ()}, {"key_bias.0": (3, 4)}],
+    ids=["nothing", "one dimension", "a number", "no matrix"],
+)
+def test_weights_without_matrices_are_one_line(held: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "own.safetensors"
+    save_file({f"layers.0.{name}": torch.ones(shape) for name, shape in held.items()}, path)
+    template = ResearchAttentionConfig([HashAttentionTopKMaskerConfig(0.1, 32, 3, 128, "silu", hat_weight_file=str(path))])
+    with pytest.raises(UserError, match=r"own.safetensors: it must hold query matrices \(heads, in, out\)"):
+        fit_template(template, "organisation/own")
+    with pytest.raises(ValueError, match="hash weights"):
+        ResearchAttention(template)(*tensors(20))
+
+
 def test_weights_in_place_cannot_be_tuned() -> None:
     config = HashAttentionTopKMaskerConfig(0.1, 32, 1, 0, "relu", hat_weights=make_weights(8, 16, layers=1))
     with pytest.raises(UserError, match="hat_weights of HashAttentionTopKMaskerConfig holds tensors"):

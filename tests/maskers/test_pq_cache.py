@@ -124,10 +124,11 @@ def test_clustering_is_fast_and_small() -> None:
 
 
 def test_a_block_of_distances_is_small() -> None:
-    from sparse_attention_hub.maskers.pq_cache import BLOCKS, _blocks
+    from sparse_attention_hub.maskers.k_means import BLOCKS
+    from sparse_attention_hub.maskers.k_means import blocks as cut
 
     centroids = torch.zeros(8, 4, 256, 32)
-    blocks = _blocks(131_072, centroids)
+    blocks = cut(131_072, centroids)
     assert blocks[0][0] == 0 and blocks[-1][1] == 131_072
     assert all(a[1] == b[0] for a, b in zip(blocks, blocks[1:], strict=False))
     # Distances and, on a GPU, membership in float32: 8 bytes a pair.

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from sparse_attention_hub import (
     AdaptiveSamplingMaskerConfig,
+    ClustersConfig,
     DoubleSparsityTopKMaskerConfig,
     HashAttentionTopKMaskerConfig,
+    LandmarksConfig,
     LocalMaskerConfig,
+    LokiConfig,
     MagicPigConfig,
     Mask,
     OracleTopKConfig,
@@ -28,11 +31,13 @@ from sparse_attention_hub import (
     ResearchAttention,
     ResearchAttentionConfig,
     SinkMaskerConfig,
+    SparqConfig,
 )
 from sparse_attention_hub.kernels import attend
 from sparse_attention_hub.maskers import uniforms
 from sparse_attention_hub.maskers.base import MaskerConfig, create_masker
 from sparse_attention_hub.maskers.inputs import AttentionInputs
+from sparse_attention_hub.maskers.principal_axes import write_axes
 
 HEADS, DIM, KEYS, SEEDS = 4, 32, 512, 400
 #: Standard deviations of the scores: terms are exp of them, so that 1 is lively and 3 has a very heavy tail.
@@ -57,6 +62,9 @@ def selector(name: str, folder: Path, size: int | float) -> list[MaskerConfig]:
         path = folder / "channels.json"
         path.write_text(json.dumps({"model.layers.0.self_attn.qk_proj": [list(range(DIM))] * HEADS}))
         return [*ends, DoubleSparsityTopKMaskerConfig(size, str(path), group_factor=2)]
+    if name == "loki":
+        write_axes({0: torch.eye(DIM).unsqueeze(0)}, folder / "axes.safetensors")
+        return [*ends, LokiConfig(size, str(folder / "axes.safetensors"))]
     if name == "hash_attention":
         generator = torch.Generator().manual_seed(0)
         planes, none = torch.randn(1, DIM, 128, generator=generator), torch.zeros(HEADS, 128)
@@ -67,6 +75,9 @@ def selector(name: str, folder: Path, size: int | float) -> list[MaskerConfig]:
         "oracle_top_k": OracleTopKConfig(size),
         "quest": QuestTopKMaskerConfig(size, 8),
         "pq_cache": PQCacheConfig(size, 4, 4, 5, 4, "euclidean"),
+        "landmarks": LandmarksConfig(size, 8),
+        "sparq": SparqConfig(size),
+        "clusters": ClustersConfig(size),
     }
     return [*ends, simple[name]]
 
@@ -98,7 +109,10 @@ def rates(
 
 
 BOUNDS = [(0.1, 0.1), (0.05, 0.05), (0.2, 0.1)]
-SELECTORS = ["none", "oracle_top_k", "oracle_top_p", "quest", "double_sparsity", "hash_attention", "pq_cache"]
+SELECTORS = [
+    *("none", "oracle_top_k", "oracle_top_p", "quest", "double_sparsity", "hash_attention", "pq_cache"),
+    *("landmarks", "sparq", "loki", "clusters"),
+]
 
 
 @pytest.mark.parametrize("bound", BOUNDS)

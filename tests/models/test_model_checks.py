@@ -64,6 +64,8 @@ def refused(folder: str, words: str, load: Any = load_model) -> str:
     ("how", "count"),
     [
         (lambda name: "base_model.model." + name, 39),
+        (lambda name: "_orig_mod." + name, 39),
+        (lambda name: "module." + name, 39),
         (lambda name: "module." + name if "layers.2." in name else name, 9),
         (lambda name: None if "layers.1." in name else name, 9),
         (lambda name: None if name == "lm_head.weight" else name, 1),

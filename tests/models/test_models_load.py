@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from benchmark.settings import Settings
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models import answer, load_model, load_tokenizer, prefill
 from sparse_attention_hub.models.embedded import EMBEDDED_MODEL, cache_root, embedded_folder
-from sparse_attention_hub.models.load import _pick_dense, check_place, load_shape
+from sparse_attention_hub.models.load import _pick_dense, check_place, load_shape, pick_dtype
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +243,64 @@ def test_looking_at_a_place_does_not_start_cuda(monkeypatch: pytest.MonkeyPatch)
         check_place(device, "auto", "auto")
     assert device_and_dtype(Settings(models=(), tasks=())) == ["cuda", "torch.bfloat16"]
     assert load_shape(EMBEDDED_MODEL) == (30 * 2 * 3 * 64 * 2, 30, 2 * 3 * 64 * 2)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_gpu_that_emulates_bfloat16_gets_float16(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert pick_dtype("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float16)
+    assert pick_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16  # asked for by name
+
+
+@pytest.mark.parametrize(("device", "map_to"), [("cuda:0", {"": torch.device("cuda:0")}), ("sharded", "auto"), ("cpu", None)])
+def test_weights_are_read_straight_to_their_device(
+    device: str, map_to: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    real, asked = AutoModelForCausalLM.from_pretrained, []
+
+    def watch(*arguments: Any, device_map: Any = None, **options: Any) -> Any:
+        asked.append(device_map)
+        return real(*arguments, **options)
+
+    place = torch.device("cuda:0" if device == "sharded" else device)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watch)
+    monkeypatch.setattr("sparse_attention_hub.models.load.pick_device", lambda _: place)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)  # there is no GPU here
+    load_model(str(folder), device=device, dtype="float32")
+    assert asked == [map_to]
+
+
+def host_memory() -> int:
+    """Bytes of this process that are no file's."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of this process from /proc")
+def test_weights_on_their_way_to_a_device_take_no_host_memory(folder: Path) -> None:
+    """The meta device stands for a GPU: what is left is what the host holds."""
+    from transformers import AutoModelForCausalLM
+
+    def look(seen: list[int], done: threading.Event) -> None:
+        while not done.wait(0.002):
+            seen.append(host_memory())
+
+    model = build("llama", hidden_size=512, intermediate_size=2048, vocab_size=49152)
+    model.save_pretrained(folder)
+    weights = sum(weight.nbytes for weight in model.parameters()) / 2  # as bfloat16
+    peaks = []
+    for device_map in (None, {"": torch.device("meta")}):
+        seen, done = [before := host_memory()], threading.Event()
+        watch = threading.Thread(target=look, args=(seen, done))
+        watch.start()
+        kept = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype=torch.bfloat16)
+        done.set()
+        watch.join()
+        peaks.append((max(seen) - before) / weights)
+        del kept
+    assert peaks[0] > 0.8 and peaks[1] < 0.3
 
 
 def test_dense_backend_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparse_attention_hub import Mask, Masker, MaskerConfig, register_masker
 from sparse_attention_hub.errors import UserError
-from sparse_attention_hub.models import answer, prefill, sparse_attention
+from sparse_attention_hub.models import answer, plugin, prefill, sparse_attention
 from sparse_attention_hub.models.cache import SharedPrefixCache
 from sparse_attention_hub.models.lockstep import LOCKSTEP
 from sparse_attention_hub.models.plugin import PLUGIN
@@ -330,6 +330,29 @@ def test_trap_10_grouped_keys_are_not_repeated(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "repeat_kv", never)
     lm = wrap(build("llama"))
     assert len(answer(lm, prefill(lm, CONTEXT, 20), QUESTION, None, 3).token_ids) == 3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_dense_calls_of_a_session_are_not_cudnns(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN builds a graph for every new number of keys. Only a GPU asks for it, so what was allowed is looked at."""
+    allowed = []
+
+    def watch(*arguments: Any, **options: Any) -> Any:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return sdpa_attention_forward(*arguments, **options)
+
+    monkeypatch.setattr(plugin, "sdpa_attention_forward", watch)
+    model, before = build(architecture), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        with sparse_attention(model, few_keys()[0]) as session, torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            for part in (CONTEXT, QUESTION):
+                model(ids(part), past_key_values=cache)
+        assert session.sparse_calls and len(allowed) == session.calls - session.sparse_calls
+        assert not any(allowed) and torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_a_model_that_stays_dense_is_an_error() -> None:

@@ -28,8 +28,8 @@ from sparse_attention_hub.models import (
     answer,
     answer_many,
     dense,
-    estimate_bytes,
     forced_many,
+    lockstep,
     prefill,
     session,
 )
@@ -384,8 +384,23 @@ def test_bad_input_is_told(llama: LanguageModel) -> None:
     assert len(answer(llama, prefilled, QUESTION, None, 2).token_ids) == 2  # exactly as many as fit
 
 
-def test_memory_grows_with_forks_and_context(llama: LanguageModel) -> None:
-    assert estimate_bytes(llama, 1000, 100, 1) < estimate_bytes(llama, 1000, 100, 9) < estimate_bytes(llama, 4000, 100, 9)
+def test_dense_rows_are_not_cudnns(llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN builds a graph for every new number of keys. Only a GPU asks for it, so what was allowed is looked at."""
+    allowed = []
+
+    def watch(*arguments: Any) -> Any:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return dense.dense_rows(*arguments)
+
+    monkeypatch.setattr(lockstep, "dense_rows", watch)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        answer_many(llama, prefill(llama, CONTEXT, 40), QUESTION, [None, few_keys()[0]], NEW)
+        assert len(allowed) >= NEW * 4 and not any(allowed)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_a_prefill_leaves_out_what_the_last_layer_does_with_its_keys(llama: LanguageModel) -> None:

@@ -33,7 +33,7 @@ def letters(**parts: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
-def templated(template: str) -> Any:
+def templated(template: str | dict[str, str]) -> Any:
     tokenizer = letters()
     tokenizer.chat_template = template
     return tokenizer
@@ -105,9 +105,10 @@ def test_thinking_is_taken_off_an_answer() -> None:
         ("{{ messages[0].content.undefined.more }}", "UndefinedError"),
         ("{{ ().__class__.__bases__[0].__subclasses__() }}", "SecurityError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ({"rag": "{{ messages[0].content }}"}, "ValueError"),  # named, and none is the default
     ],
 )
-def test_a_template_that_fails_is_told_in_one_line(template: str, words: str) -> None:
+def test_a_template_that_fails_is_told_in_one_line(template: str | dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
         render_chat(templated(template), "ab")
     assert "\n" not in str(error.value) and "chat template" in str(error.value)

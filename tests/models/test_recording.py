@@ -11,13 +11,16 @@ from tiny_models import forced
 from sparse_attention_hub import (
     DoubleSparsityTopKMaskerConfig,
     HashAttentionTopKMaskerConfig,
+    LokiConfig,
     ResearchAttention,
     ResearchAttentionConfig,
 )
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.maskers.channel_file import write_channels
 from sparse_attention_hub.maskers.hat_weights import hat_config_fields, write_hat_weights
+from sparse_attention_hub.maskers.principal_axes import read_axes, write_axes
 from sparse_attention_hub.models import LanguageModel, prefill
+from sparse_attention_hub.models.axes_calibration import calibrate_axes
 from sparse_attention_hub.models.channel_calibration import calibrate
 from sparse_attention_hub.models.channel_calibration import main as calibration_main
 from sparse_attention_hub.models.hat_training import Recipe, train
@@ -90,6 +93,34 @@ def test_calibrated_channels_serve_the_model(model: LanguageModel, tmp_path: Pat
     attention = ResearchAttention(ResearchAttentionConfig([config]))
     result = forced(model, prefill(model, list(range(3, 60)), 20), [5, 6, 7], [8], attention)
     assert result.density is not None and 0.2 < result.density < 0.4
+
+
+def test_calibrated_axes_serve_the_model(model: LanguageModel, tmp_path: Path) -> None:
+    texts = sample_texts(2, characters=300)
+    axes = calibrate_axes(model, texts, tokens=128)
+    assert sorted(axes) == list(range(model.num_layers))
+    keys = torch.cat([found[1][1] for found in record(model, texts, 128)], 1)
+    for own, head in zip(axes[1], keys.double(), strict=True):
+        variances = torch.cov((head @ own.double()).T)
+        assert bool((variances.diagonal().diff() <= 1e-9).all()), "the first axis has the largest variance"
+        torch.testing.assert_close(variances, variances.diagonal().diag(), atol=1e-6, rtol=0)
+    write_axes(axes, tmp_path / "axes.safetensors")
+    config = LokiConfig(heavy_size=0.3, axes_file=str(tmp_path / "axes.safetensors"))
+    attention = ResearchAttention(ResearchAttentionConfig([config]))
+    result = forced(model, prefill(model, list(range(3, 60)), 20), [5, 6, 7], [8], attention)
+    assert result.density is not None and 0.2 < result.density < 0.4
+
+
+def test_a_models_axes_are_found_once(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SPARSE_ATTENTION_HUB_CACHE", str(tmp_path))
+    asked = ResearchAttentionConfig([LokiConfig(0.1, axes_file=None)])
+    for _ in range(2):
+        (config,) = model.complete(asked).masker_configs
+        assert isinstance(config, LokiConfig) and str(config.axes_file).startswith(str(tmp_path / "axes"))
+    assert sorted(read_axes(str(config.axes_file))) == list(range(model.num_layers))
+    assert caplog.text.count("calibrating the axes of") == 1
 
 
 def test_trained_weights_serve_the_model(model: LanguageModel, tmp_path: Path) -> None:

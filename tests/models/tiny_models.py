@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -118,3 +120,15 @@ def forced(
 ) -> Forced:
     """How likely an answer is under one attention."""
     return forced_many(lm, prefilled, question, answer, [attention], recorders=[recorder], **options)[0]
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most memory that tensors take at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    held = most = 0
+    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,52 @@ def test_it_prints_and_writes_everything(searches: Path, tmp_path: Path, capsys:
     assert len(best) == 4
     assert {row["rung"] for row in best} == {"3"}
     assert [row["error"] for row in rows if row["status"] == "failed"] == [""] * 4, "a missing figure is missing"
+
+
+def test_head_budgets_are_a_table_and_heat_maps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, name = tmp_path / "optimal_configs" / "run_20240101_000000", "sink_local_oracle_top_k_5pct"
+    trials = make_trials("a", 0.5)
+    table = {
+        "level": name,
+        "base": 2,
+        "by": "kv_head",
+        "strength": 0.75,
+        "held_out": -0.125,
+        "factors": [[0.5, 1.5], [1.0, 1.0]],
+    }
+    rungs = {
+        "0": figures(0.1, 0.03),
+        "1": figures(0.1, 0.03, head_densities=[[0.01, 0.05], [0.03, 0.03]]),
+        "2": figures(0.12, 0.03),
+        "3": figures(None, 0.03, score=1.0),
+    }
+    trials.append(trial("a_00010", trials[2]["config"], rungs, table=table))
+    even = {"trial_id": "a_00002", "error": 0.2, "density": 0.03, "kv_fraction": None, "score": 0.75}
+    best = best_config(model=MODEL, task="t/a", masker_name=name, budget=0.05, best_trial_id="a_00010", even_budgets=even)
+    write_level(run, best, trials)
+    out = tmp_path / "out"
+    assert main(["--optimal-configs-dir", str(run.parent), "--output-dir", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert re.search(rf"{name} +kv_head +75% +-12.5% +0.200 +0.120 +1.0% to 5.0% +yes", told)
+    assert (out / "head_budgets.png").stat().st_size > 5000
+    add_level(run, "t/b", name, 0.05, "b")
+    assert {effect.name for study in read_run(run).studies for effect in hyperparameter_effects(study)} >= {"heavy_size"}
+    assert [len(read_run(run).studies[0].trials)] == [11]
+
+
+def test_budgets_on_kv_bytes_go_by_these(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "optimal_configs" / "run_20240101_000000"
+    trials = make_trials("a", 0.5)
+    for entry in trials:
+        entry["kv_fraction"] = None if entry["density"] is None else entry["density"] + 0.5
+        for rung in entry["figures"].values():
+            rung["kv_fraction"] = rung["density"] + 0.5
+    level = {"masker_name": "x_55pct", "budget": 0.55, "budget_on": "kv", "kv_fraction": 0.53, "best_trial_id": "a_00002"}
+    write_level(run, best_config(model=MODEL, task="t/a", **level), trials)
+    assert main(["--optimal-configs-dir", str(run.parent), "--output-dir", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"x_55pct +55% +53.0% +96% +5 of 9 +yes", told) and "used = KV bytes of the best / budget" in told
+    assert "none was fitted" in told
 
 
 def test_what_decides_the_error_is_found(searches: Path) -> None:

@@ -17,15 +17,18 @@ import pytest
 
 import benchmark.report.__main__ as report
 from benchmark.command_line import run_command
-from benchmark.raytune import analyze_trials, run_full_benchmark
-from benchmark.raytune.plan import choose_configs, make_settings
+from benchmark.raytune import analyze_trials, plan, run_full_benchmark
+from benchmark.raytune.configurations import choose_configs
+from benchmark.raytune.plan import make_settings
 from benchmark.raytune.run_full_benchmark import get_all_sparse_configs, main, parse_arguments
 from benchmark.settings import Settings, as_sparse_configs, snake_case
+from benchmark.workers import pools
 from sparse_attention_hub import OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
 from sparse_attention_hub.errors import UserError
 
 SCRIPT = Path(run_full_benchmark.__file__)
 ROOT = SCRIPT.parents[2]
+SIZES = ("sink_size", "window_size", "heavy_size", "sampling_rate", "base_rate_sampling")
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +70,10 @@ BAD = {
     "a folder that cannot be made": (["--phase", "1", "--optimal-configs-dir", "/proc/found"], "--optimal-configs-dir"),
     "a folder in a file": (["--phase", "1", "--ray-results-dir", f"{__file__}/ray"], "--ray-results-dir"),
     "a folder that is read-only": (["--phase", "2", "--benchmark-results-dir", "/proc/results"], "--benchmark-results-dir"),
+    "no level": (["--levels", "0"], "--levels must be percentages from 0.01 to 100, got 0"),
+    "a level above all keys": (["--levels", "5", "101"], "got 101"),
+    "a level that is no number": (["--levels", "nan"], "got nan"),
+    "a configuration of another level": (["--levels", "2", "--configs", "sink_local_10pct"], "sink_local_10pct"),
     "rescoring without answers": (["--phase", "2", "--rescore", "--configs", "dense"], "--rescore"),
 }
 
@@ -139,6 +146,25 @@ def test_the_plan(capsys: pytest.CaptureFixture[str], empty_folder: Path) -> Non
     for part in ("12 studies", "at most 144 trials", "ruler/1024/fwe", "Phase 2", "GB", "benchmark_summary.json"):
         assert part in printed
     assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "limit", "address", "words"),
+    [
+        (8, None, None, "8, one per GPU (of 8)"),
+        (8, 3, None, "3, one per GPU (of 8)"),
+        (0, 2, None, "2 on auto, 4 CPU threads each"),
+        (0, None, "auto", "one per GPU of the Ray cluster, or per two CPUs"),
+        (0, 5, "auto", "one per GPU of the Ray cluster, or per two CPUs, at most 5"),
+    ],
+)
+def test_the_plan_names_the_workers(
+    gpus: int, limit: int | None, address: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (plan, pools):
+        monkeypatch.setattr(module, "visible_gpus", lambda: [str(gpu) for gpu in range(gpus)])
+    monkeypatch.setattr(pools, "usable_cores", lambda: 8)
+    assert plan._workers(Settings((), (), max_concurrent_benchmarks=limit, ray_address=address)) == words
 
 
 DRY = {
@@ -254,6 +280,55 @@ def test_configurations_are_named_after_their_maskers() -> None:
     assert {config.budget for config in configs[1:]} == {0.05, 0.1, 0.25, 0.5}
 
 
+def test_levels_name_configurations_and_set_their_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--configs", "list", "--levels", "2", "20", "0.5", "2"]) == 0
+    names = [name for name in capsys.readouterr().out.splitlines() if not name.startswith("preset:")]
+    assert {name.rpartition("_")[2] for name in names} == {"dense", "2pct", "20pct", "0.5pct"} and len(names) % 3 == 1
+    for config in as_sparse_configs(get_all_sparse_configs([0.5, 1, 2, 3, 7, 20, 80, 100]))[1:]:
+        assert config.config is not None and config.budget is not None
+        sizes = [getattr(masker, name, 0) for masker in config.config.masker_configs for name in SIZES]
+        if config.family.endswith("_twilight"):  # which leaves few of its candidates
+            sizes = [size / 3 for size in sizes if isinstance(size, float)]
+        assert 0 < sum(size for size in sizes if isinstance(size, float)) <= config.budget, config.name
+        assert as_sparse_configs([(config.name, config.config, list(config.masker_classes or ()))])[0].budget == config.budget
+
+
+def test_levels_apply_to_the_combinations_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--levels", "2", "0.5", "--tasks", "infinite_bench/passkey", "--phase", "1"]
+    assert main(["--debug", "--dry-run", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "configurations: 8 sparse and dense" in printed and "sink_local_oracle_top_k (2%, 0.5%)" in printed
+
+
+def test_an_oracle_cannot_meet_a_budget_on_kv_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--budget-on",
+        "kv",
+        "--tasks",
+        "infinite_bench/passkey",
+        "--configs",
+        "sink_local_oracle_top_k_10pct",
+        "sink_local_*_25pct",
+    ]
+    assert main(["--debug", "--dry-run", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "left out sink_local_oracle_top_k_10pct, " in printed and "an oracle reads every key to choose" in printed
+    assert "sink_local_quest_top_k (25%)" in printed and "| sink_local_oracle_top_k" not in printed
+
+
+@pytest.mark.parametrize(("signature", "names"), [("", ["own_5pct"]), ("levels", ["own_2pct", "own_0.5pct"])])
+def test_a_plugin_may_take_the_levels(signature: str, names: list[str], empty_folder: Path, capsys: Any) -> None:
+    name = f"own_{signature or 'none'}"  # a module of its own
+    (empty_folder / f"{name}.py").write_text(
+        "from sparse_attention_hub import OracleTopKConfig, ResearchAttentionConfig\n"
+        f"def get_all_sparse_configs({signature}):\n"
+        f"    return [(f'own_{{level:g}}pct', ResearchAttentionConfig([OracleTopKConfig(0.9 * level / 100)]), [OracleTopKConfig])\n"
+        f"            for level in {signature or [5]}]\n"
+    )
+    assert main(["--configs", "list", "--levels", "2", "0.5", "--plugin", f"{name}.py"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("own")] == names
+
+
 def test_the_third_element_must_name_the_maskers() -> None:
     config = ResearchAttentionConfig([SinkMaskerConfig(4), OracleTopKConfig(8)])
     with pytest.raises(ValueError, match="third element"):
@@ -269,6 +344,7 @@ def test_patterns_choose_configurations_in_order() -> None:
 
 def test_snake_case() -> None:
     assert snake_case("HashAttentionTopKMaskerConfig") == "hash_attention_top_k" and snake_case("PQCacheConfig") == "pq_cache"
+    assert snake_case("H2OConfig") == "h2o" and snake_case("SnapKVConfig") == "snap_kv"
 
 
 def test_ctrl_c_outside_the_phases_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,45 @@ def test_the_best_that_saves_reads_is_chosen_and_the_oracle_is_the_ceiling(resul
     assert choose(group, 0.01) is None
 
 
+def test_budgets_on_kv_bytes_stand_apart_and_go_by_the_bytes(tmp_path: Path) -> None:
+    write_row(tmp_path, "t/a", "dense", [1.0] * 4, None)
+    write_row(tmp_path, "t/a", "a_10pct", [1.0] * 4, [1.0] * 4, density=0.1, budget=0.1)
+    kv = {"budget": 0.1, "metrics": {"budget_on": "kv"}}
+    write_row(tmp_path, "t/a", "b_10pct", [1.0] * 4, [1.0] * 4, density=0.02, kv_fraction=0.09, **kv)
+    write_row(tmp_path, "t/a", "c_10pct", [1.0] * 4, [1.0] * 4, density=0.01, kv_fraction=0.2, **kv)
+    tree = read_tree(tmp_path)
+    assert [(group.budget_on, [row.name for row in group.rows]) for group in tree.groups] == [
+        ("density", ["dense", "a_10pct"]),
+        ("kv", ["dense", "b_10pct", "c_10pct"]),
+    ]
+    assert len(tree.rows) == 4
+    found = choose(tree.groups[1], 0.1)
+    assert found is not None and found.best is not None and found.best.row.name == "b_10pct" and found.runner_up is None
+    page = words(write_report(tmp_path))
+    assert "at 10% of the KV bytes" in page and "at 10% density" in page and "t/a, budgets on KV bytes" in page
+    assert "at KV bytes 9.0%" in page and "--budget-on kv" in run_again([found.best.row])
+
+
+def test_even_and_fitted_head_budgets_have_a_chart(tmp_path: Path) -> None:
+    folder = write_row(tmp_path, "t/a", "a_2pct", [1.0], [1.0], density=0.02, budget=0.02)
+    assert "Even and fitted head budgets" not in words(write_report(tmp_path))
+    record = json.loads((folder / "config.json").read_text())
+    even = {"trial_id": "x_00001", "error": 0.3, "density": 0.02, "kv_fraction": None, "score": None}
+    found = {"config_run": "run_20240315_143022", "config_file": "f", "budget": 0.02, "meets_budget": True, "error": 0.2}
+    found |= {
+        "density": 0.02,
+        "score": None,
+        "hyperparams": {},
+        "identity": "i",
+        "sparse_from": "question",
+        "even_budgets": even,
+    }
+    write_json(folder / "config.json", record | {"provenance": found})
+    page = write_report(tmp_path)
+    assert "Even and fitted head budgets" in words(page) and "even against fitted head budgets, t/a" in page.read_text()
+    assert "--levels 2 " in run_again([read_tree(tmp_path).rows[0]])
+
+
 def test_an_oracle_is_never_what_to_use(tmp_path: Path) -> None:
     changes = {"density": 0.5, "budget": 0.5, "kv_fraction": 0.7, "maskers": ["OracleTopKConfig"]}
     write_row(tmp_path, "t/a", "a_50pct", [1.0], [1.0], **changes)
@@ -282,6 +321,31 @@ def test_the_page_names_the_choice_and_its_certainty(results: Path) -> None:
     assert "Ceiling: oracle_10pct, score 1.000" in page and "it shows what quality is in reach, not what to run" in page
     assert "<b>ValueError</b>" in page, "text is escaped"
     assert "--phase 2 --config-run run_20240315_143022 --models org/model-1B" in page
+
+
+def test_a_card_ends_with_the_two_lines_that_load_the_result(results: Path) -> None:
+    """Only where something is to be used: not on a card of a ceiling alone, nor where all scores are 0."""
+    cards = write_report(results).read_text().split('<div class="card">')
+    loads = [unescape(card) for card in cards if "from_file" in card]
+    assert len(loads) == 2  # 10% and 25%
+    file = results / "org_model-1B" / "random_10pct" / "ruler_4096_vt" / "config.json"
+    first, second = re.findall(r"<pre>(attention = .*?)</pre>", loads[0], flags=re.DOTALL)[0].splitlines()
+    assert first == f"attention = ResearchAttention.from_file({str(file)!r}, lm)" and file.is_file()
+    assert second.startswith("with sparse_attention(lm, attention):")
+    write_row(results, "t/a", "dense", [1.0] * 9, None)
+    write_row(results, "t/a", "a_10pct", [0.0] * 9, [1.0] * 9, density=0.1, budget=0.1)
+    assert write_report(results).read_text().count("from_file") == 2
+
+
+def test_answers_that_never_left_their_thinking_are_counted(results: Path) -> None:
+    counts = {"total": 3, "ok": 3, "failed": 0, "timed_out": 0, "unscored": 0, "missing": 0, "capped": 0, "truncated": 0}
+    counts |= {"without_reference_nll": 0, "never_left_thinking": 2}
+    write_row(results, "t/a", "a_10pct", [0.0] * 3, [1.0] * 3, density=0.1, budget=0.1, metrics={"samples": counts})
+    page = words(write_report(results))
+    assert "3 of 3 (2 never left thinking)" in page and page.count("never left thinking)") == 1
+    row = ResultRow.model_construct(**json.loads((results / safe_name(MODEL) / "a_10pct" / "t_a" / "metrics.json").read_text()))
+    row.samples, row.difference_to_dense, row.meets_budget = SampleCounts(**counts), None, None
+    assert " answers that never left their thinking: a_10pct 2" in closing_table(Summary.model_construct(results=[row]))
 
 
 def test_the_page_loads_nothing(results: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +157,35 @@ def test_files_are_written_as_soon_as_a_study_is_finished(settings: Settings, mo
     outcome = search([STUDY, other], settings)
     assert len(written[0]) == 6 and outcome.interrupted and len(outcome.levels) == 2
     assert outcome.unfinished == ["m_u_x"] and outcome.failures == {} and outcome.failed_trials == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_the_very_end_is_not_lost(number: int, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All studies have ended, so Tune looks at the flag of its handler no more."""
+    from ray.tune.tune import _setup_signal_catching
+
+    class Tuner:
+        def __init__(self, *_: Any, run_config: Any, **__: Any) -> None:
+            (self.callback,) = run_config.callbacks
+
+        def fit(self) -> None:
+            stopped = _setup_signal_catching()
+            self.callback.setup()
+            _write(settings, failing=False)
+            ended = {"finished": True, "progress": Progress("search"), "problem": None}
+            self.callback.on_trial_result(1, [], SimpleNamespace(config={"study": "m_t_x"}), ended)
+            with suppress(KeyboardInterrupt):  # as an exception in a callback of C code is dropped
+                os.kill(os.getpid(), number)
+            assert stopped.is_set() == (number == signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("ray.tune.Tuner", Tuner)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.nodes", lambda: [])
+    monkeypatch.setattr(config_search, "start_ray", lambda _: False)
+    outcome = search([STUDY], settings)
+    assert outcome.interrupted and outcome.unfinished == [] and len(outcome.levels) == 2
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_missing_or_damaged_files_of_a_worker_are_one_line(settings: Settings) -> None:

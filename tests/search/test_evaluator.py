@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,15 @@ from benchmark.search.evaluator import TraceEvaluator
 from benchmark.search.samples import TuningSample, samples_key
 from benchmark.settings import Settings
 from benchmark.tasks.base import Prompt, Sample
-from sparse_attention_hub import LocalMaskerConfig, OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
+from sparse_attention_hub import (
+    H2OConfig,
+    LocalMaskerConfig,
+    OracleTopKConfig,
+    RandomSamplingMaskerConfig,
+    ResearchAttentionConfig,
+    SinkMaskerConfig,
+    SnapKVConfig,
+)
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models import LanguageModel, answer_many, prefill
 from sparse_attention_hub.models.session import sparse_layers
@@ -199,3 +208,74 @@ def test_a_trace_that_is_not_finite_is_one_line(tmp_path: Path) -> None:
     (folder / "trace.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="tuning sample s2 has no dense answer on .*layer 2 is not finite"):
         evaluator(lm, tmp_path)
+
+
+SIZES = ResearchAttentionConfig([SinkMaskerConfig(0.02), OracleTopKConfig(0.15)])
+
+
+@pytest.mark.parametrize(("by", "columns"), [("layer", 1), ("kv_head", 2), ("head", 8)])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.usefixtures("samples")
+def test_head_budgets_are_fitted_to_the_whole_model(by: str, columns: int, architecture: str, tmp_path: Path) -> None:
+    lm = wrap(build(architecture))
+    made = evaluator(lm, tmp_path)
+    (fitted,) = made.fit_head_budgets([SIZES], by, 60.0)
+    again = evaluator(lm, tmp_path).fit_head_budgets([SIZES], by, 60.0)
+    assert again == [fitted]
+    if fitted is None:  # even budgets do as well on this tiny model
+        return
+    assert [len(row) for row in fitted.table] == [columns] * lm.num_layers and fitted.held_out <= 0
+    assert all(fitted.table[layer] == [1.0] * columns for layer in range(lm.num_layers) if layer not in made.layers)
+    plain, uneven = made.evaluate([SIZES, replace(SIZES, head_budgets=fitted.table)], 1, 60.0)
+    assert uneven is not None and plain is not None and uneven.density == pytest.approx(plain.density, rel=0.1)
+    assert plain.head_densities is None and uneven.head_densities is not None
+    assert [len(row) for row in uneven.head_densities] == [columns] * len(made.layers)
+
+
+@pytest.mark.usefixtures("samples")
+def test_what_has_no_head_budgets(tmp_path: Path) -> None:
+    lm = wrap(build("llama"))
+    made = evaluator(lm, tmp_path)
+    sampling = ResearchAttentionConfig([SinkMaskerConfig(0.02), RandomSamplingMaskerConfig(0.2)])
+    tokens_only = ResearchAttentionConfig([SinkMaskerConfig(2), OracleTopKConfig(9)])
+    assert made.fit_head_budgets([sampling], "kv_head", 60.0) == [None]
+    assert made.fit_head_budgets([tokens_only], "kv_head", 60.0) == [None]
+    thin = evaluator(lm, tmp_path / "thin", trace_budget_gb=0.6 * made.trace_bytes / 1e9)
+    assert thin.fit_head_budgets([SIZES], "kv_head", 60.0) == [None]
+
+
+@pytest.mark.usefixtures("samples")
+def test_replays_measure_the_kv_bytes_that_budgets_are_on(tmp_path: Path) -> None:
+    lm = wrap(build("llama"))
+    plain, made = evaluator(lm, tmp_path), evaluator(lm, tmp_path, budget_on="kv")
+    assert plain.key != made.key
+    config = [ResearchAttentionConfig([LocalMaskerConfig(4), OracleTopKConfig(0.2)])]
+    some, full, forced = (made.evaluate(config, rung, 60.0)[0] for rung in range(3))
+    assert some is not None and full is not None and forced is not None
+    assert full.kv_fraction == pytest.approx(forced.kv_fraction, rel=0.05) and some.kv_fraction > 0.5 < full.kv_fraction
+    (unmeasured,) = plain.evaluate(config, 1, 60.0)
+    assert unmeasured is not None and unmeasured.kv_fraction is None and unmeasured.density == full.density
+
+
+@pytest.mark.usefixtures("samples")
+@pytest.mark.parametrize("protocol", ["question", "decode"])
+def test_traces_are_recorded_again_for_what_a_configuration_chooses_by(protocol: str, tmp_path: Path) -> None:
+    made = evaluator(wrap(build("llama")), tmp_path, sparse_from=protocol)
+    assert all(trace.observed == frozenset() for trace in made.traces)
+    plain = made.evaluate(CONFIGS, 1, 60.0)
+    snap_kv = ResearchAttentionConfig([SinkMaskerConfig(2), SnapKVConfig(0.2, window_size=4)])
+    hitters = ResearchAttentionConfig([SinkMaskerConfig(2), H2OConfig(0.2)])
+    for rung in range(4):
+        for found in made.evaluate([snap_kv, hitters], rung, 60.0):
+            assert found is not None and 0 < found.density < 1
+    assert all(trace.observed == {"queries", "attention"} for trace in made.traces)
+    assert [found.error for found in made.evaluate(CONFIGS, 1, 60.0)] == [found.error for found in plain]
+
+
+@pytest.mark.parametrize(("varies", "layers"), [(False, [0, 4, 8]), (True, list(range(10)))])
+def test_a_masker_whose_density_differs_between_layers_is_judged_by_all(varies: bool, layers: list[int]) -> None:
+    evaluator: Any = object.__new__(TraceEvaluator)
+    evaluator.traces, evaluator.layers = [SimpleNamespace(rows=20)], list(range(10))
+    evaluator._replay = lambda number, attentions, rows, layers: layers
+    maskers = [SimpleNamespace(varies_by_layer=False), SimpleNamespace(varies_by_layer=varies)]
+    assert evaluator._replay_some(0, [SimpleNamespace(maskers=maskers)]) == layers

@@ -54,6 +54,24 @@ def test_what_determines_an_evaluation_begins_a_journal(changes: dict[str, objec
     assert study().identity(other, "s") != study().identity(SETTINGS, "s")
 
 
+def test_budgets_on_other_figures_and_head_budgets_are_other_searches() -> None:
+    kv, off = replace(SETTINGS, budget_on="kv"), replace(SETTINGS, head_budgets="off")
+    assert (
+        len({study().identity(settings, "s") for settings in (SETTINGS, kv, off, replace(SETTINGS, head_budgets="head"))}) == 4
+    )
+    assert study().journal_identity(off, "s") == study().journal_identity(SETTINGS, "s")
+    assert study().journal_identity(kv, "s") != study().journal_identity(SETTINGS, "s")
+
+
+def test_sizes_below_the_search_space_are_searched_too() -> None:
+    studies, _ = plan_studies(["m"], ["t"], [top_k("x_5pct"), top_k("x_0.5pct", 0.002)])
+    (spec,) = studies
+    low = spec.space().domains["oracletopk_heavy_size"].low
+    assert low == pytest.approx(0.001) and spec.stems()[1].endswith("_x_0.5pct")
+    usual, _ = plan_studies(["m"], ["t"], [top_k("x_5pct")])
+    assert usual[0].space().domains["oracletopk_heavy_size"].low == 0.005
+
+
 def test_other_samples_are_another_search() -> None:
     assert study().identity(SETTINGS, "s") != study().identity(SETTINGS, "edited")
     assert study().journal_identity(SETTINGS, "s") != study().journal_identity(SETTINGS, "edited")

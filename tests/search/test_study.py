@@ -11,10 +11,11 @@ from ray import tune
 
 from benchmark.search.space import CombinationSpace, nearest, parameter_name
 from benchmark.search.study import Study
-from benchmark.search.trial import Level, TrialTimeout, objective_value
+from benchmark.search.trial import Level, objective_value
 from benchmark.storage.results import Journal
 from benchmark.storage.search_records import Evaluation
 from benchmark.workers.errors import BrokenDeviceError
+from benchmark.workers.limits import TimeLimitError
 from sparse_attention_hub import (
     Choice,
     LocalMaskerConfig,
@@ -210,7 +211,7 @@ def test_a_slow_trial_is_recorded_as_timed_out(tmp_path: Path) -> None:
     class Slow(FormulaEvaluator):
         def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
             if config.masker_configs[2].heavy_size > 0.2:
-                raise TrialTimeout("took longer than 1 s (--search-timeout)")
+                raise TimeLimitError("took longer than 1 s (--search-timeout)")
             return super().figures(config, rung)
 
     study = run(make_study(tmp_path / "j", Slow(), (5, 50)))

@@ -24,6 +24,12 @@ def test_json(tmp_path: Path) -> None:
     assert done.returncode == (0 if goal["holds"] else 1) and record["machine"]["threads"] == 1
 
 
-@pytest.mark.parametrize("method", ["sink_local", "random_sampling", "quest", "double_sparsity", "hash_attention", "pq_cache"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("sink_local", "random_sampling", "quest", "double_sparsity", "hash_attention", "pq_cache"),
+        *("landmarks", "sparq", "loki", "clusters", "snap_kv"),
+    ],
+)
 def test_methods_are_measured_at_the_density_they_are_compared_at(method: str) -> None:
     assert run(8192, 1, [method])[f"{method}_density"] == pytest.approx(DENSITY, abs=0.005)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fakes import FakeTokenizer, tokenizer_of
 
+from benchmark.raytune.plan import length_notes
 from benchmark.search.samples import tuning_samples
 from benchmark.settings import Settings
 from benchmark.tasks import get_task
@@ -35,6 +37,18 @@ def test_generated_samples_are_no_longer_than_the_model_takes(tmp_path: Path) ->
     for sample in task.samples(fitted(request(tokenizer, 64000), task, "m")):
         assert 2000 <= prompt_length(sample, tokenizer, False) + sample.max_new_tokens <= 2048
         assert f"The pass key is {sample.label}." in sample.context
+
+
+def test_a_length_that_the_model_lowers_is_said(tmp_path: Path) -> None:
+    settings, tokenizers = (
+        Settings(models=("m",), tasks=("t",), search_max_context_length=2048),
+        {"m": tokenizer_of(tmp_path, 2048)},
+    )
+    notes = ["m takes 2048 tokens: prompts are at most that long, not --max-context-length 64000"]
+    assert length_notes(settings, ["ruler/1024/vt", "infinite_bench/passkey"], tokenizers) == notes
+    assert length_notes(replace(settings, phases=(1,)), ["infinite_bench/passkey"], tokenizers) == []
+    assert length_notes(settings, ["ruler/1024/vt"], tokenizers) == [], "refused where it does not fit"
+    assert length_notes(settings, ["infinite_bench/passkey"], {"m": FakeTokenizer()}) == []
 
 
 def test_a_task_of_a_fixed_length_is_whole_or_refused(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ from benchmark.workers.ray_pool import RayPool, plan_actors
         ([{"CPU": 4.0}] * 3, "cpu", 2, 2, {"num_cpus": 4}),  # never more than a node has
         ([{"CPU": 4.0}, {"CPU": 1.0}], "cpu", 3, 3, {"num_cpus": 1}),
         ([{"CPU": 1.0}], "cpu", None, 1, {"num_cpus": 1}),
-        ([{"CPU": 16.0, "GPU": 8.0}] * 2, "auto", None, 4, {"num_gpus": 1}),
-        ([{"CPU": 16.0, "GPU": 8.0}] * 2, "cuda", 16, 16, {"num_gpus": 1}),
+        ([{"CPU": 16.0, "GPU": 8.0}] * 2, "auto", None, 16, {"num_gpus": 1}),
+        ([{"CPU": 16.0, "GPU": 8.0}] * 2, "cuda", 4, 4, {"num_gpus": 1}),
         ([{"CPU": 16.0, "GPU": 8.0}] * 2, "sharded", None, 1, {"num_gpus": 8}),
         ([{"CPU": 16.0, "GPU": 8.0}], "cpu", 2, 2, {"num_cpus": 8}),
     ],

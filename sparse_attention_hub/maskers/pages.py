@@ -1,0 +1,117 @@
+"""Whole pages of keys, chosen by a summary of each page: what Quest and landmarks share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.select import choose, expand_pages
+from ..mask import Mask
+from .base import Masker, TopKConfig, check_int
+from .inputs import AttentionInputs
+from .layout import NEVER, end_of_allowed
+from .state import MaskerState
+
+
+@dataclass
+class PagesConfig(TopKConfig):
+    """heavy_size: keys to keep, int (tokens) or float (fraction of N), in whole pages. page_size: keys per page."""
+
+    page_size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.page_size = check_int("page_size", self.page_size, 1)
+
+
+PagesConfigT = TypeVar("PagesConfigT", bound=PagesConfig)
+
+
+class PageMasker(Masker[PagesConfigT]):
+    """Keys are cut into pages, counted from an item's first allowed key; the pages with the highest scores are attended whole.
+
+    Pages that earlier maskers cover spend budget too. A page that a row sees in part is summarised by all of its keys.
+    The state keeps the summaries of complete pages; a decode step summarises the unfinished last page only.
+    """
+
+    keeps_to_allowed = True
+    score_bytes = (17, 3)
+    code_fields: tuple[str, ...] | None = ("page_size",)
+    #: The fewest pages that are kept.
+    min_pages = 1
+
+    @abstractmethod
+    def summarise(self, keys: Tensor, allowed: Tensor | None, starts: list[int], first: int, last: int) -> Tensor:
+        """Summaries of pages [first, last): (B, Hkv, last - first, width), finite for a page of padding alone.
+
+        keys: (B, Hkv, N, D), which may end within the last page. allowed: bool (B, N), False on padding. starts: the key at
+        which each item's first page begins.
+        """
+
+    @abstractmethod
+    def score(self, inputs: AttentionInputs, summaries: Tensor) -> Tensor:
+        """Scores of the pages, higher for better ones: (B, H, Q, pages)."""
+
+    def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
+        page = self.config.page_size
+        starts, scores = self.shared(inputs, lambda: self.page_scores(inputs))
+        pages = scores.shape[-1]
+        sizes = inputs.resolve(self.config.heavy_size)
+        kept = torch.where(sizes >= inputs.layout.totals, pages, (sizes // page).clamp(min=self.min_pages))
+        chosen = choose(scores, Mask.empty((*inputs.shape[:3], pages), inputs.device), kept)
+        return mask.union(inputs.mask(expand_pages(chosen, starts, page, inputs.allowed)))
+
+    def prepare(self, keys: Tensor, layer_idx: int, state: MaskerState, allowed: Tensor | None = None) -> None:
+        """Summarise the complete pages that are new. The fit is the key, below page_size, at which each item's first page starts."""
+        page = self.config.page_size
+        state.check(keys.shape[2])
+        if not state.is_fitted:
+            first = [0] * keys.shape[0] if allowed is None else allowed.to(torch.uint8).argmax(-1).tolist()
+            state.fitted, state.fit_length = [int(key) % page for key in first], keys.shape[2]
+            state.keys_per_code, state.offset = page, max(state.fitted)
+        seen = keys.shape[2] if allowed is None else end_of_allowed(allowed)
+        have, complete = state.count(state.length), state.count(max(seen, state.length))
+        if complete > have:
+            state.append(self.summarise(keys, allowed, state.fitted, have, complete), seen)
+        state.length = max(seen, state.length)
+
+    def page_scores(self, inputs: AttentionInputs) -> tuple[list[int], Tensor]:
+        """(first key of each item's first page, scores (B, H, Q, pages), -inf where nothing is allowed)."""
+        state = inputs.state if inputs.state is not None else MaskerState()
+        allowed = inputs.layout.known_keys
+        self.prepare(inputs.keys, inputs.layer_idx, state, allowed)
+        starts: list[int] = state.fitted
+        page, keys = self.config.page_size, inputs.shape[3]
+        complete = state.count(state.length)
+        pages = -(-(keys - min(starts)) // page)
+        parts = [state.codes()] if complete else []
+        if pages > complete:
+            parts.append(self.summarise(inputs.keys, allowed, starts, complete, pages))
+        scores = self.score(inputs, torch.cat(parts, 2) if len(parts) > 1 else parts[0])
+        if not inputs.layout.all_allowed:
+            slots = torch.tensor(starts, device=inputs.device).unsqueeze(-1) + torch.arange(pages * page, device=inputs.device)
+            places = slots.clamp(max=keys - 1)[:, None, None].expand(-1, 1, inputs.shape[2], -1)
+            permitted = inputs.allowed.gather(-1, places) & (slots < keys)[:, None, None]
+            scores = scores.masked_fill(~permitted.view(*permitted.shape[:3], pages, page).any(-1), NEVER)
+        return starts, scores
+
+
+def cut_pages(keys: Tensor, allowed: Tensor | None, starts: list[int], page: int, first: int, last: int, fill: float) -> Tensor:
+    """The keys of pages [first, last), `fill` where they are missing or not allowed: (B, Hkv, last - first, page, D)."""
+    if len(set(starts)) > 1:
+        own = [None] * len(starts) if allowed is None else torch.split(allowed, 1)
+        each = zip(torch.split(keys, 1), own, starts, strict=True)
+        return torch.cat([cut_pages(k, a, [start], page, first, last, fill) for k, a, start in each])
+    span = slice(starts[0] + first * page, starts[0] + last * page)
+    part = keys[:, :, span]
+    if allowed is not None:
+        part = part.masked_fill(~allowed[:, None, span, None], fill)
+    missing = (last - first) * page - part.shape[2]
+    if missing:
+        part = F.pad(part, (0, 0, 0, missing), value=fill)
+    return part.reshape(*keys.shape[:2], last - first, page, keys.shape[3])

@@ -1,0 +1,54 @@
+"""Pipelines, models and samples that the tests of the pretended GPU share."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+
+from pretend import PretendedGPU
+from tiny_models import Letters, build
+
+from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
+from sparse_attention_hub.maskers.base import registered_configs
+from sparse_attention_hub.maskers.drawing import DIM, HEADS, example_configs
+from sparse_attention_hub.models import LanguageModel
+
+#: Channel files must outlive the configurations that name them.
+FOLDER = Path(tempfile.mkdtemp())
+
+
+def masker_names() -> list[str]:
+    """The module of every masker of the library; `example_configs` has a pipeline for each."""
+    folder, _, _ = ResearchAttention.__module__.partition(".")
+    modules = {config.__module__ for config in registered_configs().values()}
+    return sorted(module.rpartition(".")[2] for module in modules if module.startswith(f"{folder}.maskers."))
+
+
+NAMES = masker_names()
+
+
+def example(name: str, **options: Any) -> ResearchAttention:
+    """The pipeline that shows a masker, for 2 query heads, 1 kv head and layer 0."""
+    folder = FOLDER / name
+    folder.mkdir(exist_ok=True)
+    return ResearchAttention(ResearchAttentionConfig(example_configs(name, folder), **options))
+
+
+def all_examples() -> list[ResearchAttention]:
+    """Of a model with two layers: files of models name the first alone, so the second is dense."""
+    return [example(name, dense_layers=[1]) for name in NAMES]
+
+
+def small_model(gpu: PretendedGPU | None, dtype: torch.dtype = torch.float32, layers: int = 2, **sizes: Any) -> LanguageModel:
+    """A random Llama with the heads of the examples, on the pretended device if there is one."""
+    sizes = {"num_attention_heads": HEADS, "num_key_value_heads": 1, "head_dim": DIM} | sizes
+    model = build("llama", num_hidden_layers=layers, **sizes).to(dtype)
+    if gpu is not None:
+        gpu.move(model)
+    return LanguageModel.wrap(model, Letters(), name="tiny", dense_backend="sdpa")

@@ -1,0 +1,86 @@
+"""What a decode step costs on a GPU may not grow: waits, operations and kernel launches, counted on the pretended device.
+
+`python tests/gpu/test_budgets.py` counts them again, and writes budgets.json and the table of docs/gpu.md: after a change that
+lowers them, after a new masker, or where a rise is worth its price.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from pipelines import NAMES, example
+from pretend import PretendedGPU
+
+from sparse_attention_hub.maskers.call_cache import CallCache
+from sparse_attention_hub.maskers.drawing import DIM, HEADS
+from sparse_attention_hub.maskers.inputs import AttentionInputs
+from sparse_attention_hub.maskers.layout import Layout
+from sparse_attention_hub.models.switch import SparseMeans
+
+FILE, PAGE = Path(__file__).parent / "budgets.json", Path(__file__).parents[2] / "docs" / "gpu.md"
+KEYS = 256
+Counts = dict[str, int]
+
+
+def of_call(name: str, rows: int) -> Counts:
+    """One layer of one configuration: `rows` queries, with its share in the answer's density. A first layer has paid for what
+    all layers of a pass share; 20 keys came since the state was fitted."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((HEADS, rows), (1, KEYS), (1, KEYS))
+    with PretendedGPU() as gpu, torch.no_grad():
+        tensors = gpu.move([torch.randn(1, heads, length, DIM, generator=generator) for heads, length in shapes])
+        attention, means = example(name), SparseMeans()
+        state = attention.new_state()
+        attention.prepare(tensors[1][:, :, : KEYS - 20], 0, state)
+        layouts: dict[Hashable, Layout] = {}
+        for _ in range(2):
+            gpu.clear()
+            inputs = AttentionInputs(*tensors, cache=CallCache(layouts=layouts))
+            means.add(attention.attend_inputs(inputs, state), rows)
+        return gpu.totals()
+
+
+MEASURES: dict[str, Callable[[], Counts]] = {
+    **{f"decode {name}": lambda name=name: of_call(name, 1) for name in NAMES},  # type: ignore[misc]
+    **{f"question of 5 {name}": lambda name=name: of_call(name, 5) for name in NAMES},  # type: ignore[misc]
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_no_step_costs_more(name: str) -> None:
+    budgets: dict[str, Any] = json.loads(FILE.read_text())
+    assert name in budgets, f"{name} has no budget: count it, python {Path(__file__).name}"
+    found = MEASURES[name]()
+    grown = {kind: (number, budgets[name][kind]) for kind, number in found.items() if number > budgets[name][kind]}
+    assert not grown, f"{name}: more than its budget (found, budget): {grown}"
+
+
+def table(budgets: dict[str, Counts]) -> str:
+    """The budgets as docs/gpu.md shows them."""
+    shown = {name: cost for name, cost in budgets.items() if not name.startswith("question")}
+    head = "| one layer of | waits | operations | launches |\n|---|---|---|---|\n"
+    rows = (f"| {name} | {cost['waits']} | {cost['operations']} | {cost['launches']} |\n" for name, cost in shown.items())
+    return f"<!-- counts -->\n{head}{''.join(rows)}<!-- /counts -->"
+
+
+def test_the_page_shows_the_budgets() -> None:
+    assert table(json.loads(FILE.read_text())) in PAGE.read_text(), f"python {Path(__file__).name} writes the table"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    counts = {name: measure() for name, measure in MEASURES.items()}
+    FILE.write_text("{\n" + ",\n".join(f" {json.dumps(name)}: {json.dumps(cost)}" for name, cost in counts.items()) + "\n}\n")
+    page = PAGE.read_text()
+    start, end = page.index("<!-- counts -->"), page.index("<!-- /counts -->") + len("<!-- /counts -->")
+    PAGE.write_text(page[:start] + table(counts) + page[end:])
