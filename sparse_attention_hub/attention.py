@@ -26,7 +26,7 @@ from .maskers.state import AttentionState
 
 #: Raise it when something that all maskers share (attention, selection, random numbers, sizes, dense outputs) gives other
 #: figures: results of other versions are not reused. tests/test_versions.py notices.
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 
 
 @dataclass

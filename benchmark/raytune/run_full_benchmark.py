@@ -32,6 +32,7 @@ DEBUG_CONFIGS = [
     "sink_local_10pct",
     "sink_local_random_sampling_25pct",
     "sink_local_oracle_top_k_10pct",
+    "sink_local_quest_top_k_10pct",
     "sink_local_oracle_top_k_adaptive_sampling_10pct",
 ]
 

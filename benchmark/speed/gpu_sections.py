@@ -57,7 +57,7 @@ class NoWords:
         return " ".join(map(str, ids))
 
 
-def make_model(sizes: dict[str, int]) -> Any:
+def make_model(sizes: dict[str, Any]) -> Any:
     """A Llama of random weights in bfloat16, made on the GPU."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -120,8 +120,8 @@ class Sections:
         import torch
 
         sys.path.insert(0, str(ROOT / "tests" / "kernels"))
-        from cases import CASES, HALF, exactly, make_call
-        from run_triton import kernels_for
+        from cases import CASES, HALF, exactly, make_call  # type: ignore[import-not-found]
+        from run_triton import kernels_for  # type: ignore[import-not-found]
 
         from sparse_attention_hub import Mask
         from sparse_attention_hub.kernels.reference import Call, attend_reference
@@ -184,7 +184,8 @@ class Sections:
     def _attend(self, attention: hub.ResearchAttention, tensors: list[Any]) -> Any:
         state, context = attention.new_state(), tensors[1].shape[2] - tensors[0].shape[2]
         attention.prepare(tensors[1][:, :, :context], 0, state)
-        return attention(*tensors, state=state, seeds=1).output.cpu()
+        queries, keys, values = tensors
+        return attention(queries, keys, values, state=state, seeds=1).output.cpu()
 
     def waits(self) -> Iterator[tuple[str, float]]:
         """What a decode step of nine rows makes the host wait for, by file and line, and how much it launches."""
@@ -368,9 +369,9 @@ def counted() -> Iterator[Counter[str]]:
         counts["launches"] += 2  # the kernel, and the one that merges
         return launch(*arguments)
 
-    kernels._launch = counting
+    kernels._launch = counting  # type: ignore[assignment]
     try:
-        with Operations():
+        with Operations():  # type: ignore[no-untyped-call]
             yield counts
     finally:
         kernels._launch = launch

@@ -170,8 +170,8 @@ class Lockstep:
             draws: dict[Hashable, object] = {}  # all rows use the same random numbers
             for index, row in enumerate(self.rows):
                 if row.memory is not None and not rule.limited:
-                    own = each[index][:, :, block]
-                    call = layer_idx, own, *layer.view(index), scaling, rule
+                    keys, values = layer.view(index)
+                    call = layer_idx, each[index][:, :, block], keys, values, scaling, rule
                     outputs[index].append(self._attend_sparsely(row, row.memory, *call, length - block.stop, draws))
         rows = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in outputs]
         return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)  # some models call `view` on it

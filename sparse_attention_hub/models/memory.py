@@ -37,7 +37,7 @@ def estimate_bytes(
     config, calls = lm.model.config.get_text_config(decoder=True), layer_calls(lm)
     number, total, forks = lm.dtype.itemsize, context_tokens + room, len(attentions)
     token = sum(call.token_numbers for call in calls.values()) * number
-    tails = forks * room * token if forks > 1 else 0
+    tails: float = forks * room * token if forks > 1 else 0
     sparse = [attention for attention in attentions if attention is not None]
     sizes = [_code_bytes(lm, attention) for attention in (*sparse, *asked) if attention is not None]
     codes = sum({name: size for own in sizes for name, size in own.items()}.values()) * total * _SPARE
