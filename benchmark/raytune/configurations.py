@@ -36,6 +36,25 @@ def page_sizes(names: Sequence[str]) -> list[int]:
     return sorted({int(size) for name in names for size in re.findall(r"_pages(\d{1,6})(?=_|$)", name) if int(size)})
 
 
+def pages_of(entries: list[tuple[str, Any, Any]], page_sizes: Sequence[int]) -> list[tuple[str, Any, Any]]:
+    """Configurations at four times the budget whose choice is rounded to whole pages: the rest of each page takes the difference.
+    Without those that sample: their keys cannot be rounded."""
+    import sparse_attention_hub as hub
+    from sparse_attention_hub.maskers.base import masker_class
+
+    configs = []
+    for name, config, classes in entries:
+        family, _, level = name.rpartition("_")
+        if config is None or masker_class(config.masker_configs[-1]).is_sampling:
+            continue
+        for size in page_sizes:
+            maskers = [*config.masker_configs, hub.RoundToPagesConfig(size)]
+            budget = 4 * float(level.removesuffix("pct"))
+            rounded = hub.ResearchAttentionConfig(masker_configs=maskers)
+            configs.append((f"{family}_pages{size}_{budget:g}pct", rounded, [*classes, hub.RoundToPagesConfig]))
+    return configs
+
+
 def configs_of_plugin(plugin: ModuleType, levels: Sequence[float]) -> list[tuple[str, Any, Any]]:
     """The configurations of a plugin. Its get_all_sparse_configs takes the levels, or nothing."""
     make = getattr(plugin, "get_all_sparse_configs", None)

@@ -85,7 +85,7 @@ def get_all_sparse_configs(levels: Sequence[float] = LEVELS, page_sizes: Sequenc
         # So many tables that a key matches by chance in a share of one; the rarer, the more bits.
         bits = 12 if share < 0.05 else 10 if share < 0.25 else 6
         tables = min(share, 6.25 * share**2) * 2**bits
-        return hub.MagicPigConfig(lsh_l=max(8, min(128, 2 ** int(math.log2(tables)))), lsh_k=bits)
+        return hub.MagicPigConfig(lsh_l=max(8, min(64, 2 ** int(math.log2(tables)))), lsh_k=bits)
 
     configs: list[tuple[str, Any, Any]] = [("dense", None, None)]
     for level in levels:
@@ -135,26 +135,9 @@ def get_all_sparse_configs(levels: Sequence[float] = LEVELS, page_sizes: Sequenc
             config = hub.ResearchAttentionConfig(masker_configs=maskers)
             configs.append((f"{name}_{level:g}pct", config, [type(masker) for masker in maskers]))
     if page_sizes:
+        from benchmark.raytune.configurations import pages_of
+
         configs += pages_of(get_all_sparse_configs([level / 4 for level in levels]), page_sizes)
-    return configs
-
-
-def pages_of(entries: list[tuple[str, Any, Any]], page_sizes: Sequence[int]) -> list[tuple[str, Any, Any]]:
-    """Configurations at four times the budget whose choice is rounded to whole pages: the rest of each page takes the difference.
-    Without those that sample: their keys cannot be rounded."""
-    import sparse_attention_hub as hub
-    from sparse_attention_hub.maskers.base import masker_class
-
-    configs = []
-    for name, config, classes in entries:
-        family, _, level = name.rpartition("_")
-        if config is None or masker_class(config.masker_configs[-1]).is_sampling:
-            continue
-        for size in page_sizes:
-            maskers = [*config.masker_configs, hub.RoundToPagesConfig(size)]
-            budget = 4 * float(level.removesuffix("pct"))
-            rounded = hub.ResearchAttentionConfig(masker_configs=maskers)
-            configs.append((f"{family}_pages{size}_{budget:g}pct", rounded, [*classes, hub.RoundToPagesConfig]))
     return configs
 
 

@@ -143,7 +143,7 @@ def test_foreign_files_among_the_results(
 def test_the_plan(capsys: pytest.CaptureFixture[str], empty_folder: Path) -> None:
     assert main(["--debug", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    for part in ("12 studies", "at most 144 trials", "ruler/1024/fwe", "Phase 2", "GB", "benchmark_summary.json"):
+    for part in ("15 studies", "at most 180 trials", "ruler/1024/fwe", "Phase 2", "GB", "benchmark_summary.json"):
         assert part in printed
     assert list(empty_folder.iterdir()) == []
 
@@ -297,7 +297,7 @@ def test_levels_apply_to_the_combinations_of_the_run(capsys: pytest.CaptureFixtu
     flags = ["--levels", "2", "0.5", "--tasks", "infinite_bench/passkey", "--phase", "1"]
     assert main(["--debug", "--dry-run", *flags]) == 0
     printed = capsys.readouterr().out
-    assert "configurations: 8 sparse and dense" in printed and "sink_local_oracle_top_k (2%, 0.5%)" in printed
+    assert "configurations: 10 sparse and dense" in printed and "sink_local_oracle_top_k (2%, 0.5%)" in printed
 
 
 def test_an_oracle_cannot_meet_a_budget_on_kv_bytes(capsys: pytest.CaptureFixture[str]) -> None:
