@@ -226,6 +226,14 @@ def check_number(name: str, value: Any, low: float, high: float, *, open_low: bo
     return float(value)
 
 
+def check_file(name: str, value: str | None, what: str, module: str) -> str:
+    """The name of a file that a masker needs. ValueError for None, with the command that makes one."""
+    if value is None:
+        command = f"python -m sparse_attention_hub.maskers.{module} --model MODEL --out FILE"
+        raise ValueError(f"{name} must name a file of {what}, got None; make one with: {command}")
+    return value
+
+
 def check_flag(name: str, value: Any) -> bool:
     """True or False, ValueError otherwise."""
     if not isinstance(value, bool | np.bool_):

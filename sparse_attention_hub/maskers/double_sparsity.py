@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.reference import group_scores
 from ..mask import Mask
 from ..search_space import Choice
-from .base import Masker, TopKConfig, check_int, register_masker
+from .base import Masker, TopKConfig, check_file, check_int, register_masker
 from .channel_file import layer_channels, read_channels
 from .codes import pack_levels, packs, pseudo_quantise, unpack_levels
 from .inputs import AttentionInputs
@@ -65,12 +65,7 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
 
     def __init__(self, config: DoubleSparsityTopKMaskerConfig) -> None:
         super().__init__(config)
-        if config.sorted_channel_file is None:
-            raise ValueError(
-                "sorted_channel_file must name a file of channels, got None; "
-                "make one with: python -m sparse_attention_hub.maskers.double_sparsity --model MODEL --out FILE"
-            )
-        read_channels(config.sorted_channel_file)
+        read_channels(check_file("sorted_channel_file", config.sorted_channel_file, "channels", "double_sparsity"))
         self._channels: dict[tuple[int, torch.device], Tensor] = {}
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..mask import Mask
 from ..search_space import LogUniform
-from .base import Masker, MaskerConfig, check_number, register_masker
+from .base import Masker, MaskerConfig, check_file, check_number, register_masker
 from .inputs import AttentionInputs
 
 
@@ -54,12 +54,7 @@ class DuoAttention(Masker[DuoAttentionConfig]):
 
     def __init__(self, config: DuoAttentionConfig) -> None:
         super().__init__(config)
-        if config.pattern_file is None:
-            raise ValueError(
-                "pattern_file must name a file of head values, got None; "
-                "make one with: python -m sparse_attention_hub.maskers.duo_attention --model MODEL --out FILE"
-            )
-        read_pattern(config.pattern_file)
+        read_pattern(check_file("pattern_file", config.pattern_file, "head values", "duo_attention"))
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         heads = retrieval_heads(str(self.config.pattern_file), self.config.retrieval_share, inputs.kv_heads)

@@ -16,7 +16,7 @@ from ..kernels.reference import group_scores
 from ..lists import expand_heads
 from ..mask import Mask
 from ..search_space import Choice
-from .base import Masker, TopKConfig, check_size, register_masker
+from .base import Masker, TopKConfig, check_file, check_size, register_masker
 from .codes import kept_channels
 from .inputs import AttentionInputs
 from .principal_axes import read_axes
@@ -55,12 +55,7 @@ class LokiMasker(Masker[LokiConfig]):
 
     def __init__(self, config: LokiConfig) -> None:
         super().__init__(config)
-        if config.axes_file is None:
-            raise ValueError(
-                "axes_file must name a file of principal axes, got None; "
-                "make one with: python -m sparse_attention_hub.maskers.loki --model MODEL --out FILE"
-            )
-        read_axes(config.axes_file)
+        read_axes(check_file("axes_file", config.axes_file, "principal axes", "loki"))
         self._ready: dict[tuple[int, torch.device], Tensor] = {}
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

@@ -77,9 +77,10 @@ def _try(lm: LanguageModel, masker: Masker[Any], layer_idx: int, call: LayerCall
     state = MaskerState()
     try:
         masker.prepare(keys, layer_idx, state)
-        return state.codes().nbytes / _TRIAL_KEYS if state.is_fitted else 0.0
     except Exception:  # a masker that does not fit the model fails when it answers, with its own message
         return 0.0
+    held = state.codes() if state.parts() else state.fitted  # an eviction holds its ranking
+    return float(getattr(held, "nbytes", 0)) / _TRIAL_KEYS
 
 
 def _feed_forward(config: Any) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_attention_hub import (
     AdaptiveSamplingMaskerConfig,
+    KeyDiffConfig,
     LocalMaskerConfig,
     MagicPigConfig,
     Mask,
@@ -240,3 +241,6 @@ def test_estimates_grow_with_rows_context_and_codes(llama: LanguageModel) -> Non
     of_codes = 4000 * llama.num_layers * SIZES["num_key_value_heads"] * 128 * 2
     assert size(4000, [top_k], [top_k, hashed]) - size(4000, [top_k]) == pytest.approx(of_codes, rel=0.2)
     assert size(4000, [hashed], [hashed]) == size(4000, [hashed])  # equal codes are held once
+    ranking = 4000 * llama.num_layers * SIZES["num_key_value_heads"] * 4  # an eviction holds one in place of codes
+    evicting = attention(KeyDiffConfig(0.1))
+    assert size(4000, [top_k], [top_k, evicting]) - size(4000, [top_k]) == pytest.approx(ranking, rel=0.2)
