@@ -33,7 +33,10 @@ def test_the_policy_of_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[st
     heavy = record["sparse_config"]["masker_configs"][2]["params"]["heavy_size"]
     assert sizes == [{"sink_size": 40}, {"window_size": 40}, {"heavy_size": int(heavy * 4096)}]
     assert found["pages"]["why_not"].startswith("token granularity") and found["pages"]["sample"] is None
-    assert (found["dense_layers"], found["head_budgets"]) == ([], None)
+    assert (found["dense_layers"], found["head_budgets"]) == (
+        record["sparse_config"].get("dense_layers", []),
+        record["sparse_config"].get("head_budgets"),
+    )
     figures = found["figures"]
     assert {name: figures[name] for name in ("error", "density", "kv_fraction", "score", "budget")} == {
         name: record[name] for name in ("error", "density", "kv_fraction", "score", "budget")
