@@ -37,7 +37,7 @@ def new_parser(docstring: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def take_turns(steps: dict[str, Step], rounds: int) -> list[Figures]:
+def take_turns(steps: dict[Any, Step], rounds: int) -> list[dict[Any, float]]:
     """Seconds of each step in each round. Steps take turns, so that a slow moment of the machine slows all of them."""
     for step in steps.values():
         step()  # warm up

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from benchmark.speed.common import Figures, Step, take_turns
 from sparse_attention_hub import Mask
 from sparse_attention_hub.kernels import attend
+from sparse_attention_hub.loops.attend import AHEAD
+from sparse_attention_hub.loops.compiled import compiled, prefetch
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 
@@ -26,7 +29,7 @@ def measure_cpu(keys: int, rounds: int, kinds: Iterable[tuple[str, float]]) -> F
     queries, cache = tensors(1, keys, torch.float32, "cpu")
     dense: dict[str, Step] = {
         "dense_products": lambda: dense_products(queries, *cache),
-        "dense_sdpa": lambda: _dense(queries, *cache),
+        "dense_sdpa": lambda: dense_fused(queries, *cache),
     }
     ours = {f"{lists}_{density:.0%}": list_step(queries, cache, lists, density, "cpu")[0] for lists, density in kinds}
     seen = take_turns(dense | ours, rounds)
@@ -45,7 +48,7 @@ def measure_gpu(lengths: list[int], batch: int, density: float) -> Figures:
     figures = {"gpu_copy_gb_per_s": bandwidth / 1e9}
     for keys in lengths:
         queries, cache = tensors(batch, keys, torch.bfloat16, "cuda")
-        dense = _gpu_seconds(lambda: _dense(queries, *cache))  # noqa: B023 (called at once)
+        dense = _gpu_seconds(lambda: dense_fused(queries, *cache))  # noqa: B023 (called at once)
         figures[f"gpu_{keys}_dense_us"] = 1e6 * dense
         for name in ("own", "shared"):
             step, entries = list_step(queries, cache, name, density, "triton")
@@ -74,7 +77,7 @@ def dense_products(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return weights @ values
 
 
-def _dense(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def dense_fused(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The query heads of a group as rows of one head: torch then reads every key once, without repeating keys."""
     return F.scaled_dot_product_attention(queries.view(queries.shape[0], KV_HEADS, -1, DIM), keys, values)
 
@@ -82,10 +85,33 @@ def _dense(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def list_step(queries: Tensor, cache: tuple[Tensor, Tensor], lists: str, density: float, backend: str) -> tuple[Step, int]:
     """(attention over lists of randomly chosen keys, number of list entries)."""
     batch, heads, keys = len(queries), HEADS if lists == "own" else KV_HEADS, cache[0].shape[2]
-    order = torch.rand((batch, heads, 1, keys), generator=torch.Generator().manual_seed(1))
-    chosen = order.topk(max(1, int(density * keys)), dim=-1, sorted=False).indices.to(queries.device)
+    chosen = random_lists(batch, heads, keys, density).to(queries.device)
     mask = Mask.from_indices(chosen, (batch, HEADS, 1, keys), kv_heads=KV_HEADS)
     return lambda: attend(queries, *cache, mask, DIM**-0.5, backend), chosen.numel()
+
+
+def random_lists(batch: int, heads: int, keys: int, density: float) -> Tensor:
+    """Numbers of randomly chosen keys: (batch, heads, 1, K)."""
+    order = torch.rand((batch, heads, 1, keys), generator=torch.Generator().manual_seed(1))
+    return order.topk(max(1, int(density * keys)), dim=-1, sorted=False).indices
+
+
+def sum_rows(cache: tuple[Tensor, Tensor], lists: Tensor) -> None:
+    """Read listed rows of keys and values (1, Hkv, N, D), float32, and no more: lists (Hkv, K)."""
+    total = np.zeros(cache[0].shape[3], np.float32)
+    for table in cache:
+        for rows, own in zip(table[0].numpy(), lists.numpy(), strict=True):
+            _sum_rows(rows, own, total)
+
+
+@compiled
+def _sum_rows(table: np.ndarray, index: np.ndarray, total: np.ndarray) -> None:
+    for t in range(len(index)):
+        if t + AHEAD < len(index):
+            prefetch(table, index[t + AHEAD])
+        row = table[index[t]]
+        for d in range(total.shape[0]):
+            total[d] += row[d]
 
 
 def _gpu_seconds(step: Step) -> float:

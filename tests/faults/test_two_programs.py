@@ -20,6 +20,7 @@ from benchmark.speed.fault_run import processes
 from benchmark.storage.benchmark_records import Summary
 from benchmark.storage.records import read_record
 
+pytestmark = pytest.mark.long
 PROGRAM = Path(__file__).parents[2] / "benchmark" / "raytune" / "run_full_benchmark.py"
 SIZES = [
     "--search-max-requests",
