@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.artist import Artist
@@ -21,7 +21,11 @@ from benchmark.report.data import Group, ResultRow
 
 Style = dict[Any, Any]  # matplotlib's settings have no common type
 
+Dash = Literal["-", "--", ":", "-."]
+#: Okabe and Ito's, which people with any colour vision can tell apart (https://jfly.uni-koeln.de/color/).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.")
 STYLE: Style = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -61,6 +65,12 @@ _PAGE_STYLE: Style = {
 _KV_LABEL = "share of the dense KV bytes (log scale)"
 _DENSE_LINE: Style = {"color": _COLOURS["dense"], "linewidth": 1.8, "dashes": (3.3, 2.2)}
 _DENSE_BAND: Style = {"facecolor": _COLOURS["dense"], "edgecolor": "none", "alpha": 0.16}
+
+
+def look(combinations: list[str], combination: str) -> tuple[str, str, Dash]:
+    """Colour, marker and dash of one of these combinations, the same in every plot of a run."""
+    index = combinations.index(combination)
+    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], DASHES[index // len(COLOURS) % len(DASHES)]
 
 
 def families(groups: Sequence[Group]) -> list[str]:

@@ -1,7 +1,6 @@
 """The plots of a search, each as .svg and .png.
 
-The colours are Okabe and Ito's, which people with any colour vision can tell apart (https://jfly.uni-koeln.de/color/); every
-combination also has its own marker. The legend is below the panels.
+Every combination has its own colour and marker. The legend is below the panels.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
 
 import pandas as pd
 from matplotlib import rc_context
@@ -20,8 +18,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from benchmark.report.chart import MARKERS, STYLE, density_axis
+from benchmark.report.chart import COLOURS, STYLE, density_axis, look
 from benchmark.report.search_budgets import budget_maps
+from benchmark.report.search_kinds import methods_figure
 from benchmark.report.search_run import Run, Study, budget_label
 from benchmark.report.search_tables import Effect
 from benchmark.report.table import shorten
@@ -29,9 +28,6 @@ from benchmark.storage.records import SPENT
 from benchmark.storage.results import safe_name
 from benchmark.storage.search_records import FORCED, BestConfig
 
-Dash = Literal["-", "--", ":", "-."]
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.")
 PANELS = 9  # tasks per page of one panel per task
 ROWS = 6  # tasks per page of one panel per task and budget
 
@@ -77,6 +73,9 @@ def _figures(run: Run, effects: dict[int, list[Effect]]) -> Iterator[tuple[str, 
         studies = [study for study in run.studies if study.model == model and id(study) in effects]
         if studies:
             yield f"importance{tail}", _importance(run, model, studies, effects)
+        methods = methods_figure(run, model)
+        if methods is not None:
+            yield f"methods{tail}", methods
         for page, figure in enumerate(budget_maps(run, model), 1):
             yield f"head_budgets{tail}" + (f"_{page}" if page > 1 else ""), figure
 
@@ -126,7 +125,7 @@ def _finish(figure: Figure, run: Run, title: str, trials: bool = False, bars: bo
     figure.suptitle(title, fontsize=10.5)
     handles: list[Line2D | Patch] = []
     for name in run.combinations:
-        colour, marker, dash = _look(run, name)
+        colour, marker, dash = look(run.combinations, name)
         label = shorten(name, 46)
         line = Line2D([], [], color=colour, marker=marker, linestyle=dash, markersize=5, label=label)
         handles.append(Patch(color=colour, label=label) if bars else line)
@@ -142,12 +141,6 @@ def _finish(figure: Figure, run: Run, title: str, trials: bool = False, bars: bo
     figure.legend(handles=handles, loc="outside lower center", ncols=1 if figure.get_figwidth() < 7 else 2, fontsize=8.5)
 
 
-def _look(run: Run, combination: str) -> tuple[str, str, Dash]:
-    """Colour, marker and dash of a combination, the same in every plot of the run."""
-    index = run.combinations.index(combination)
-    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], DASHES[index // len(COLOURS) % len(DASHES)]
-
-
 # -- panels ----------------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +151,7 @@ def _error_density(panel: Axes, run: Run, studies: list[Study]) -> None:
             pd.DataFrame({"spent": study.spent(rung), "error": study.figures("error", rung)}).dropna() for study in studies
         ]
         for study, found in zip(studies, points, strict=True):
-            colour, marker, _ = _look(run, study.combination)
+            colour, marker, _ = look(run.combinations, study.combination)
             if rung == 0:
                 panel.scatter(found["spent"], found["error"], s=16, marker=marker, fc="none", ec=colour, alpha=0.55, lw=0.8)
             else:
@@ -201,7 +194,7 @@ def _best_error(panel: Axes, run: Run, studies: list[Study]) -> None:
                 index + (number + 0.5 - len(bars) / 2) * width,
                 level.error,
                 width * 0.92,
-                color=_look(run, name)[0],
+                color=look(run.combinations, name)[0],
                 hatch=None if level.meets_budget else "////",
                 edgecolor="white",
                 linewidth=0.5,
@@ -218,7 +211,7 @@ def _progress(panel: Axes, run: Run, pairs: Pairs) -> None:
     for study, level in pairs:
         errors, within = study.figures("error", 0), study.spent(0) <= (level.budget or 1.0)
         best = errors.where(within).cummin().ffill().dropna()
-        colour, marker, dash = _look(run, study.combination)
+        colour, marker, dash = look(run.combinations, study.combination)
         panel.step(best.index + 1, best, where="post", color=colour, linestyle=dash, linewidth=1.3)
         ends = best.iloc[[0, -1]] if len(best) else best
         panel.plot(ends.index + 1, ends, linestyle="", marker=marker, markersize=4, color=colour)
@@ -235,7 +228,7 @@ def _by_layer(panel: Axes, run: Run, pairs: Pairs, figure: str, label: str, scal
         values: list[float] = next((found for rung in (1, 0) if rung in rungs and (found := getattr(rungs[rung], figure))), [])
         layers = level.provenance.layers
         layers = layers if len(layers) == len(values) else list(range(len(values)))
-        colour, marker, dash = _look(run, study.combination)
+        colour, marker, dash = look(run.combinations, study.combination)
         shown = [scale * value for value in values]
         panel.plot(layers, shown, color=colour, linestyle=dash, marker=marker, markersize=2.5, linewidth=1.1)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
