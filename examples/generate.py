@@ -3,7 +3,7 @@
     python examples/generate.py [FILE] [--question TEXT] [--text FILE] [--max-new-tokens 40]
 
 FILE: a best configuration of a search, optimal_configs/run_.../..._10pct.json; by default the best of your searches of --task at
---budget, of the sample search until you have one. The text is prefilled densely, question and answer are sparse: what Phase 1 and
+--budget, of the sample search until you have one, without oracles, which read every key to choose. The text is prefilled densely, question and answer are sparse: what Phase 1 and
 Phase 2 measure by default.
 """
 
@@ -56,7 +56,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="default: that of FILE, without one " + MODEL)
     parser.add_argument("--task", default="ruler/1024/niah_single_1", help="what was searched (%(default)s)")
     parser.add_argument("--budget", type=float, default=0.10, help="the largest density (%(default)s)")
-    parser.add_argument("--no-oracles", action="store_true", help="leave out maskers that read every key to choose")
     parser.add_argument("--text", type=Path, help="a file with a long text (default: a page about a harbour)")
     parser.add_argument("--question", default="What is the code of the lighthouse?")
     parser.add_argument("--max-new-tokens", type=int, default=40)
@@ -66,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
         from sparse_attention_hub.models import load_model
 
-        model, oracles = options.model or MODEL, not options.no_oracles
-        file = options.file or best_config(SEARCHES, model=model, task=options.task, budget=options.budget, oracles=oracles)
+        model = options.model or MODEL
+        file = options.file or best_config(SEARCHES, model=model, task=options.task, budget=options.budget)
         lm = load_model(options.model or read_json(file).get("model", MODEL))
         print(f"attention: {file}", file=sys.stderr)
         attention = ResearchAttention.from_file(file, lm)

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from benchmark.report.chart import look
 from benchmark.report.search_run import Run, Study, budget_label
@@ -48,7 +49,7 @@ def methods_figure(run: Run, model: str) -> Figure | None:
         return None
     columns = min(2, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(6.6 * columns, 3.4 * rows + 0.8), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
     for panel, (kind, found) in zip(panels, shown.items(), strict=False):
         _draw(panel, run, found, budgets)
@@ -57,7 +58,7 @@ def methods_figure(run: Run, model: str) -> Figure | None:
         panel.set_visible(False)
     tasks = len({study.task for study in studies})
     over = f", mean over {tasks} tasks" if tasks > 1 else ""
-    figure.suptitle(f"Best error of each budget{over}\n{model}", fontsize=10.5)
+    figure.suptitle(f"Best error of each budget{over}, methods by kind\n{model}", fontsize=10.5)
     return figure
 
 
@@ -75,10 +76,14 @@ def _draw(panel: Axes, run: Run, found: dict[str, list[Study]], budgets: list[fl
         means[name] = fmean(y)
         (lines[name],) = panel.plot(x, y, color=colour, marker=marker, linestyle=dash, markersize=4, linewidth=1.2)
     ranked = sorted(lines, key=lambda name: -means[name])
-    panel.legend([lines[name] for name in ranked], [shorten(name, 40) for name in ranked], fontsize=7.5)
+    labels = [shorten(name.removeprefix("sink_local_"), 40) for name in ranked]
+    panel.legend([lines[name] for name in ranked], labels, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.0, 1.02))
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xticks(budgets, [budget_label(budget) for budget in budgets])
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{error:g}"))
     panel.minorticks_off()
+    panel.tick_params(labelbottom=True, labelleft=True)
     panel.set_xlabel(f"{run.spent} budget (log scale)")
     panel.set_ylabel("relative output error (log scale)")
