@@ -103,6 +103,7 @@ def get_all_sparse_configs(levels: Sequence[float] = LEVELS, page_sizes: Sequenc
         # At least three pages are kept: of 1k keys, larger ones would be more than 5%.
         quest = hub.QuestTopKMaskerConfig(heavy_size=rest, page_size=8 if level <= 5 else 16)
         many = hub.QuestTopKMaskerConfig(heavy_size=min(0.95, 3 * rest), page_size=16)  # candidates, of which few stay
+        dropped = min(0.005 / size, 0.0006 / size**2)  # the mass that Twilight drops: little of it is in the lowest keys
         double_sparsity = hub.DoubleSparsityTopKMaskerConfig(rest, sorted_channel_file=None)
         combinations: dict[str, list[Any]] = {
             "sink_local": [sink, hub.LocalMaskerConfig(window_size=size - edge)],
@@ -125,7 +126,7 @@ def get_all_sparse_configs(levels: Sequence[float] = LEVELS, page_sizes: Sequenc
             "sink_local_tova": [sink, local, hub.TOVAConfig(evicted)],
             "sink_local_duo_attention": [sink, local, hub.DuoAttentionConfig(retrieval_share=rest, pattern_file=None)],
             "sink_local_socket": [sink, local, hub.SocketConfig(heavy_size=rest, tau=0.1)],
-            "sink_local_quest_top_k_twilight": [sink, local, many, hub.TwilightConfig(top_p=max(0.5, 1 - 0.005 / size))],
+            "sink_local_quest_top_k_twilight": [sink, local, many, hub.TwilightConfig(top_p=max(0.5, 1 - dropped))],
             "sink_local_magic_pig": [sink, local, magic_pig(level / 100)],
             "sink_local_oracle_top_k_adaptive_sampling": [sink, local, hub.OracleTopKConfig(heavy_size=half), adaptive],
             "sink_local_hash_attention_top_k_adaptive_sampling": [sink, local, hash_attention(half), adaptive],
