@@ -57,9 +57,11 @@ def start_ray(address: str | None, num_cpus: int | None = None) -> bool:
             # Workers on this machine inherit PYTHONPATH, where --plugin adds its folder; those of a cluster are given it.
             path = {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
             init(address, runtime_env={"env_vars": path} if path else None)
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except Exception as error:  # of no class of its own where a busy machine takes too long
         if own:
+            busy = "timed out" in str(error) or "overloaded" in str(error)
             hint = "make room in its folder, or set RAY_TMPDIR to another short one"
+            hint = "the same command resumes; wait until less runs beside it" if busy else hint
             raise UserError(f"Ray does not start on this machine ({quoted(error)}); {hint}") from error
         raise UserError(_no_cluster(str(address), error, listens=True)) from None
     except SystemExit:  # Ray's own handler of SIGTERM

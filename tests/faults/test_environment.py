@@ -77,6 +77,18 @@ def test_a_cluster_that_may_ask_for_a_token_is_told_by_name(error: Exception, mo
     assert "\n" not in str(raised.value)
 
 
+def test_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine Ray gives up with an Exception of no class of its own."""
+
+    def give_up(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup.\nThis could happen because the GCS has become overloaded.")
+
+    monkeypatch.setattr(ray, "init", give_up)
+    with pytest.raises(UserError, match="Ray does not start on this machine .*timed out.*the same command resumes") as raised:
+        start_ray("local", 1)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
 def test_sockets_get_a_short_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for other in ("TMPDIR", "RAY_TMPDIR"):
