@@ -22,13 +22,15 @@ from .replay import replay, spread
 if TYPE_CHECKING:
     from .models.trace import Trace
 
-#: Factors of the grid, ascending: from an eighth of the sizes to eight times the sizes.
-GRID = tuple(2.0 ** (0.75 * step) for step in range(-4, 5))
+#: Factors of the grid, ascending: from a 13th of the sizes to 13 times the sizes, so that one configuration reaches all budgets.
+GRID = tuple(2.0 ** (0.75 * step) for step in range(-5, 6))
 #: How far a fitted table is trusted: 0 = even budgets, 1 = as fitted. The best one is chosen by leaving groups of rows out.
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+#: A table spends so much less than its configuration with even budgets: sizes are rounded per head, and other rows spend otherwise.
+SPENT_SHARE = 0.99
 #: Factors that are tried between two of the grid, by interpolation.
 _BETWEEN = 4
-_BISECTIONS = 50
+_BISECTIONS = 30
 
 
 class Curves(NamedTuple):
@@ -64,7 +66,8 @@ class FittedBudgets(NamedTuple):
 
 def replay_curves(
     traces: Sequence[Trace],
-    configs: Sequence[ResearchAttentionConfig],
+    config: ResearchAttentionConfig,
+    others: Sequence[ResearchAttentionConfig] = (),
     *,
     layers: int,
     seeds: Sequence[int] | None = None,
@@ -73,15 +76,15 @@ def replay_curves(
     device: torch.device | str = "cpu",
     states: SharedStates | None = None,
     kv: bool = False,
-) -> list[Curves]:
-    """The curves of configurations on recorded dense runs, replayed together.
+) -> tuple[Curves, list[float]]:
+    """The curves of a configuration on recorded dense runs, and the mean density of each of the others on the same rows.
 
     layers: of the model. seeds: one per trace. parts: the rows of a trace are cut into so many groups; it must have as many.
     most_rows: replay at most so many rows of a trace, evenly spread. states: masker states to share with other calls. kv: shares
     of KV bytes, without selectors, instead of densities.
     """
-    tables = [[[factor]] * layers for factor in GRID]
-    attentions = [ResearchAttention(replace(config, head_budgets=table)) for config in configs for table in tables]
+    scaled = [replace(config, head_budgets=[[factor]] * layers) for factor in GRID]
+    attentions = [ResearchAttention(each) for each in (*scaled, *others)]
     errors: list[list[Tensor]] = [[] for _ in attentions]
     densities: list[list[Tensor]] = [[] for _ in attentions]
     for number, trace in enumerate(traces):
@@ -92,8 +95,8 @@ def replay_curves(
             spent = result.densities if result.kv_shares is None else result.kv_shares
             for figures, into in ((result.errors, errors), (spent, densities)):
                 into[index] += [figures.double()] if parts == 1 else list(figures.double().unbind(1))
-    of_config = [slice(start, start + len(GRID)) for start in range(0, len(attentions), len(GRID))]
-    return [Curves(_by_group(errors[own]), _by_group(densities[own])) for own in of_config]
+    curves = Curves(_by_group(errors[: len(GRID)]), _by_group(densities[: len(GRID)]))
+    return curves, [float(torch.stack(groups).mean()) for groups in densities[len(GRID) :]]
 
 
 def _by_group(values: list[list[Tensor]]) -> Tensor:
@@ -121,6 +124,19 @@ def fit_head_budgets(curves: Curves, density: float, columns: int) -> FittedBudg
     table = _at_density(_allocate(joined, density) * strength, joined.densities, density)
     held_out = losses[strength] / losses[0.0] - 1 if losses[0.0] > 0 else 0.0
     return FittedBudgets(table.exp().tolist(), strength, held_out)
+
+
+def fit_spending(curves: Curves, spent: float, columns: int) -> FittedBudgets | None:
+    """The table of a configuration that spends so much, from the curves of one with sizes in similar proportions; None where even
+    budgets do as well, or where sizes are not what sets the spending."""
+    reached = curves.densities.mean((0, 2, 3))
+    if not float(reached[0]) < SPENT_SHARE * spent < float(reached[-1]):
+        return None
+    fitted = fit_head_budgets(curves, SPENT_SHARE * spent, columns)
+    if fitted.strength == 0:
+        return None
+    even, _ = even_factor(curves, spent)  # with it, the configuration of the curves is as large as this one
+    return fitted._replace(table=[[float(f"{factor / even:.4g}") for factor in row] for row in fitted.table])
 
 
 def even_factor(curves: Curves, density: float) -> tuple[float, float]:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "models"))
 from tiny_models import build, tokens, wrap
 
 from sparse_attention_hub import OracleTopKConfig, ResearchAttention, ResearchAttentionConfig, SinkMaskerConfig, UserError
-from sparse_attention_hub.head_budgets import GRID, Curves, even_factor, fit_head_budgets, replay_curves
+from sparse_attention_hub.head_budgets import GRID, Curves, even_factor, fit_head_budgets, fit_spending, replay_curves
 from sparse_attention_hub.models import answer_many, prefill, sparse_attention
 from sparse_attention_hub.models.trace import record_trace
 
@@ -61,6 +61,15 @@ def test_what_other_samples_do_not_share_is_not_learned() -> None:
     plain = made_curves(6)
     fitted = fit_head_budgets(Curves(need[:, None] * 0.01 / plain.densities, plain.densities), 0.05, HEADS)
     assert fitted.strength < 1.0
+
+
+def test_curves_of_a_configuration_give_the_table_of_a_larger_one() -> None:
+    curves = made_curves(3)  # densities are linear: the table of a configuration of twice the sizes has a mean factor of 1, too
+    found = {spent: fit_spending(curves, spent, KV_HEADS) for spent in (0.05, 0.1)}
+    for spent, fitted in found.items():
+        assert fitted is not None and torch.tensor(fitted.table).mean() * spent == pytest.approx(0.99 * spent, rel=0.02)
+    for spent in (0.05 * GRID[0], 0.06 * GRID[-1]):
+        assert fit_spending(curves, spent, KV_HEADS) is None, "no size reaches it"
 
 
 def test_an_even_budget_of_a_density() -> None:
@@ -145,15 +154,16 @@ def test_a_file_of_another_model_is_refused_by_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_curves_of_several_configurations_are_replayed_together(parts: int, tmp_path: Path) -> None:
+def test_curves_say_what_other_configurations_spend_too(parts: int, tmp_path: Path) -> None:
     lm = wrap(build("llama"))
     traces = [record_trace(lm, tokens(60, seed=n), tokens(5, seed=9 + n), 6, tmp_path / str(n)) for n in range(2)]
-    configs = [ResearchAttentionConfig([SinkMaskerConfig(2), OracleTopKConfig(size)]) for size in (0.1, 0.2)]
-    together = replay_curves(traces, configs, layers=lm.num_layers, parts=parts)
-    for config, curves in zip(configs, together, strict=True):
-        assert curves.errors.shape == curves.densities.shape == (2 * parts, len(GRID), 4, lm.model.config.num_attention_heads)
-        spent = curves.densities.mean((0, 2, 3))
-        assert bool((spent.diff() >= 0).all()) and float(spent[-1]) > 4 * float(spent[0])
-        assert curves.errors.mean((0, 2, 3))[0] > curves.errors.mean((0, 2, 3))[-1]
-        (alone,) = replay_curves(traces, [config], layers=lm.num_layers, parts=parts, kv=True)
-        assert torch.equal(alone.errors, curves.errors) and bool((alone.densities >= curves.densities - 1e-9).all())
+    small, large = (ResearchAttentionConfig([SinkMaskerConfig(2), OracleTopKConfig(size)]) for size in (0.1, 0.2))
+    curves, (spent,) = replay_curves(traces, small, [large], layers=lm.num_layers, parts=parts)
+    assert curves.errors.shape == curves.densities.shape == (2 * parts, len(GRID), 4, lm.model.config.num_attention_heads)
+    by_factor = curves.densities.mean((0, 2, 3))
+    assert bool((by_factor.diff() >= 0).all()) and float(by_factor[-1]) > 4 * float(by_factor[0])
+    assert curves.errors.mean((0, 2, 3))[0] > curves.errors.mean((0, 2, 3))[-1]
+    assert float(by_factor[GRID.index(1.0)]) < spent < float(by_factor[GRID.index(1.0) + 2])
+    alone, nothing = replay_curves(traces, small, layers=lm.num_layers, parts=parts, kv=True)
+    assert nothing == [] and torch.equal(alone.errors, curves.errors)
+    assert bool((alone.densities >= curves.densities - 1e-9).all())

@@ -20,7 +20,7 @@ from benchmark.workers.limits import time_limit, watch_masks
 from benchmark.workers.memory import free_memory, trim_heap
 from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
 from sparse_attention_hub.errors import NonFiniteError, UserError
-from sparse_attention_hub.head_budgets import Curves, FittedBudgets, fit_head_budgets, replay_curves
+from sparse_attention_hub.head_budgets import FittedBudgets, fit_spending, replay_curves
 from sparse_attention_hub.kernels import choose_backend
 from sparse_attention_hub.maskers.shared_states import SharedStates
 from sparse_attention_hub.models import Forced, LanguageModel, Prefilled, answer_many, forced_many, prefill
@@ -36,10 +36,8 @@ RUNG0_ROWS = 6
 RUNG0_LAYER_STEP = 4
 #: Share of a GPU's free memory in which layers of traces stay from one replay to the next.
 HELD_SHARE = 0.3
-#: Head budgets are fitted on at most so many rows of each sample. All of 48 to 72 rows give tables with 0.5% less error, at 1k.
-FIT_ROWS = 32
-#: They are fitted to a little less than their configuration spends: sizes are rounded per head, and other rows spend otherwise.
-FIT_SHARE = 0.99
+#: Head budgets are fitted on at most so many rows of each sample. All of 48 to 72 rows give tables with 1% less error, at 1k.
+FIT_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -194,9 +192,11 @@ class TraceEvaluator:
             return [None] * len(configs)
         call = self._calls[self.layers[0]]
         columns = {"layer": 1, "kv_head": call.kv_heads, "head": call.heads}[by]
+        middle = attentions.pop((len(configs) - 1) // 2)
         with time_limit(timeout * len(configs)):
-            curves = replay_curves(
+            curves, spent = replay_curves(
                 [self.traces[number] for number in kept],
+                middle.config,
                 [attention.config for attention in attentions],
                 layers=self.lm.num_layers,
                 seeds=[self.samples[number].seed for number in kept],
@@ -207,18 +207,15 @@ class TraceEvaluator:
                 kv=self._kv,
             )
         trim_heap()
-        return [self._fitted(entry, columns) for entry in curves]
+        spent.insert(len(spent) // 2, float(curves.densities[:, curves.unscaled].mean()))
+        return [self._on_all_layers(fit_spending(curves, own, columns)) for own in spent]
 
-    def _fitted(self, curves: Curves, columns: int) -> FittedBudgets | None:
-        spent = curves.densities.mean((0, 2, 3))
-        if float(spent[-1]) <= float(spent[0]):  # no size is a fraction
+    def _on_all_layers(self, fitted: FittedBudgets | None) -> FittedBudgets | None:
+        if fitted is None:
             return None
-        fitted = fit_head_budgets(curves, FIT_SHARE * float(spent[curves.unscaled]), columns)
-        if fitted.strength == 0:
-            return None
-        table = [[1.0] * columns for _ in range(self.lm.num_layers)]
+        table = [[1.0] * len(fitted.table[0]) for _ in range(self.lm.num_layers)]
         for layer, row in zip(self.layers, fitted.table, strict=True):
-            table[layer] = [float(f"{factor:.4g}") for factor in row]
+            table[layer] = row
         return fitted._replace(table=table)
 
     def _attention(self, config: ResearchAttentionConfig) -> ResearchAttention:

@@ -3,7 +3,8 @@
 The rungs: every configuration is replayed on a few rows and layers (rung 0); those near the best of a level, at most a tenth,
 are promoted to the full replay (1); of these at most six finalists are confirmed by a forced forward (2) and by real generation
 with the task's own score (3). One configuration that is much better than all others is promoted alone. After the full replays,
-head budgets are fitted for the best configuration of each level; it competes with them as one more finalist.
+head budgets are fitted for the best configuration of each level. With them it is one more finalist: as many of the even ones
+are left out as are needed to confirm all finalists in one pass, but the best of no level.
 
 A forced forward may measure a higher density than the replay, so that a finalist no longer fits its level. Therefore each
 level may confirm up to three more configurations: while its confirmed ones have a clearly larger replayed error than an
@@ -51,6 +52,8 @@ PROMOTED_SHARE = 0.1
 #: top-k configurations takes at 4k.
 FULL_REPLAY_BATCH = 32
 MAX_REFILLS = 3
+#: Head budgets are confirmed if their replayed error is less than this share of that of even ones.
+WORTH_CONFIRMING = 0.98
 MAX_DUPLICATES = 24
 
 #: The outcome of an evaluation: its figures, None if one is not a finite number, or why it failed.
@@ -155,9 +158,10 @@ class Study:
         promoted = self.ranking.promote(rung0, 0, limit)
         yield from self._ascend(promoted, (1,))
         replayed = alive(promoted, 1)
-        finalists = self.ranking.promote(replayed, 1, MAX_FINALISTS)
-        finalists += yield from self._uneven(replayed)
-        yield from self._ascend(finalists, (2, 3))
+        uneven = yield from self._uneven(replayed)
+        # One pass of the model over all finalists: those with head budgets take the room of second best ones.
+        limit = min(MAX_FINALISTS, max(BATCH - len(uneven), len(self.levels)))
+        yield from self._ascend(self.ranking.promote(replayed, 1, limit) + uneven, (2, 3))
         for _ in range(MAX_REFILLS):
             yield from self._ascend(self.ranking.refills(self.trials), (1, 2, 3))
         for trial in self.trials:
@@ -173,8 +177,8 @@ class Study:
                 yield self.progress(RUNGS[rung])
 
     def _uneven(self, replayed: list[Trial]) -> Generator[Progress, None, list[Trial]]:
-        """One more finalist per level: the level's best trial with head budgets that were fitted to it, if these have a smaller
-        replayed error."""
+        """One more finalist per level: the level's best trial with head budgets that were fitted to it, if these have a clearly
+        smaller replayed error."""
         bases: dict[int, Level] = {}  # number of a trial -> the level that it is the best of
         for level in self.levels if self.head_budgets != "off" else ():
             best = self.ranking.ordered(replayed, 1, level)[:1]
@@ -182,6 +186,7 @@ class Study:
                 bases.setdefault(best[0].number, level)
         if not bases:
             return []
+        bases = dict(sorted(bases.items(), key=lambda entry: self.ranking.spent(self.trials[entry[0]].rungs[1])))
         fit = self._fit([self.trials[number] for number in bases])
         if fit.error_message is not None:
             failed = self._new_trial(self.trials[next(iter(bases))].params)
@@ -196,7 +201,8 @@ class Study:
         return [
             trial
             for trial in alive(uneven, 1)
-            if trial.table is not None and error_of(trial.rungs[1]) < error_of(self.trials[trial.table.base].rungs[1])
+            if trial.table is not None
+            and error_of(trial.rungs[1]) < WORTH_CONFIRMING * error_of(self.trials[trial.table.base].rungs[1])
         ]
 
     def _fit(self, bases: list[Trial]) -> FitRecord:

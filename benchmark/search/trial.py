@@ -33,7 +33,8 @@ class Evaluator(Protocol):
     def fit_head_budgets(self, configs: list[ResearchAttentionConfig], by: str, timeout: float) -> list[FittedBudgets | None]:
         """A table of head budgets for each configuration; None where even budgets do as well, or where none can be fitted.
 
-        by: "layer", "kv_head" or "head". TimeLimitError if it takes longer than timeout * len(configs) seconds.
+        configs: ascending in what they spend; all tables may be fitted on replays of the middle one. by: "layer", "kv_head" or
+        "head". TimeLimitError if it takes longer than timeout * len(configs) seconds.
         """
         ...
 

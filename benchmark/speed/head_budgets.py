@@ -2,12 +2,15 @@
 
     python benchmark/speed/head_budgets.py [--lengths 1024 4096] [--families oracle_top_k quest] [--requests 3] [--json]
 
-Tables per layer, kv head and query head are fitted on the first half of each task's requests, as a search fits them, and judged on
-the other half, and on the requests of the other task. Figures are changes of an error, the fitted table's over the even one's at
-the same density minus 1: `kv_head_oracle_top_k_10pct` is replayed on held-out requests of all tasks, `..._transfer` on the tasks
-that the table was not fitted on, `forced_...` and `nll_...` (a difference) are of a forced forward over the dense answers.
-`search_longer` is the CPU time of a search with head budgets over that of one without, minus 1. Exit code 1 if a goal does not
-hold.
+Tables per layer, kv head and query head are fitted on the first half of each task's requests, as a search fits them (those of all
+levels from the curves of one), and judged on the other half, and on the requests of the other task. Figures are changes of an
+error, the fitted table's over the even one's at the same density minus 1: `kv_head_oracle_top_k_10pct` is replayed on held-out
+requests of all tasks, `..._transfer` on the tasks that the table was not fitted on, `forced_...` and `nll_...` (a difference) are
+of a forced forward over the dense answers.
+`search_longer` is the CPU time of a search with head budgets over that of one without, minus 1: searches as a user starts them,
+with the default number of trials, four levels, and the recording of their traces, on half of a task's requests. Fitting and
+confirming cost the same however many trials there are, so `search_longer_debug`, of searches with the few trials of a debug run,
+shows their largest share. Exit code 1 if a goal does not hold.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from sparse_attention_hub import models
 
 if TYPE_CHECKING:
     from benchmark.search.evaluator import TraceEvaluator
+    from benchmark.settings import Settings
     from sparse_attention_hub.head_budgets import Curves
 
 TASKS = ("niah_single_1", "fwe")
@@ -40,8 +44,8 @@ LEVELS = (5, 10, 25)
 QUEST_PAGE = 8
 #: Forced forwards are taken at this level and with these tables only.
 FORCED_LEVEL, FORCED_BY = 10, "kv_head"
-#: Trials per level of the searches that are timed, as in a debug run.
-SEARCH_TRIALS = 12
+#: Trials per level of a debug run.
+DEBUG_TRIALS = 12
 
 
 def columns_of(lm: models.LanguageModel) -> dict[str, int]:
@@ -49,12 +53,18 @@ def columns_of(lm: models.LanguageModel) -> dict[str, int]:
     return {"layer": 1, "kv_head": config.num_key_value_heads, "head": config.num_attention_heads}
 
 
-def curves_of(evaluator: TraceEvaluator, config: hub.ResearchAttentionConfig, which: Sequence[int], rows: int | None) -> Curves:
-    """The curves of a configuration on some of the requests, on at most so many rows of each."""
+def curves_of(
+    evaluator: TraceEvaluator,
+    config: hub.ResearchAttentionConfig,
+    which: Sequence[int],
+    rows: int | None = None,
+    others: Sequence[hub.ResearchAttentionConfig] = (),
+) -> tuple[Curves, list[float]]:
+    """Curves of a configuration and densities of others on some of the requests, on at most so many rows of each."""
     from sparse_attention_hub.head_budgets import replay_curves
 
     traces, seeds = zip(*[(evaluator.traces[i], evaluator.samples[i].seed) for i in which], strict=True)
-    return replay_curves(traces, [config], layers=evaluator.lm.num_layers, seeds=seeds, most_rows=rows)[0]
+    return replay_curves(traces, config, others, layers=evaluator.lm.num_layers, seeds=seeds, most_rows=rows)
 
 
 def replayed(evaluator: TraceEvaluator, which: Sequence[int], config: hub.ResearchAttentionConfig) -> tuple[float, float]:
@@ -92,47 +102,53 @@ def measure_family(
 ) -> None:
     """Adds the changes of one family, by name of the figure: one for each task that a table was judged on."""
     from benchmark.search.evaluator import FIT_ROWS
-    from sparse_attention_hub.head_budgets import even_factor, fit_head_budgets
+    from sparse_attention_hub.head_budgets import even_factor, fit_spending
     from sparse_attention_hub.models.model_files import complete
 
+    configs = [complete(template(family, level / 100), lm) for level in LEVELS]
+    if family == "quest":
+        for config in configs:
+            config.masker_configs[-1].page_size = QUEST_PAGE  # type: ignore[attr-defined]
     count = len(next(iter(evaluators.values())).samples)
     fitted_on, held_out = range(count // 2), range(count // 2, count)
-    for level in LEVELS:
-        config = complete(template(family, level / 100), lm)
-        if family == "quest":
-            config.masker_configs[-1].page_size = QUEST_PAGE  # type: ignore[attr-defined]
-        judged = {task: curves_of(evaluator, config, held_out, None) for task, evaluator in evaluators.items()}
-        for task, fit_on in evaluators.items():
-            own = curves_of(fit_on, config, fitted_on, FIT_ROWS)
-            density = float(own.densities[:, own.unscaled].mean())
+    own = {
+        task: curves_of(fit_on, configs[len(LEVELS) // 2], fitted_on, FIT_ROWS, configs) for task, fit_on in evaluators.items()
+    }
+    for place, (level, config) in enumerate(zip(LEVELS, configs, strict=True)):
+        judged = {task: curves_of(evaluator, config, held_out)[0] for task, evaluator in evaluators.items()}
+        for task, (curves, spent) in own.items():
             for by, columns in columns_of(lm).items():
-                fit = fit_head_budgets(own, density, columns)
-                fitted = replace(config, head_budgets=fit.table)
-                print(f"{family} {level}% {task} by {by}: strength {fit.strength}", file=sys.stderr, flush=True)
+                fit = fit_spending(curves, spent[place], columns)
+                table = [[1.0] * columns] * lm.num_layers if fit is None else fit.table
+                fitted = replace(config, head_budgets=table)
+                print(f"{family} {level}% {task} by {by}: strength {fit and fit.strength}", file=sys.stderr, flush=True)
                 for other, evaluator in evaluators.items():
-                    error, spent = replayed(evaluator, held_out, fitted)
-                    factor, even = even_factor(judged[other], spent)
+                    error, density = replayed(evaluator, held_out, fitted)
+                    factor, even = even_factor(judged[other], density)
                     name = f"{by}_{family}_{level}pct" + ("" if other == task else "_transfer")
                     changes[name].append(error / even - 1)
                     if level == FORCED_LEVEL and by == FORCED_BY:
-                        flat = replace(config, head_budgets=[[factor]] * len(fit.table))
+                        flat = replace(config, head_budgets=[[factor]] * len(table))
                         (error, nll), (even_error, even_nll) = forced(evaluator, held_out, [fitted, flat])
                         changes[f"forced_{name}"].append(error / even_error - 1)
                         changes[f"nll_{name}"].append(nll - even_nll)
 
 
-def time_searches(evaluator: TraceEvaluator, family: str, recording: float, changes: dict[str, list[float]]) -> None:
-    """Adds how much longer a search takes with head budgets. recording: CPU seconds of its traces."""
+def longer(lm: models.LanguageModel, settings: Settings, folder: Path, family: str, trials: int, recording: float) -> float:
+    """How much longer a search takes with head budgets. trials: per level. recording: CPU seconds of its traces, which exist."""
+    from benchmark.search.evaluator import TraceEvaluator
+
     seconds = {}
     for by in ("off", "kv_head"):
-        with tempfile.TemporaryDirectory() as folder:
-            study = new_study(family, evaluator, Path(folder), num_samples=SEARCH_TRIALS, seed=0, head_budgets=by)
+        evaluator = TraceEvaluator(lm, settings.tasks[0], settings, folder)  # of its own: one search warms up no other
+        list(evaluator.record())
+        with tempfile.TemporaryDirectory() as journal:
+            study = new_study(family, evaluator, Path(journal), num_samples=trials, seed=0, head_budgets=by)
             started = time.process_time()
-            for _ in study.run():
-                pass
+            list(study.run())
             seconds[by] = recording + time.process_time() - started
-    print(f"search of {family}: {seconds}", file=sys.stderr, flush=True)
-    changes["search_longer"].append(seconds["kv_head"] / seconds["off"] - 1)
+    print(f"search of {family} on {settings.tasks[0]}, {trials} trials a level: {seconds}", file=sys.stderr, flush=True)
+    return seconds["kv_head"] / seconds["off"] - 1
 
 
 def measure(options: argparse.Namespace) -> Figures:
@@ -144,20 +160,22 @@ def measure(options: argparse.Namespace) -> Figures:
     lm = models.load_model(options.model, device="cpu")
     changes: dict[str, list[float]] = defaultdict(list)
     for length in options.lengths:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as traces:
+            folder = Path(traces)
             evaluators = {}
-            recording = {}
             for task in (f"ruler/{length}/{name}" for name in TASKS):
                 sizes = {"search_max_requests": 2 * options.requests, "search_max_context_length": length}
                 settings = search_settings(options, tasks=(task,), **sizes)
-                evaluators[task] = TraceEvaluator(lm, task, settings, Path(folder))
+                evaluators[task] = TraceEvaluator(lm, task, settings, folder)
                 started = time.process_time()
                 list(evaluators[task].record())
-                recording[task] = time.process_time() - started
+                recording = (time.process_time() - started) / 2
+            searched = replace(settings, search_max_requests=options.requests)  # half of the last task's requests
             for family in options.families:
                 measure_family(lm, evaluators, family, changes)
-                if length == options.lengths[0]:  # all is compiled and loaded by then
-                    time_searches(evaluators[task], family, recording[task], changes)
+                # All is compiled and loaded by then.
+                changes["search_longer"].append(longer(lm, searched, folder, family, settings.num_samples, recording))
+                changes["search_longer_debug"].append(longer(lm, searched, folder, family, DEBUG_TRIALS, recording))
     return {name: fmean(values) for name, values in changes.items()}
 
 

@@ -219,17 +219,18 @@ SIZES = ResearchAttentionConfig([SinkMaskerConfig(0.02), OracleTopKConfig(0.15)]
 def test_head_budgets_are_fitted_to_the_whole_model(by: str, columns: int, architecture: str, tmp_path: Path) -> None:
     lm = wrap(build(architecture))
     made = evaluator(lm, tmp_path)
-    (fitted,) = made.fit_head_budgets([SIZES], by, 60.0)
-    again = evaluator(lm, tmp_path).fit_head_budgets([SIZES], by, 60.0)
-    assert again == [fitted]
-    if fitted is None:  # even budgets do as well on this tiny model
-        return
-    assert [len(row) for row in fitted.table] == [columns] * lm.num_layers and fitted.held_out <= 0
-    assert all(fitted.table[layer] == [1.0] * columns for layer in range(lm.num_layers) if layer not in made.layers)
-    plain, uneven = made.evaluate([SIZES, replace(SIZES, head_budgets=fitted.table)], 1, 60.0)
-    assert uneven is not None and plain is not None and uneven.density == pytest.approx(plain.density, rel=0.1)
-    assert plain.head_densities is None and uneven.head_densities is not None
-    assert [len(row) for row in uneven.head_densities] == [columns] * len(made.layers)
+    configs = [SIZES, replace(SIZES, masker_configs=[SinkMaskerConfig(0.03), OracleTopKConfig(0.3)])]
+    tables = made.fit_head_budgets(configs, by, 60.0)  # both from the curves of the first
+    assert len(tables) == 2 and evaluator(lm, tmp_path).fit_head_budgets(configs, by, 60.0) == tables
+    for config, fitted in zip(configs, tables, strict=True):
+        if fitted is None:  # even budgets do as well on this tiny model
+            continue
+        assert [len(row) for row in fitted.table] == [columns] * lm.num_layers and fitted.held_out <= 0
+        assert all(fitted.table[layer] == [1.0] * columns for layer in range(lm.num_layers) if layer not in made.layers)
+        plain, uneven = made.evaluate([config, replace(config, head_budgets=fitted.table)], 1, 60.0)
+        assert uneven is not None and plain is not None and uneven.density == pytest.approx(plain.density, rel=0.1)
+        assert plain.head_densities is None and uneven.head_densities is not None
+        assert [len(row) for row in uneven.head_densities] == [columns] * len(made.layers)
 
 
 @pytest.mark.usefixtures("samples")

@@ -62,7 +62,7 @@ def test_a_table_with_a_smaller_confirmed_error_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("evaluator", "reached"),
     [
-        (Uneven(replayed=1.1, forced=0.5), 1),  # not worth a confirmation
+        (Uneven(replayed=0.99, forced=0.5), 1),  # not worth a confirmation
         (Uneven(replayed=0.8, forced=1.1), 3),
         (Uneven(score=0.0), 3),  # it answers everything wrong
     ],
@@ -73,6 +73,18 @@ def test_a_table_that_is_not_better_loses(evaluator: Uneven, reached: int, tmp_p
     assert {trial.reached for trial in study.trials if trial.table is not None} == {reached}
     assert [best.model_dump() for best in study.best()] == [best.model_dump() for best in plain.best()]
     assert study.best_even().keys() == {best.level for best in plain.best()}
+
+
+def test_all_finalists_are_confirmed_in_one_pass_with_the_best_of_each_level(tmp_path: Path) -> None:
+    evaluator, plain = Uneven(), FormulaEvaluator()
+    levels = (5, 10, 25, 50)
+    study = run(uneven_study(tmp_path / "j", evaluator, budgets=levels))
+    off = run(make_study(tmp_path / "plain", plain, levels))
+    assert [count for rung, count in evaluator.calls if rung == 2][0] == 8
+    assert [count for rung, count in plain.calls if rung == 2][0] == 6
+    tables = [trial for trial in study.trials if trial.table is not None]
+    assert len(tables) == 4 and {trial.table.base for trial in tables} == {best.trial for best in off.best()}
+    assert all(study.trials[trial.table.base].reached == trial.reached == 3 for trial in tables)
 
 
 def test_a_search_with_tables_resumes_and_ends_the_same(tmp_path: Path) -> None:
