@@ -31,6 +31,7 @@ SPENT_SHARE = 0.99
 #: Factors that are tried between two of the grid, by interpolation.
 _BETWEEN = 4
 _BISECTIONS = 30
+_STEP = math.log(GRID[1] / GRID[0])
 
 
 class Curves(NamedTuple):
@@ -118,7 +119,7 @@ def fit_head_budgets(curves: Curves, density: float, columns: int) -> FittedBudg
         allocated = _allocate(curves.of([group for group in groups if group != left_out]).joined(columns), density)
         judge = curves.of([left_out]).joined(columns)
         for tried in STRENGTHS:
-            losses[tried] += float(_at(judge.errors, _at_density(allocated * tried, judge.densities, density)).mean())
+            losses[tried] += float(_errors_at(judge.errors, _at_density(allocated * tried, judge.densities, density)).mean())
     strength = min(STRENGTHS, key=lambda tried: losses[tried])
     joined = curves.joined(columns)
     table = _at_density(_allocate(joined, density) * strength, joined.densities, density)
@@ -143,14 +144,14 @@ def even_factor(curves: Curves, density: float) -> tuple[float, float]:
     """(factor for all heads whose mean density is `density`, mean error with it)."""
     joined = Curves(*(values.mean((0, 2, 3)).view(-1, 1, 1) for values in curves))
     log = _at_density(torch.zeros(1, 1, dtype=torch.float64), joined.densities, density)
-    return float(log.exp()), float(_at(joined.errors, log))
+    return float(log.exp()), float(_errors_at(joined.errors, log))
 
 
 def _allocate(curves: Curves, density: float) -> Tensor:
     """Log factors (layers, columns) that minimise error + price x density, at the price that meets the density."""
     logs = torch.linspace(math.log(GRID[0]), math.log(GRID[-1]), _BETWEEN * (len(GRID) - 1) + 1, dtype=torch.float64)
     each = logs.view(-1, 1, 1).expand(-1, *curves.errors.shape[1:])
-    errors, densities = _at(curves.errors, each), _at(curves.densities, each)
+    errors, densities = _errors_at(curves.errors, each), _densities_at(curves.densities, each)
 
     def best(price: float) -> Tensor:
         return (errors + price * densities).argmin(0)
@@ -168,15 +169,28 @@ def _at_density(logs: Tensor, densities: Tensor, density: float) -> Tensor:
     low, high = -10.0, 10.0
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (low, middle) if float(_at(densities, logs + middle).mean()) > density else (middle, high)
+        low, high = (low, middle) if float(_densities_at(densities, logs + middle).mean()) > density else (middle, high)
     return logs + low
 
 
-def _at(curves: Tensor, logs: Tensor) -> Tensor:
-    """Curves (factors, layers, columns) at log factors (..., layers, columns). Between the grid's their logarithm is linear, as
-    densities and errors nearly are powers of a size; outside it they are flat."""
-    place = ((logs - math.log(GRID[0])) / math.log(GRID[1] / GRID[0])).clamp(0, len(GRID) - 1).reshape(-1, *curves.shape[1:])
+def _errors_at(errors: Tensor, logs: Tensor) -> Tensor:
+    """Errors (factors, layers, columns) at log factors (..., layers, columns). Between two factors of the grid their logarithm is
+    linear, as errors nearly are powers of a size; outside the grid they are flat."""
+    low, high, part = _beside(errors, logs)
+    return (low + part * (high - low)).exp()
+
+
+def _densities_at(densities: Tensor, logs: Tensor) -> Tensor:
+    """Likewise, but a density grows at least as the sizes do, up to where all keys are attended: a table for half of the keys
+    would spend 1.5% too much."""
+    low, high, part = _beside(densities, logs)
+    return torch.minimum(low + part * (high - low).clamp(min=_STEP), high).exp()
+
+
+def _beside(curves: Tensor, logs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log of the curves at the next lower factor of the grid, at the next higher one, which part of the way each log factor is)."""
+    shape = logs.shape
+    place = ((logs - math.log(GRID[0])) / _STEP).clamp(0, len(GRID) - 1).reshape(-1, *curves.shape[1:])
     left = place.floor().long().clamp(max=len(GRID) - 2)
     known = curves.clamp(min=1e-12).log()  # an error is 0 where all keys are attended
-    low, high = known.gather(0, left), known.gather(0, left + 1)
-    return (low + (place - left) * (high - low)).exp().reshape(logs.shape)
+    return known.gather(0, left).reshape(shape), known.gather(0, left + 1).reshape(shape), (place - left).reshape(shape)
