@@ -54,6 +54,8 @@ FULL_REPLAY_BATCH = 32
 MAX_REFILLS = 3
 #: Head budgets are confirmed if their replayed error is less than this share of that of even ones.
 WORTH_CONFIRMING = 0.98
+#: Those that spend too much are tried again at this share of what even ones spend.
+SHRUNK = 0.99
 MAX_DUPLICATES = 24
 
 #: The outcome of an evaluation: its figures, None if one is not a finite number, or why it failed.
@@ -198,12 +200,29 @@ class Study:
                 own = HeadBudgetTable(level=level.name, base=number, **dict(table))
                 uneven.append(self._new_trial(self.trials[number].params, own))
         yield from self._ascend(uneven, (0, 1))
+        smaller = [
+            self._shrunk(trial) for trial in alive(uneven, 1) if not self.ranking.fits(trial.rungs[1], self._level(trial))
+        ]
+        yield from self._ascend(smaller, (0, 1))
         return [
             trial
-            for trial in alive(uneven, 1)
+            for trial in alive(uneven + smaller, 1)
             if trial.table is not None
+            and self.ranking.fits(trial.rungs[1], self._level(trial))
             and error_of(trial.rungs[1]) < WORTH_CONFIRMING * error_of(self.trials[trial.table.base].rungs[1])
         ]
+
+    def _level(self, uneven: Trial) -> Level:
+        """The level that a trial's table was fitted for."""
+        return next(level for level in self.levels if uneven.table is not None and level.name == uneven.table.level)
+
+    def _shrunk(self, uneven: Trial) -> Trial:
+        """A trial with smaller factors than one that spends too much: small sizes are rounded otherwise than those of the curves,
+        and of other proportions."""
+        assert uneven.table is not None
+        share = SHRUNK * self.ranking.spent(self.trials[uneven.table.base].rungs[1]) / self.ranking.spent(uneven.rungs[1])
+        factors = [[float(f"{share * factor:.4g}") for factor in row] for row in uneven.table.factors]
+        return self._new_trial(uneven.params, uneven.table.model_copy(update={"factors": factors}))
 
     def _fit(self, bases: list[Trial]) -> FitRecord:
         """Head budgets for each of these trials, from the journal where possible."""

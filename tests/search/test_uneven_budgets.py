@@ -75,6 +75,22 @@ def test_a_table_that_is_not_better_loses(evaluator: Uneven, reached: int, tmp_p
     assert study.best_even().keys() == {best.level for best in plain.best()}
 
 
+def test_a_table_that_spends_too_much_is_shrunk(tmp_path: Path) -> None:
+    class Large(Uneven):
+        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+            found = super().figures(config, rung)
+            factor = 1.0 if config.head_budgets is None else 1.2 * config.head_budgets[0][0] / TABLE[0][0]
+            return found.model_copy(update={"density": factor * found.density})
+
+    study = run(uneven_study(tmp_path / "j", Large()))
+    tables = [trial for trial in study.trials if trial.table is not None]
+    assert [trial.reached for trial in tables] == [1, 1, 3, 3]
+    for best in study.best():
+        trial = study.trials[best.trial]
+        assert best.meets_budget and trial in tables[2:]
+        assert trial.last.density == pytest.approx(0.99 * study.trials[trial.table.base].last.density, rel=1e-3)
+
+
 def test_all_finalists_are_confirmed_in_one_pass_with_the_best_of_each_level(tmp_path: Path) -> None:
     evaluator, plain = Uneven(), FormulaEvaluator()
     levels = (5, 10, 25, 50)
