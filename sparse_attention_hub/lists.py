@@ -105,8 +105,14 @@ def to_probability(lists: KeyLists, keys: int) -> Tensor:
 
 def append(first: KeyLists, second: KeyLists) -> KeyLists:
     """The union of two lists per row that share no key."""
-    heads = max(first.heads, second.heads)
-    if first.probability is not None or second.probability is not None:
+    heads, uncertain = max(first.heads, second.heads), first.probability is not None or second.probability is not None
+    if uses_loops(first.indices):
+        from .loops.lists import append as append_lists
+
+        joined = _empty_union(first, second)
+        append_lists(*as_arrays(first, second, joined))
+        return joined
+    if uncertain:
         first, second = _with_probability(first), _with_probability(second)
     indices, probability = (
         None if one is None or other is None else torch.cat([expand_heads(one, heads), expand_heads(other, heads)], -1)
@@ -118,21 +124,27 @@ def append(first: KeyLists, second: KeyLists) -> KeyLists:
 
 def join(first: KeyLists, second: KeyLists, keys: int) -> KeyLists:
     """The union of two lists per row; a key in both gets p + q - pq."""
-    heads, uncertain = max(first.heads, second.heads), first.probability is not None or second.probability is not None
     if uses_loops(first.indices):
         from .loops.lists import join as join_lists
 
-        batch, _, rows, width = first.indices.shape
-        joined = empty_lists(batch, heads, rows, width + second.indices.shape[3], uncertain)
+        joined = _empty_union(first, second)
         join_lists(*as_arrays(first, second, keys, joined))
         return joined
-    if uncertain:
+    heads = max(first.heads, second.heads)
+    if first.probability is not None or second.probability is not None:
         p, q = (expand_heads(to_probability(lists, keys), heads) for lists in (first, second))
         return from_dense(p + q - p * q)
     own, other = expand_heads(first.indices, heads), expand_heads(second.indices, heads)
     double = expand_heads(to_flags(first, keys), heads).gather(-1, other.clamp(min=0).long())
     indices = torch.cat([own, other.masked_fill(double, -1)], -1)
     return KeyLists(indices, (indices >= 0).sum(-1, dtype=torch.int32))
+
+
+def _empty_union(first: KeyLists, second: KeyLists) -> KeyLists:
+    """Room for the keys of both."""
+    batch, _, rows, width = first.indices.shape
+    uncertain = first.probability is not None or second.probability is not None
+    return empty_lists(batch, max(first.heads, second.heads), rows, width + second.indices.shape[3], uncertain)
 
 
 def count_groups(lists: KeyLists, kv_heads: int, keys: int) -> Tensor:

@@ -195,7 +195,7 @@ class Mask:
                 return kept
             return Mask(self.shape, self.kv_heads, lists=kept.lists(), is_filled=kept.is_filled)
         filled = self.is_filled or other.is_filled
-        if other._apart_from is self and not uses_loops(self._held):
+        if other._apart_from is self:
             return Mask(self.shape, self.kv_heads, lists=append(self.lists(), other.lists()), is_filled=filled)
         if self._dense is not None and other._dense is not None and self.is_certain and other.is_certain:
             heads = max(self.shared_heads, other.shared_heads)

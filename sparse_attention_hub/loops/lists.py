@@ -56,6 +56,29 @@ def join(first, first_counts, first_p, second, second_counts, second_p, keys, li
 
 
 @compiled
+def append(first, first_counts, first_p, second, second_counts, second_p, lists, counts, probability):
+    """`join` of lists that share no key: half its time."""
+    batch, heads, rows, width = lists.shape
+    for b in range(batch):
+        for h in range(heads):
+            i, k = h * first.shape[1] // heads, h * second.shape[1] // heads
+            for q in range(rows):
+                own, total = first_counts[b, i, q], first_counts[b, i, q] + second_counts[b, k, q]
+                for t in range(own):
+                    lists[b, h, q, t] = first[b, i, q, t]
+                for t in range(own, total):
+                    lists[b, h, q, t] = second[b, k, q, t - own]
+                for t in range(total, width):
+                    lists[b, h, q, t] = -1
+                if probability is not None:
+                    for t in range(own):
+                        probability[b, h, q, t] = 1 if first_p is None else first_p[b, i, q, t]
+                    for t in range(own, total):
+                        probability[b, h, q, t] = 1 if second_p is None else second_p[b, k, q, t - own]
+                counts[b, h, q] = total
+
+
+@compiled
 def count_groups(lists, counts, keys, out):
     """Distinct keys in the lists (B, H, Q, K) of a kv head's query heads: out (B, Hkv, Q)."""
     batch, heads, rows, _ = lists.shape

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lists import expand_heads
+from ..lists import as_arrays, expand_heads, uses_loops
 from ..mask import Mask
 from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_flag, check_number, check_size, draw_example, register_masker
@@ -92,24 +92,9 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
 
     def _budget(self, inputs: AttentionInputs, mask: Mask, base: Mask) -> Tensor:
         """Draws that the bound needs of the keys that are neither chosen nor base samples: int64 (B, H, Q) on the CPU."""
-        heads, exact = inputs.shape[1], self.config.use_exact_estimation
-        static, scores = inputs.log_mass(mask), inputs.scores_at(base)
-        top = inputs.highest() if exact else torch.maximum(static, scores.amax(-1))
-        top = top.masked_fill(top == NEVER, 0.0)
-        samples, counts = (scores - top.unsqueeze(-1)).exp_(), expand_heads(base.counts(), heads)
-        rest = expand_heads(inputs.left(mask) - base.counts(), heads)
-        if exact:
-            outside = expand_heads(mask.union(base).residual(inputs.allowed), heads)
-            mean, variance, _ = _moments((inputs.scores() - top.unsqueeze(-1)).exp() * outside, outside, rest)
-        else:
-            mean, variance, error = _moments(samples, scores > NEVER, counts)
-            variance = variance + error
-        total = (static - top).exp() + samples.sum(-1) + mean * rest
-        if inputs.sinks is not None:  # they are part of the denominator, and known exactly
-            total = total + (inputs.sinks.to(top.dtype).view(1, -1, 1) - top).clamp(max=80.0).exp()
-        # A few numbers per row: one copy from a device, and NumPy takes a fraction of torch's time; in float64 no square overflows.
-        numbers = torch.stack([t.double() for t in (variance.sqrt(), total, rest, counts)])
-        spread, whole, left, drawn = numbers.cpu().numpy()
+        exact, terms = self.config.use_exact_estimation, inputs.known().terms
+        by_loops = terms is not None and uses_loops(terms) and not exact
+        spread, whole, left, drawn = _estimates_by_loops(inputs, mask, base) if by_loops else _estimates(inputs, mask, base, exact)
         quantile = _student_t(self.config.delta, None) if exact else _quantiles(self.config.delta, drawn - 1)
         # Sampling with replacement would need n0 draws; without, n0 / (1 + n0 / rest) are enough.
         with_replacement = (quantile * spread * left / np.maximum(self.config.epsilon * whole, 1e-30)) ** 2
@@ -117,6 +102,39 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         # At least one draw wherever a key is left: otherwise that key could never be attended, a bias.
         draws = np.minimum(np.maximum(np.ceil(np.nan_to_num(needed)), 1), left)
         return torch.from_numpy(draws.astype(np.int64))
+
+
+def _estimates(inputs: AttentionInputs, mask: Mask, base: Mask, exact: bool) -> np.ndarray:
+    """Of each row the terms' standard deviation, the softmax denominator (both relative to the same term), keys left, base
+    samples: float64 (4, B, H, Q)."""
+    heads = inputs.shape[1]
+    static, scores = inputs.log_mass(mask), inputs.scores_at(base)
+    top = inputs.highest() if exact else torch.maximum(static, scores.amax(-1))
+    top = top.masked_fill(top == NEVER, 0.0)
+    samples, counts = (scores - top.unsqueeze(-1)).exp_(), expand_heads(base.counts(), heads)
+    rest = expand_heads(inputs.left(mask) - base.counts(), heads)
+    if exact:
+        outside = expand_heads(mask.union(base).residual(inputs.allowed), heads)
+        mean, variance, _ = _moments((inputs.scores() - top.unsqueeze(-1)).exp() * outside, outside, rest)
+    else:
+        mean, variance, error = _moments(samples, scores > NEVER, counts)
+        variance = variance + error
+    total = (static - top).exp() + samples.sum(-1) + mean * rest
+    if inputs.sinks is not None:  # they are part of the denominator, and known exactly
+        total = total + (inputs.sinks.to(top.dtype).view(1, -1, 1) - top).clamp(max=80.0).exp()
+    # A few numbers per row: one copy from a device, and NumPy takes a fraction of torch's time; in float64 no square overflows.
+    return torch.stack([t.double() for t in (variance.sqrt(), total, rest, counts)]).cpu().numpy()
+
+
+def _estimates_by_loops(inputs: AttentionInputs, mask: Mask, base: Mask) -> np.ndarray:
+    """`_estimates` in one walk over both lists, where terms of the scores are known."""
+    from ..loops.moments import estimate_mass
+
+    out = np.empty((4, *inputs.shape[:3]))
+    sinks = np.full(inputs.shape[1], -np.inf) if inputs.sinks is None else inputs.sinks.double()
+    lists = inputs.layout.row_lengths, mask.lists()[:2], base.lists()[:2]
+    estimate_mass(*as_arrays(*lists, tuple(inputs.known())[:3], sinks, out))
+    return out
 
 
 def _moments(terms: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
