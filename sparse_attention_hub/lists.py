@@ -147,6 +147,16 @@ def _empty_union(first: KeyLists, second: KeyLists) -> KeyLists:
     return empty_lists(batch, max(first.heads, second.heads), rows, width + second.indices.shape[3], uncertain)
 
 
+def without_first(lists: KeyLists, counts: Tensor) -> KeyLists:
+    """Lists without the first keys of each row, which are counts (B, h, Q) many."""
+    counts = expand_heads(counts, lists.heads)
+    left, width = lists.counts - counts, lists.indices.shape[3]
+    place = torch.arange(width, device=counts.device) + counts.unsqueeze(-1)
+    padded, place = place >= lists.counts.unsqueeze(-1), place.clamp(max=max(width - 1, 0))
+    p = lists.probability
+    return KeyLists(lists.indices.gather(-1, place).masked_fill(padded, -1), left, None if p is None else p.gather(-1, place))
+
+
 def count_groups(lists: KeyLists, kv_heads: int, keys: int) -> Tensor:
     """Distinct keys in the lists of the query heads of a kv head: int32 (B, kv_heads, Q)."""
     batch, heads, rows, _ = lists.indices.shape

@@ -16,6 +16,7 @@ from .lists import (
     to_flags,
     to_probability,
     uses_loops,
+    without_first,
 )
 
 Shape = tuple[int, int, int, int]
@@ -38,19 +39,20 @@ class Mask:
         lists: KeyLists | None = None,
         dense: Tensor | None = None,
         apart_from: Mask | None = None,
+        joined: KeyLists | None = None,
         is_filled: bool = False,
     ) -> None:
         """Use `empty`, `from_indices`, `from_range` or `from_dense` instead.
 
-        apart_from: a mask that shares no key with this one, which was chosen among what it left: off the CPU their union needs no
-        look-up. is_filled: every row is known to attend to a key, so that no device need be asked.
+        apart_from: a mask that shares no key with this one, which was chosen among what it left: their union needs no look-up.
+        joined: in place of lists, those of both masks, the other's keys first. is_filled: every row is known to attend to a key, so that no device need be asked.
         """
         self.shape = shape
         self.kv_heads = kv_heads if kv_heads is not None else shape[1]
         self._lists = lists
         self._dense = dense
         self._flags: Tensor | None = None
-        self._apart_from, self.is_filled = apart_from, is_filled
+        self._apart_from, self._joined, self.is_filled = apart_from, joined, is_filled
 
     # -- making masks ------------------------------------------------------------------------------------------------
 
@@ -118,13 +120,17 @@ class Mask:
 
     @property
     def _held(self) -> Tensor:
-        return self._lists.indices if self._lists is not None else self._dense  # type: ignore[return-value]
+        lists = self._joined or self._lists
+        return lists.indices if lists is not None else self._dense  # type: ignore[return-value]
 
     def lists(self) -> KeyLists:
         """The keys of each row, for `shared_heads` heads."""
         if self._lists is None:
-            assert self._dense is not None
-            self._lists = from_dense(self._dense)
+            if self._joined is not None and self._apart_from is not None:
+                self._lists = without_first(self._joined, self._apart_from.counts())
+            else:
+                assert self._dense is not None
+                self._lists = from_dense(self._dense)
         return self._lists
 
     def chosen(self) -> Tensor:
@@ -196,7 +202,8 @@ class Mask:
             return Mask(self.shape, self.kv_heads, lists=kept.lists(), is_filled=kept.is_filled)
         filled = self.is_filled or other.is_filled
         if other._apart_from is self:
-            return Mask(self.shape, self.kv_heads, lists=append(self.lists(), other.lists()), is_filled=filled)
+            lists = other._joined or append(self.lists(), other.lists())
+            return Mask(self.shape, self.kv_heads, lists=lists, is_filled=filled)
         if self._dense is not None and other._dense is not None and self.is_certain and other.is_certain:
             heads = max(self.shared_heads, other.shared_heads)
             both = expand_heads(self.chosen(), heads) | expand_heads(other.chosen(), heads)

@@ -67,7 +67,7 @@ def _multiply(arguments: tuple[Any, ...], values: Tensor, shape: tuple[int, ...]
     for head in range(batch * kv_heads):
         own = values[head // kv_heads, head % kv_heads].to(wide)
         for start in range(0, each, step):
-            part = spread[: min(step, each - start)].zero_()
+            part = spread[: min(step, each - start)]
             attend_loop(head * each + start, head * each + start + len(part), *arguments, part.numpy())
             torch.matmul(part, own, out=output[head, start : start + len(part)])
     return output.view(batch, units, rows, group, width).transpose(1, 2).numpy()

@@ -35,14 +35,12 @@ def choose(
     scores: Tensor,
     mask: Mask,
     sizes: Tensor,
-    order: Order | None = None,
     allowed: Tensor | None = None,
 ) -> KeyLists:
     """The `sizes` highest-scored keys of each row that the mask has not; rows with fewer take all of them.
 
-    scores: (B, h, Q, N), h = 1, kv heads or H. sizes: int64 (B, h', Q) or (B, h', 1). order: of the scores, where known: then
-    it is walked, and the scores are not read. Of keys that tie for the last places the most recent are taken.
-    allowed: bool (B, 1, Q, N); None where the scores of other keys are the lowest already.
+    scores: (B, h, Q, N), h = 1, kv heads or H. sizes: int64 (B, h', Q) or (B, h', 1). Of keys that tie for the
+    last places the most recent are taken. allowed: bool (B, 1, Q, N); None where the scores of other keys are the lowest already.
     """
     batch, _, rows, keys = mask.shape
     if scores.dtype in (torch.float16, torch.bfloat16):
@@ -56,15 +54,28 @@ def choose(
     from ..loops import select
 
     taken, lists = mask.lists()[:2], empty_lists(batch, heads, rows, width)
-    if order is not None:
-        select.walk(*as_arrays(order, taken, sizes, lists[:2]))
-        return lists
     bottom = scores.numpy().dtype.type(lowest(scores.dtype))
     left = np.empty((batch, heads, rows, keys), bottom.dtype)
     call = as_arrays(scores, None if allowed is None else allowed[:, 0], taken)
     select.blank(*call, bottom, left)
     (wanted,) = as_arrays(sizes)
     select.collect(*call, _scores_of_last(left, wanted, bottom), wanted, bottom, *as_arrays(lists[:2]))
+    return lists
+
+
+def extend(order: Order, mask: Mask, sizes: Tensor, drawn: bool = False) -> KeyLists:
+    """The mask's keys, then the first `sizes` others of each row's order, or all. On a CPU, where an order is known.
+
+    sizes: as for choose. drawn: the order is random, and p of the others is their share of what the mask left; else p = 1.
+    """
+    from ..loops.select import walk
+
+    batch, _, rows, keys = mask.shape
+    taken, heads = mask.lists(), max(order.indices.shape[1], mask.shared_heads, sizes.shape[1])
+    sizes = expand_heads(sizes.expand(-1, -1, rows), heads).clamp(max=keys)
+    width = taken.indices.shape[3] + (int(sizes.max()) if sizes.numel() else 0)
+    lists = empty_lists(batch, heads, rows, width, drawn or taken.probability is not None)
+    walk(*as_arrays(order, taken, sizes, drawn, lists))
     return lists
 
 
@@ -129,15 +140,19 @@ def order_of(scores: Tensor, lengths: Tensor) -> Order:
     return Order(indices, lengths)
 
 
-def choose_mass(scores: Tensor, terms: Tensor | None, order: Order, mask: Mask, share: float) -> KeyLists:
-    """The fewest keys, by falling score (B, H, Q, N), that hold more than a share of the mass that the mask left; those that tie
-    with the last are chosen too. terms: exp(score - highest of the row), where known."""
-    if uses_loops(scores):
-        from ..loops.select import count_mass
+def count_mass(scores: Tensor, terms: Tensor | None, order: Order, mask: Mask, share: float) -> Tensor:
+    """How many keys `choose_mass` chooses of each row: int64 (B, H, Q). On a CPU. terms: exp(score - highest of the row), where
+    known."""
+    from ..loops.select import count_mass as count
 
-        sizes = torch.empty(scores.shape[:3], dtype=torch.int64)
-        count_mass(*as_arrays(order, scores, terms, mask.lists()[:2], share, sizes))
-        return choose(scores, mask, sizes, order)
+    sizes = torch.empty(scores.shape[:3], dtype=torch.int64)
+    count(*as_arrays(order, scores, terms, mask.lists()[:2], share, sizes))
+    return sizes
+
+
+def choose_mass(scores: Tensor, order: Order, mask: Mask, share: float) -> KeyLists:
+    """The fewest keys, by falling score (B, H, Q, N), that hold more than a share of the mass that the mask left; those that tie
+    with the last are chosen too."""
     left = scores.masked_fill(expand_heads(mask.chosen(), scores.shape[1]), float("-inf"))
     ranked = left.gather(-1, order.indices.long())  # what is taken has no mass, wherever it stands
     top = ranked.amax(-1, keepdim=True)

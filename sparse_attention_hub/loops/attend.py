@@ -21,8 +21,8 @@ def attend(
     start, stop, queries, keys, key_starts, values, value_starts, scores, terms, highest, lists, counts, probability,
     scaling, softcap, sinks, output, lse, totals, spread,
 ):  # fmt: skip
-    """Fill output, lse and totals (alike) for units [start, stop). values None: no output. spread (stop - start, G, N), full of
-    zeros: gets the weights of all keys, to be multiplied with values and divided by totals.
+    """Fill output, lse and totals (alike) for units [start, stop). values None: no output. spread (stop - start, G, N) gets
+    the weights of all keys, 0 where not listed, to be multiplied with values and divided by totals.
 
     queries: float32 or wider. scores: logits, where they are known: keys are then not read. terms: exp(scores - highest), where
     known. softcap: 0 = none. sinks (h, G): logits that join the denominator, -inf = none. A row without keys gives 0 and -inf.
@@ -42,7 +42,7 @@ def attend(
             if terms is not None:
                 top, row = highest[b, h, g, q], terms[b, h, g, q]
                 for t in range(count):
-                    weight[t] = row[index[t]]
+                    weight[t] = row[np.uint32(index[t])]  # unsigned: not checked for counting from the end, 1.1x
                 if probability is not None:
                     p = probability[b, held, q]
                     for t in range(count):
@@ -70,8 +70,9 @@ def attend(
             lse[b, h, g, q] = top + np.log(total)
             if spread is not None:
                 out_row = spread[unit - start, g]
+                out_row[:] = 0  # here, row by row: it is in a core's cache when weights are written into it
                 for t in range(count):
-                    out_row[index[t]] = weight[t]
+                    out_row[np.uint32(index[t])] = weight[t]
         if values is not None:
             out = output[b, q, h]
             _sum(values, value_starts[b, h], index, count, weights, rows == 1, out)

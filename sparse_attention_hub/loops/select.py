@@ -32,28 +32,37 @@ def unpack_order(ranks, out):
 
 
 @compiled
-def walk(order, lengths, taken, taken_counts, sizes, lists, counts):
-    """The first sizes (B, h, Q) keys of a row's order (B, h', Q, N) that are not taken. lengths (B, Q): allowed keys, which
-    come first."""
-    batch, heads, rows, _ = lists.shape
-    stamps = np.zeros(order.shape[3], np.int32)  # the last turn that had this key among its taken ones
-    turn = 0
+def walk(order, lengths, taken, taken_counts, taken_p, sizes, drawn, lists, counts, probability):
+    """The taken keys, then the first sizes (B, h, Q) keys of a row's order (B, h', Q, N) that are not taken: lists (B, h, Q, K).
+    lengths (B, Q): allowed keys, which come first in the order. drawn: p of the latter keys is their share of all that are left,
+    else 1. Probabilities: None = 1, in the joined list too."""
+    batch, heads, rows, width = lists.shape
+    is_taken = np.zeros(order.shape[3], np.uint8)
     for b in range(batch):
         for h in range(heads):
             i, k = h * order.shape[1] // heads, h * taken.shape[1] // heads
             for q in range(rows):
-                own, out, size = order[b, i, q], lists[b, h, q], sizes[b, h, q]
-                turn += 1
-                for t in range(taken_counts[b, k, q]):
-                    stamps[taken[b, k, q, t]] = turn
-                found = t = 0
-                while found < size and t < lengths[b, q]:
+                own, first, out = order[b, i, q], taken[b, k, q], lists[b, h, q]
+                count, length = taken_counts[b, k, q], lengths[b, q]
+                for t in range(count):
+                    out[t] = first[t]
+                    is_taken[np.uint32(first[t])] = 1
+                found, t, end = np.int64(count), 0, count + sizes[b, h, q]
+                while found < end and t < length:
                     out[found] = own[t]  # branch-free: taken keys are overwritten by the next one
-                    found += stamps[own[t]] != turn
+                    found += 1 - is_taken[np.uint32(own[t])]
                     t += 1
-                for t in range(found, out.size):
+                for t in range(count):
+                    is_taken[np.uint32(first[t])] = 0
+                for t in range(found, width):
                     out[t] = -1
                 counts[b, h, q] = found
+                if probability is not None:
+                    p = np.float32(found - count) / np.float32(max(length - count, 1)) if drawn else np.float32(1)
+                    for t in range(count):
+                        probability[b, h, q, t] = 1 if taken_p is None else taken_p[b, k, q, t]
+                    for t in range(count, found):
+                        probability[b, h, q, t] = p
 
 
 @compiled

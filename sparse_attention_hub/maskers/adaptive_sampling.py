@@ -80,21 +80,20 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         if int(left.max()) == 0:
             return mask
         wanted = inputs.share_of(left, self.config.base_rate_sampling)
-        drawn = inputs.draw(mask, wanted.clamp(min=2))  # one sample has no spread
-        base = inputs.mask(drawn.lists()._replace(probability=None), mask)  # kept for certain
-        budget = self._budget(inputs, mask, base)
-        mask = mask.union(base)
-        return mask.union(inputs.draw(mask, budget))
+        base = inputs.draw(mask, wanted.clamp(min=2), certain=True)  # one sample has no spread
+        with_base = mask.union(base)
+        return with_base.union(inputs.draw(with_base, self._budget(inputs, mask, base, with_base)))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         exact = self.config.use_exact_estimation and self.config.base_rate_sampling
         return 0.5 if exact else 0.0  # exact moments read every key
 
-    def _budget(self, inputs: AttentionInputs, mask: Mask, base: Mask) -> Tensor:
+    def _budget(self, inputs: AttentionInputs, mask: Mask, base: Mask, both: Mask) -> Tensor:
         """Draws that the bound needs of the keys that are neither chosen nor base samples: int64 (B, H, Q) on the CPU."""
         exact, terms = self.config.use_exact_estimation, inputs.known().terms
         by_loops = terms is not None and uses_loops(terms) and not exact
-        spread, whole, left, drawn = _estimates_by_loops(inputs, mask, base) if by_loops else _estimates(inputs, mask, base, exact)
+        estimates = _estimates_by_loops(inputs, mask, both) if by_loops else _estimates(inputs, mask, base, both, exact)
+        spread, whole, left, drawn = estimates
         quantile = _student_t(self.config.delta, None) if exact else _quantiles(self.config.delta, drawn - 1)
         # Sampling with replacement would need n0 draws; without, n0 / (1 + n0 / rest) are enough.
         with_replacement = (quantile * spread * left / np.maximum(self.config.epsilon * whole, 1e-30)) ** 2
@@ -104,7 +103,7 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         return torch.from_numpy(draws.astype(np.int64))
 
 
-def _estimates(inputs: AttentionInputs, mask: Mask, base: Mask, exact: bool) -> np.ndarray:
+def _estimates(inputs: AttentionInputs, mask: Mask, base: Mask, both: Mask, exact: bool) -> np.ndarray:
     """Of each row the terms' standard deviation, the softmax denominator (both relative to the same term), keys left, base
     samples: float64 (4, B, H, Q)."""
     heads = inputs.shape[1]
@@ -114,7 +113,7 @@ def _estimates(inputs: AttentionInputs, mask: Mask, base: Mask, exact: bool) -> 
     samples, counts = (scores - top.unsqueeze(-1)).exp_(), expand_heads(base.counts(), heads)
     rest = expand_heads(inputs.left(mask) - base.counts(), heads)
     if exact:
-        outside = expand_heads(mask.union(base).residual(inputs.allowed), heads)
+        outside = expand_heads(both.residual(inputs.allowed), heads)
         mean, variance, _ = _moments((inputs.scores() - top.unsqueeze(-1)).exp() * outside, outside, rest)
     else:
         mean, variance, error = _moments(samples, scores > NEVER, counts)
@@ -126,13 +125,13 @@ def _estimates(inputs: AttentionInputs, mask: Mask, base: Mask, exact: bool) -> 
     return torch.stack([t.double() for t in (variance.sqrt(), total, rest, counts)]).cpu().numpy()
 
 
-def _estimates_by_loops(inputs: AttentionInputs, mask: Mask, base: Mask) -> np.ndarray:
-    """`_estimates` in one walk over both lists, where terms of the scores are known."""
+def _estimates_by_loops(inputs: AttentionInputs, mask: Mask, both: Mask) -> np.ndarray:
+    """`_estimates` in one walk over the lists, where terms of the scores are known."""
     from ..loops.moments import estimate_mass
 
     out = np.empty((4, *inputs.shape[:3]))
     sinks = np.full(inputs.shape[1], -np.inf) if inputs.sinks is None else inputs.sinks.double()
-    lists = inputs.layout.row_lengths, mask.lists()[:2], base.lists()[:2]
+    lists = inputs.layout.row_lengths, both.lists()[:2], mask.counts()
     estimate_mass(*as_arrays(*lists, tuple(inputs.known())[:3], sinks, out))
     return out
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..kernels import Known, dot, log_mass
 from ..kernels.reference import group_scores
-from ..kernels.select import Order, choose, choose_mass, lowest, order_of
-from ..lists import KeyLists, expand_heads
+from ..kernels.select import Order, choose, choose_mass, count_mass, extend, lowest, order_of
+from ..lists import KeyLists, expand_heads, uses_loops
 from ..mask import Mask
 from .call_cache import CallCache, once
 from .layout import NEVER, Layout
@@ -139,26 +139,36 @@ class AttentionInputs:
         scores: float (B, h, Q, N), h = 1, kv heads or H. size: int (tokens) or float (fraction of N).
         """
         own = scores is self.cache.call.get("scores")  # which are -inf where not allowed
-        order = self.order() if own and self.cache.keeps_order else None
+        if own and self.cache.keeps_order and uses_loops(scores):
+            return self._walk(self.order(), mask, self.resolve(size))
         allowed = None if own or self.layout.all_allowed else self.allowed
-        return self.mask(choose(scores, mask, self.resolve(size), order, allowed), mask)
+        return self.mask(choose(scores, mask, self.resolve(size), allowed), mask)
 
     def choose_mass(self, mask: Mask, share: float) -> Mask:
         """The fewest keys, by falling score, that hold more than a share of the attention mass that `mask` left."""
-        return self.mask(choose_mass(self.scores(), self.known().terms, self.order(), mask, share), mask)
+        scores, order = self.scores(), self.order()
+        if uses_loops(scores):
+            return self._walk(order, mask, count_mass(scores, self.known().terms, order, mask, share))
+        return self.mask(choose_mass(scores, order, mask, share), mask)
 
-    def draw(self, mask: Mask, size: int | float | Tensor) -> Mask:
+    def draw(self, mask: Mask, size: int | float | Tensor, certain: bool = False) -> Mask:
         """Allowed keys drawn without replacement from those that `mask` has not, p = size / keys left.
 
-        size: int (tokens), float (fraction of N), or int64 (B, h, Q). Query heads of a group share the order.
+        size: int (tokens), float (fraction of N), or int64 (B, h, Q). certain: p = 1. Query heads of a group share the order.
         """
-        ranks, order = self.random_ranks(), None
-        if self.cache.keeps_order:
+        ranks, sizes = self.random_ranks(), size if isinstance(size, Tensor) else self.resolve(size)
+        if self.cache.keeps_order and uses_loops(ranks):
             order = once(self.cache.draws, "order", lambda: order_of(ranks, self.layout.row_lengths))
-        lists = choose(ranks, mask, size if isinstance(size, Tensor) else self.resolve(size), order)
-        left = self.left(mask)
+            return self._walk(order, mask, sizes, drawn=not certain)
+        lists, left = choose(ranks, mask, sizes), self.left(mask)
+        if certain:
+            return self.mask(lists, mask)
         rate = lists.counts / expand_heads(left, lists.heads).clamp(min=1)
         return self.mask(lists._replace(probability=rate.unsqueeze(-1).expand(lists.indices.shape).contiguous()), mask)
+
+    def _walk(self, order: Order, mask: Mask, sizes: Tensor, drawn: bool = False) -> Mask:
+        """The first keys of an order that `mask` has not: see kernels.select.extend."""
+        return Mask(self.shape, self.kv_heads, apart_from=mask, joined=extend(order, mask, sizes, drawn))
 
     def left(self, mask: Mask) -> Tensor:
         """How many allowed keys of each row `mask` has not: int64 (B, h, Q)."""

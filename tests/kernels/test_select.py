@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_attention_hub import Mask, lists
-from sparse_attention_hub.kernels.select import choose, choose_mass, expand_pages, lowest, order_of
-from sparse_attention_hub.lists import KeyLists, to_flags
+from sparse_attention_hub.kernels.select import choose, choose_mass, count_mass, expand_pages, extend, lowest, order_of
+from sparse_attention_hub.lists import KeyLists, to_flags, without_first
 
 NEVER = float("-inf")
 
@@ -81,9 +81,11 @@ def test_choose(
         wanted = sizes.expand(2, wide, rows)
         expected = best_by_hand(lists.expand_heads(scores, wide), ~lists.expand_heads(chosen, wide), wanted)
         ordered = order_of(scores, lengths)
+        extended = extend(ordered, mask, sizes)
+        assert torch.equal(to_flags(extended, keys), expected | lists.expand_heads(chosen, wide))
         for found in (
             *both_forms(lambda sizes=sizes: choose(scores, mask, sizes)),
-            choose(scores, mask, sizes, ordered),
+            without_first(extended, mask.counts()),
         ):
             assert torch.equal(to_flags(found, keys), expected)
             assert torch.equal(found.counts.long(), expected.sum(-1))
@@ -107,8 +109,10 @@ def test_choose_mass(seed: int, keys: int, share: float, values: int, far: bool)
     lengths = torch.full((1, 3), keys)
     mask, order = Mask.from_dense(taken, 4, 2), order_of(scores, lengths)
     terms = (scores - scores.amax(-1, keepdim=True)).exp()
-    forms = both_forms(lambda: to_flags(choose_mass(scores, None, order, mask, share), keys))
-    forms.append(to_flags(choose_mass(scores, terms, order, mask, share), keys))
+    forms = [to_flags(choose_mass(scores, order, mask, share), keys)]
+    for known in (None, terms):
+        extended = extend(order, mask, count_mass(scores, known, order, mask, share))
+        forms.append(to_flags(without_first(extended, mask.counts()), keys))
     free = ~lists.expand_heads(taken, 4)
     for chosen in forms:
         assert not (chosen & ~free).any()
