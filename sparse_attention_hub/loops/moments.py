@@ -15,28 +15,31 @@ def estimate_mass(lengths, lists, counts, chosen, scores, terms, highest, sinks,
     lengths (B, Q): allowed keys. lists: all p are 1. scores, terms, highest: see attend. sinks (H,): -inf = none.
     """
     _, batch, heads, rows = out.shape
-    weights = np.empty(lists.shape[3], np.float64)
+    weights = np.empty(lists.shape[3], terms.dtype)
+    zero = weights.dtype.type(0)
     for b in range(batch):
         for h in range(heads):
             i, k = h * lists.shape[1] // heads, h * chosen.shape[1] // heads
             for q in range(rows):
                 index, count, first, top = lists[b, i, q], counts[b, i, q], chosen[b, k, q], highest[b, h, q]
-                row, whole = terms[b, h, q], np.float64(0)
+                row, whole = terms[b, h, q], zero
                 for t in range(count):
                     weights[t] = row[np.uint32(index[t])]
+                for t in range(count):
                     whole += weights[t]
                 if whole < LEAST_SHARED_MASS and count:
-                    logits, whole = scores[b, h, q], np.float64(0)
+                    logits, whole = scores[b, h, q], zero
                     top = logits[index[0]]
                     for t in range(count):
                         top = max(top, logits[index[t]])
                     for t in range(count):
-                        weights[t] = np.exp(np.float64(logits[index[t]] - top))
+                        weights[t] = np.exp(logits[index[t]] - top)
                         whole += weights[t]
                 samples, left = max(count - first, 1), lengths[b, q] - count
                 mean = squares = fourths = np.float64(0)
                 for t in range(first, count):
-                    mean += weights[t] / samples
+                    mean += weights[t]
+                mean /= samples
                 for t in range(first, count):
                     square = (weights[t] - mean) ** 2
                     squares += square
