@@ -58,7 +58,7 @@ def walk(order, lengths, taken, taken_counts, taken_p, sizes, drawn, lists, coun
                     out[t] = -1
                 counts[b, h, q] = found
                 if probability is not None:
-                    p = np.float32(found - count) / np.float32(max(length - count, 1)) if drawn else np.float32(1)
+                    p = np.float32(found - count) / np.float32(length - count) if drawn else np.float32(1)
                     for t in range(count):
                         probability[b, h, q, t] = 1 if taken_p is None else taken_p[b, k, q, t]
                     for t in range(count, found):

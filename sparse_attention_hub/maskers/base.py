@@ -81,6 +81,12 @@ class Masker(ABC, Generic[ConfigT]):
     def __init__(self, config: ConfigT) -> None:
         self.config = config
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything of the context's keys or its prefill is kept for it."""
+        own = type(self)
+        return own.encode is not Masker.encode or own.prepare is not Masker.prepare or bool(self.observes)
+
     @abstractmethod
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         """The mask with this masker's choice added, or narrowed (see `narrows`). Never changes `mask`; never chooses a key

@@ -39,6 +39,8 @@ class SharedStates:
         saw of the layer."""
         state = AttentionState()
         for position, masker in enumerate(maskers):
+            if not masker.learns:
+                continue
             question = summary.question if masker.observes and summary is not None else ()
             name = (context, layer_idx, masker.codes_key(), question)
             held = self._alive.get(name)
