@@ -80,8 +80,12 @@ def extend(order: Order, mask: Mask, sizes: Tensor, drawn: bool = False) -> KeyL
 
 
 def _scores_of_last(scores: np.ndarray, sizes: np.ndarray, lowest: np.generic) -> np.ndarray:
-    """The score of the last of the sizes (B, h, Q) highest of each row (B, h, Q, N)."""
-    keys, thresholds = scores.shape[-1], np.full(sizes.shape, lowest)
+    """The score of the last of the sizes (B, h, Q) highest of each row (B, h, Q, N), which are reordered."""
+    keys, size = scores.shape[-1], int(sizes.max(initial=0))
+    if size and (sizes == size).all():
+        scores.partition(keys - size, axis=-1)
+        return np.ascontiguousarray(scores[..., keys - size])
+    thresholds = np.full(sizes.shape, lowest)
     for size in np.unique(sizes[sizes > 0]):
         own = sizes == size
         thresholds[own] = np.partition(scores[own], keys - size, axis=-1)[:, keys - size]
