@@ -10,6 +10,8 @@ instead of keys (Mamba, linear attention, short convolutions) copy it for each f
 
 from __future__ import annotations
 
+import math
+import mmap
 from typing import Any
 
 import torch
@@ -67,7 +69,7 @@ class SharedPrefixLayer(DynamicLayer):
 
     def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._buffers = [t.new_empty((1, t.shape[1], self.capacity, t.shape[3])) for t in (key_states, value_states)]
+        self._buffers = [_own_pages(t, (1, t.shape[1], self.capacity, t.shape[3])) for t in (key_states, value_states)]
         self.is_initialized = True
         if self.forks:  # forked before its first keys: an empty prefix
             self.fork(self.forks, self._tail_capacity)
@@ -122,6 +124,16 @@ class SharedPrefixLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise ValueError("a shared-prefix cache has no beams: search with transformers' own DynamicCache")
+
+
+def _own_pages(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty tensor of the type of another. On a CPU its pages are not the heap's: buffers of a few MB that stay, between
+    activations that do not, would keep a fifth of a cache in holes of the heap."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    pages = mmap.mmap(-1, math.prod(shape) * like.itemsize, **private)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 class RecurrentLayer(LinearAttentionLayer):
