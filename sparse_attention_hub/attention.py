@@ -17,7 +17,7 @@ from torch import Tensor
 from .errors import UserError, quoted
 from .found import read_json
 from .kernels import BACKENDS, Known, attend
-from .kernels.reference import group_scores, needs_grad, weigh
+from .kernels.reference import group_scores, needs_grad
 from .mask import Mask
 from .maskers.base import Masker, MaskerConfig, check_int, config_from_dict, config_to_dict, create_masker
 from .maskers.call_cache import once
@@ -188,7 +188,7 @@ class AttentionResult:
 
     def error_rows(self) -> Tensor:
         """`relative_error` against dense attention: float32 (B, H, Q), NaN without allowed keys."""
-        error = relative_error(self.unrounded, dense_of(self._inputs)).transpose(1, 2)
+        error = relative_error(self.unrounded, self._inputs.dense_output()).transpose(1, 2)
         return error.masked_fill((self._inputs.layout.row_lengths == 0).unsqueeze(1), float("nan"))
 
 
@@ -370,12 +370,7 @@ def dense_attention(
     """Dense attention in float32 (float64 stays): the reference for errors. Arguments as for
     ResearchAttention; returns (B, Q, H, D)."""
     inputs = AttentionInputs(queries, keys, values, attention_mask, scaling, softcap=softcap, sinks=sinks)
-    return torch.cat([dense_of(block) for block in inputs.blocks()], 1)
-
-
-def dense_of(inputs: AttentionInputs) -> Tensor:
-    """Dense output of a call, (B, Q, H, D) in float32 or wider; computed once per call."""
-    return once(inputs.cache.call, "dense_output", lambda: weigh(inputs.scores(), None, inputs.usable_values, inputs.sinks)[0])
+    return torch.cat([block.dense_output() for block in inputs.blocks()], 1)
 
 
 def relative_error(output: Tensor, dense: Tensor) -> Tensor:

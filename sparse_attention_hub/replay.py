@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import ResearchAttention, dense_of, relative_error
+from .attention import ResearchAttention, relative_error
 from .lists import expand_heads
 from .maskers.call_cache import CallCache
 from .maskers.inputs import AttentionInputs
@@ -87,7 +87,7 @@ def replay(
             state = states.of(attention.maskers_of(layer_idx), trace.key, keys, layer_idx, stored.summary)
             result = attention.attend_inputs(inputs, state)
             lengths, heads = inputs.layout.row_lengths, inputs.shape[1]
-            errors[i].append(_row_means(relative_error(result.unrounded, dense_of(inputs))[0], parts))
+            errors[i].append(_row_means(relative_error(result.unrounded, inputs.dense_output())[0], parts))
             densities[i].append(_row_means((expand_heads(result.mask.counts(), heads)[0] / lengths).T, parts))
             if kv:
                 kv_shares[i].append(_row_means((expand_heads(result.mask.group_counts(), heads)[0] / lengths).T, parts))

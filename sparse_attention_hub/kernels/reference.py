@@ -92,7 +92,6 @@ def weigh(logits: Tensor, probability: Tensor | None, values: Tensor, sinks: Ten
     """Softmax over logits (B, H, Q, N), each term divided by its probability (B, H, Q, N), of values (B, Hkv, N, D).
 
     probability None: all are certain; keys that are not attended to have a logit of -inf."""
-    batch, heads, rows, keys = logits.shape
     if probability is not None:
         logits = logits - probability.clamp(min=1e-30).log().to(logits.dtype)
         logits = logits.masked_fill(probability == 0, NEVER)
@@ -100,9 +99,15 @@ def weigh(logits: Tensor, probability: Tensor | None, values: Tensor, sinks: Ten
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
     weights = (logits - lse.masked_fill(lse == NEVER, 0.0).unsqueeze(-1)).exp()
+    return group_sums(weights, values), lse
+
+
+def group_sums(weights: Tensor, values: Tensor) -> Tensor:
+    """Sums of values (B, Hkv, N, D) under weights (B, H, Q, N), without repeating them over the heads of a group: (B, Q, H, D)."""
+    batch, heads, rows, keys = weights.shape
     kv_heads = values.shape[1]
     grouped = weights.view(batch, kv_heads, heads // kv_heads * rows, keys) @ values.to(weights.dtype)
-    return grouped.view(batch, heads, rows, values.shape[3]).transpose(1, 2), lse
+    return grouped.view(batch, heads, rows, values.shape[3]).transpose(1, 2)
 
 
 def group_scores(queries: Tensor, keys: Tensor, scaling: float, softcap: float | None = None) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .layout import Layout
 
 T = TypeVar("T")
@@ -20,12 +22,14 @@ class CallCache:
     draws: depends on layer, seeds and layout: random numbers. Shared by calls with other tensors.
     layouts: depends on shape and attention mask. Shared by all layers of a forward pass.
     keeps_order: so many configurations read this call that sorting its scores once pays.
+    makers: how to get a value of the call, by its name, at less cost than from the call's own tensors.
     """
 
     call: dict[Hashable, object] = field(default_factory=dict)
     draws: dict[Hashable, object] = field(default_factory=dict)
     layouts: dict[Hashable, Layout] = field(default_factory=dict)
     keeps_order: bool = False
+    makers: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 def once(scope: dict[Hashable, Any], name: Hashable, make: Callable[[], T]) -> T:

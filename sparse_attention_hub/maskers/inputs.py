@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Known, dot, log_mass
-from ..kernels.reference import group_scores
+from ..kernels.reference import group_scores, group_sums, weigh
 from ..kernels.select import Order, choose, choose_mass, count_mass, extend, lowest, order_of
 from ..lists import KeyLists, expand_heads, uses_loops
 from ..mask import Mask
@@ -180,7 +180,17 @@ class AttentionInputs:
         def make() -> Tensor:
             return self.layout.biased(group_scores(self.queries, self.keys, self.scaling, self.softcap))
 
-        return once(self.cache.call, "scores", make)
+        return once(self.cache.call, "scores", self.cache.makers.get("scores", make))
+
+    def dense_output(self) -> Tensor:
+        """Dense output of the call, (B, Q, H, D) in float32 or wider: the reference for errors."""
+
+        def make() -> Tensor:
+            if self.sinks is None and self.layout.mask is None:  # every row has a key: one pass over the scores in place of two
+                return group_sums(self.scores().softmax(-1), self.values)
+            return weigh(self.scores(), None, self.usable_values, self.sinks)[0]
+
+        return once(self.cache.call, "dense_output", self.cache.makers.get("dense_output", make))
 
     def sorted_scores(self) -> tuple[Tensor, Tensor]:
         """(values, key indices) of the scores in falling order, each (B, H, Q, N); of equal ones the most recent first."""

@@ -82,6 +82,16 @@ class SharedPrefixLayer(DynamicLayer):
         keys, values = (buffer[:, :, :total] for buffer in self._buffers)
         return keys, values
 
+    def shared(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, Hkv, length, D) of the prefix alone, views."""
+        keys, values = (buffer[:, :, : self.length] for buffer in self._buffers)
+        return keys, values
+
+    def tails(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (forks, Hkv, tail length, D) of the forks' own tokens, views."""
+        keys, values = (tail[:, :, : self.tail_length] for tail in self._tails)
+        return keys, values
+
     def fork(self, forks: int, tail_capacity: int) -> None:
         """Continue with `forks` independent rows, for at most tail_capacity tokens each; 0 drops all forks."""
         self.forks, self.tail_length, self._tail_capacity = forks, 0, tail_capacity

@@ -21,6 +21,7 @@ from .load import LanguageModel
 from .observer import Observer
 from .rope import factors_of
 from .rules import Rule, layer_rule, refuse_mask
+from .step_scores import StepScores
 from .switch import SessionAttention, SparseMeans
 
 if TYPE_CHECKING:
@@ -164,15 +165,19 @@ class Lockstep:
                 keys, values = layer.view(index)
                 outputs[index].append(dense_rows(each[index], keys, values, scaling, rule))
                 self._record(row, None, layer_idx, each[index], keys, values, scaling, rule)
-        length = queries.shape[2]
+        length, together = queries.shape[2], None
+        if length == 1 < len(self.rows) and queries.device.type == "cpu":
+            together = StepScores(queries, layer, scaling, rule)
         for start in range(0, length, QUERIES_AT_ONCE):
             block = slice(start, min(length, start + QUERIES_AT_ONCE))
             draws: dict[Hashable, object] = {}  # all rows use the same random numbers
             for index, row in enumerate(self.rows):
                 if row.memory is not None and not rule.limited:
                     keys, values = layer.view(index)
+                    makers = {} if together is None else together.made_of(index)
+                    cache = CallCache(draws=draws, layouts=self._layouts, makers=makers)
                     call = layer_idx, each[index][:, :, block], keys, values, scaling, rule
-                    outputs[index].append(self._attend_sparsely(row, row.memory, *call, length - block.stop, draws))
+                    outputs[index].append(self._attend_sparsely(row, row.memory, *call, length - block.stop, cache))
         rows = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in outputs]
         return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)  # some models call `view` on it
 
@@ -187,11 +192,11 @@ class Lockstep:
         scaling: float,
         rule: Rule,
         after: int,
-        draws: dict[Hashable, object],
+        cache: CallCache,
     ) -> Tensor:
         """Output (1, Q, H, DV) of a block of a row's queries, which `after` queries follow. Its scores are freed at its end."""
         self._prepare(memory, layer_idx, keys[:, :, : self.prefilled.context_length])
-        place = None, scaling, layer_idx, [self.seed], CallCache(draws=draws, layouts=self._layouts)
+        place = None, scaling, layer_idx, [self.seed], cache
         inputs = AttentionInputs(queries, keys, values, *place, **rule.scores, latent=rule.latent, rows_after=after)
         result = memory.attention.attend_inputs(inputs, memory.state)
         row.add(result, queries.shape[2])
