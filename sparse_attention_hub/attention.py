@@ -62,10 +62,8 @@ class ResearchAttentionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, maskers with their types; `from_dict` reads them back."""
-        record: dict[str, Any] = {
-            "type": "ResearchAttentionConfig",
-            "masker_configs": [config_to_dict(config) for config in self.masker_configs],
-        }
+        maskers = [config_to_dict(config) for config in self.masker_configs]
+        record: dict[str, Any] = {"type": "ResearchAttentionConfig", "masker_configs": maskers}
         if self.dense_layers:
             record["dense_layers"] = self.dense_layers
         if self.head_budgets is not None:
@@ -75,9 +73,7 @@ class ResearchAttentionConfig:
     @staticmethod
     def from_file(path: str | Path) -> ResearchAttentionConfig:
         """The configuration in a file that a search or a benchmark wrote (its field `sparse_config`), or in a file of `to_dict`.
-
-        UserError for a file that cannot be read or holds none.
-        """
+        UserError for a file that cannot be read or holds none."""
         record = read_json(path)
         record = record.get("sparse_config", record)
         if not isinstance(record, dict) or "masker_configs" not in record:
@@ -130,13 +126,13 @@ class AttentionResult:
 
     unrounded: the output as it was summed, (B, Q, H, D), float32 or wider; errors are those of these numbers. mask: the final
     Mask. log_sum_exp: of the attended keys' logits, each term weighted by 1/p: (B, H, Q), float32 or wider. empty_rows: rows
-    (over batch, heads and queries) that selected no key and were given their last allowed key.
+    (over batch, heads and queries) that selected no key and were given their last allowed key; off the CPU maybe a tensor.
     """
 
     unrounded: Tensor
     log_sum_exp: Tensor
     mask: Mask
-    empty_rows: int
+    empty_rows: int | Tensor
     _inputs: AttentionInputs
     #: What choosing reads: a share of all keys and values, or of the keys of the mask beside it.
     _selectors: list[tuple[float, Mask | None]]
@@ -170,16 +166,18 @@ class AttentionResult:
     @cached_property
     def kv_share(self) -> float | Tensor:
         """`kv_fraction`, as density_share."""
-        inputs, mask = self._inputs, self.mask
-        selectors = sum(
-            share if narrowed is None else share * inputs.layout.share_of_allowed(narrowed.group_counts())
-            for share, narrowed in self._selectors
-        )
+        inputs, mask, selectors = self._inputs, self.mask, self.selector_share
         if inputs.latent:
             mask = Mask(mask.shape, 1, lists=mask.lists())
             expanded = inputs.kv_heads * (inputs.keys.shape[3] + inputs.values.shape[3])
             selectors = min(1.0, selectors * expanded / inputs.latent)
         return inputs.layout.share_of_allowed(mask.group_counts()) + selectors
+
+    @property
+    def selector_share(self) -> float | Tensor:
+        """What choosing reads of `kv_share`."""
+        share_of = self._inputs.layout.share_of_allowed
+        return sum(share if kept is None else share * share_of(kept.group_counts()) for share, kept in self._selectors)
 
     @cached_property
     def dead_rows(self) -> int:
@@ -246,9 +244,7 @@ class ResearchAttention:
 
     def prepare(self, keys: Tensor, layer_idx: int, state: AttentionState, allowed: Tensor | None = None) -> None:
         """Fit the maskers on the context's keys (B, Hkv, N, D), and on what `state.observe` was given; decode steps only extend it.
-
-        allowed: bool (B, N), False on padding; None = no padding.
-        """
+        allowed: bool (B, N), False on padding; None = no padding."""
         for position, masker in enumerate(self.maskers_of(layer_idx)):
             masker.prepare(keys, layer_idx, state.entry(layer_idx, position), allowed)
 
@@ -275,8 +271,7 @@ class ResearchAttention:
         """
         if generator is not None and seeds is not None:
             raise ValueError("pass generator or seeds, not both")
-        drawn = _draw_seeds(generator, seeds, queries.shape[0])
-        place = attention_mask, scaling, layer_idx, drawn
+        place = attention_mask, scaling, layer_idx, _draw_seeds(generator, seeds, queries.shape[0])
         return self.attend_inputs(AttentionInputs(queries, keys, values, *place, softcap=softcap, sinks=sinks), state)
 
     def make_mask(self, inputs: AttentionInputs, state: AttentionState | None = None) -> Mask:
@@ -287,7 +282,7 @@ class ResearchAttention:
         """(the mask of all maskers, by place in the pipeline the mask that each narrowing one was given)."""
         maskers, inputs = self.maskers_of(inputs.layer_idx), self._with_budgets(inputs)
         if not maskers:
-            return inputs.mask(inputs.allowed), {}
+            return inputs.layout.everything(), {}
         leading = list(itertools.takewhile(lambda masker: masker.by_position, maskers))
 
         def choose_by_position() -> Mask:
@@ -305,7 +300,7 @@ class ResearchAttention:
             view = inputs.for_masker(entry)
             view.kept = kept
             if masker.narrows:  # without a selector before it, all keys
-                mask = narrowed[position] = mask if position > len(leading) else inputs.mask(inputs.allowed)
+                mask = narrowed[position] = mask if position > len(leading) else inputs.layout.everything()
             mask = self._select(masker, view, mask)
         return mask, narrowed
 
@@ -334,13 +329,17 @@ class ResearchAttention:
 
     def attend_inputs(self, inputs: AttentionInputs, state: AttentionState | None = None) -> AttentionResult:
         """`__call__` on prepared inputs, which several configurations may share."""
+        mask, empty_rows, selectors = self.choose_keys(inputs, state)
+        return AttentionResult(*self._attend(inputs, mask), mask, empty_rows, inputs, selectors)
+
+    def choose_keys(self, inputs: AttentionInputs, state: AttentionState | None = None) -> tuple[Mask, int | Tensor, list[Any]]:
+        """The first half of `attend_inputs`: mask, empty rows and selectors of an AttentionResult."""
         with torch.no_grad():  # selecting keys is not differentiable
             mask, narrowed = self._choose(inputs, state)
             mask, empty_rows = inputs.layout.fill_empty_rows(mask)
         maskers = enumerate(self.maskers_of(inputs.layer_idx))
         selectors = [(masker.selector_fraction(inputs), narrowed.get(position)) for position, masker in maskers]
-        output, lse = self._attend(inputs, mask)
-        return AttentionResult(output, lse, mask, empty_rows, inputs, selectors)
+        return mask, empty_rows, selectors
 
     def _attend(self, inputs: AttentionInputs, mask: Mask) -> tuple[Tensor, Tensor]:
         """Attention over a mask: (output (B, Q, H, D), log-sum-exp (B, H, Q)), float32 or wider."""

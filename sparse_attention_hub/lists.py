@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 HAS_NUMBA = find_spec("numba") is not None
+
+#: Off the CPU, lists of several queries with up to so many entries are as wide as the keys: the longest one is not awaited.
+WIDE_ENTRIES = 2**25
 
 
 class KeyLists(NamedTuple):
@@ -28,6 +32,11 @@ class KeyLists(NamedTuple):
 def uses_loops(tensor: Tensor) -> bool:
     """Whether compiled loops work on this tensor."""
     return HAS_NUMBA and tensor.device.type == "cpu"
+
+
+def may_be_wide(batch: int, heads: int, rows: int, keys: int) -> bool:
+    """Whether lists as wide as the keys are small, or replace a wait in decoding."""
+    return rows == 1 or batch * heads * rows * keys <= WIDE_ENTRIES
 
 
 def as_arrays(*values: Any) -> list[Any]:
@@ -58,9 +67,15 @@ def empty_lists(batch: int, heads: int, rows: int, width: int, weighted: bool = 
     return KeyLists(indices, counts, torch.empty((*shape, width)) if weighted else None)
 
 
-def from_flags(flags: Tensor) -> KeyLists:
-    """Flags bool (B, h, Q, N) as lists of ascending indices."""
+def from_flags(flags: Tensor, compact: bool = True) -> KeyLists:
+    """Flags bool (B, h, Q, N) as lists of ascending indices.
+
+    compact: lists are as long as the longest of them. Else, off the CPU, they have N entries, so that no count is awaited.
+    """
     counts = flags.sum(-1, dtype=torch.int32)
+    if not (compact or uses_loops(flags)):
+        keys = torch.arange(flags.shape[3], dtype=torch.int32, device=flags.device)
+        return KeyLists(torch.where(flags, keys, -1), counts)
     width = int(counts.max()) if counts.numel() else 0
     if uses_loops(flags):
         from .loops.lists import pack
@@ -75,18 +90,18 @@ def from_flags(flags: Tensor) -> KeyLists:
     return KeyLists(indices.scatter_(-1, flags.cumsum(-1) * flags, keys)[..., 1:], counts)
 
 
-def from_dense(dense: Tensor) -> KeyLists:
-    """Flags bool, or inclusion probabilities float, (B, h, Q, N) as lists of ascending indices."""
+def from_dense(dense: Tensor, compact: bool = True) -> KeyLists:
+    """Flags bool, or inclusion probabilities float, (B, h, Q, N) as lists of ascending indices. compact: see `from_flags`."""
     if dense.dtype == torch.bool:
-        return from_flags(dense)
-    lists = from_flags(dense > 0)
+        return from_flags(dense, compact)
+    lists = from_flags(dense > 0, compact)
     return lists._replace(probability=dense.gather(-1, lists.indices.clamp(min=0).long()))
 
 
 def from_indices(indices: Tensor, probability: Tensor | None = None) -> KeyLists:
     """Integer indices (B, h, Q, K), padded with -1 anywhere, as lists."""
     padded = indices < 0
-    if bool(padded.any()) and uses_loops(indices):
+    if uses_loops(indices) and bool(padded.any()):
         order = padded.to(torch.uint8).argsort(dim=-1, stable=True)  # keys keep their order, padding goes to the end
         indices = indices.gather(-1, order)
         probability = None if probability is None else probability.gather(-1, order)
@@ -122,8 +137,8 @@ def append(first: KeyLists, second: KeyLists) -> KeyLists:
     return KeyLists(indices, expand_heads(first.counts, heads) + expand_heads(second.counts, heads), probability)
 
 
-def join(first: KeyLists, second: KeyLists, keys: int) -> KeyLists:
-    """The union of two lists per row; a key in both gets p + q - pq."""
+def join(first: KeyLists, second: KeyLists, keys: int, flags: Callable[[], Tensor]) -> KeyLists:
+    """The union of two lists per row; a key in both gets p + q - pq. flags: those of the first."""
     if uses_loops(first.indices):
         from .loops.lists import join as join_lists
 
@@ -135,7 +150,7 @@ def join(first: KeyLists, second: KeyLists, keys: int) -> KeyLists:
         p, q = (expand_heads(to_probability(lists, keys), heads) for lists in (first, second))
         return from_dense(p + q - p * q)
     own, other = expand_heads(first.indices, heads), expand_heads(second.indices, heads)
-    double = expand_heads(to_flags(first, keys), heads).gather(-1, other.clamp(min=0).long())
+    double = expand_heads(flags(), heads).gather(-1, other.clamp(min=0).long())
     indices = torch.cat([own, other.masked_fill(double, -1)], -1)
     return KeyLists(indices, (indices >= 0).sum(-1, dtype=torch.int32))
 

@@ -45,7 +45,8 @@ class Mask:
         """Use `empty`, `from_indices`, `from_range` or `from_dense` instead.
 
         apart_from: a mask that shares no key with this one, which was chosen among what it left: their union needs no look-up.
-        joined: in place of lists, those of both masks, the other's keys first. is_filled: every row is known to attend to a key, so that no device need be asked.
+        joined: in place of lists, those of both masks, the other's keys first. is_filled: every row with allowed keys is known to
+        attend to one, so that no device need be asked.
         """
         self.shape = shape
         self.kv_heads = kv_heads if kv_heads is not None else shape[1]
@@ -85,9 +86,9 @@ class Mask:
         return Mask(shape, kv_heads, lists=KeyLists(indices, counts), is_filled=stop > start)
 
     @staticmethod
-    def from_dense(dense: Tensor, heads: int | None = None, kv_heads: int | None = None) -> Mask:
+    def from_dense(dense: Tensor, heads: int | None = None, kv_heads: int | None = None, is_filled: bool = False) -> Mask:
         """dense: bool (attended or not) or float inclusion probabilities, (B, H, Q, N), or
-        (B, h, Q, N) with `heads` = H. Raises ValueError if the shape does not fit."""
+        (B, h, Q, N) with `heads` = H. is_filled: see Mask. Raises ValueError if the shape does not fit."""
         if dense.dim() != 4:
             raise ValueError(f"a dense mask must be (B, H, Q, N), got {tuple(dense.shape)}")
         batch, given, rows, keys = dense.shape
@@ -95,7 +96,8 @@ class Mask:
         known = {1, heads, kv_heads or 1}
         if given not in known:
             raise ValueError(f"a dense mask must have {sorted(known)} heads, got {given}")
-        return Mask((batch, heads, rows, keys), kv_heads, dense=dense if dense.dtype == torch.bool else dense.float())
+        dense = dense if dense.dtype == torch.bool else dense.float()
+        return Mask((batch, heads, rows, keys), kv_heads, dense=dense, is_filled=is_filled)
 
     # -- reading masks -----------------------------------------------------------------------------------------------
 
@@ -130,7 +132,7 @@ class Mask:
                 self._lists = without_first(self._joined, self._apart_from.counts())
             else:
                 assert self._dense is not None
-                self._lists = from_dense(self._dense)
+                self._lists = from_dense(self._dense, compact=self.shape[2] > 1)  # decoding does not wait for the longest list
         return self._lists
 
     def chosen(self) -> Tensor:
@@ -153,6 +155,8 @@ class Mask:
 
     def counts(self) -> Tensor:
         """Attended keys of each row: int32 (B, h, Q)."""
+        if self._lists is None and not uses_loops(self._held):
+            return self.chosen().sum(-1, dtype=torch.int32)
         return self.lists().counts
 
     def group_counts(self) -> Tensor:
@@ -207,8 +211,9 @@ class Mask:
         if self._dense is not None and other._dense is not None and self.is_certain and other.is_certain:
             heads = max(self.shared_heads, other.shared_heads)
             both = expand_heads(self.chosen(), heads) | expand_heads(other.chosen(), heads)
-            return Mask.from_dense(both, self.shape[1], self.kv_heads)
-        return Mask(self.shape, self.kv_heads, lists=join(self.lists(), other.lists(), self.shape[3]), is_filled=filled)
+            return Mask.from_dense(both, self.shape[1], self.kv_heads, filled)
+        joined = join(self.lists(), other.lists(), self.shape[3], self.chosen)
+        return Mask(self.shape, self.kv_heads, lists=joined, is_filled=filled)
 
     def narrow(self, stays: Tensor) -> Mask:
         """This mask with only those keys that stay: bool (B, H, Q, K), for each query head in the order of `lists()`."""

@@ -76,43 +76,45 @@ def replay(
     kept = list(range(trace.rows)) if rows is None else list(rows)
     states = SharedStates() if states is None else states
     layouts: dict[Hashable, Layout] = {}
-    errors: list[list[Tensor]] = [[] for _ in attentions]
-    densities: list[list[Tensor]] = [[] for _ in attentions]
-    kv_shares: list[list[Tensor]] = [[] for _ in attentions]
+    errors, densities, kv_shares = list[Tensor](), list[Tensor](), list[Tensor]()  # of each layer, of all attentions
     kv_fractions: list[list[float]] = [[] for _ in attentions]
     for layer_idx in layers:
         stored = trace.layer(layer_idx, device) if held is None else held.layer(trace, layer_idx, device)
         inputs, keys = _layer_inputs(stored, trace.rows, kept, seed, layouts, latent), stored.keys[:, :, : trace.context_length]
+        outputs, counts, group_counts = list[Tensor](), list[Tensor](), list[Tensor]()
         for i, attention in enumerate(attentions):
             state = states.of(attention.maskers_of(layer_idx), trace.key, keys, layer_idx, stored.summary)
             result = attention.attend_inputs(inputs, state)
-            lengths, heads = inputs.layout.row_lengths, inputs.shape[1]
-            errors[i].append(_row_means(relative_error(result.unrounded, inputs.dense_output())[0], parts))
-            densities[i].append(_row_means((expand_heads(result.mask.counts(), heads)[0] / lengths).T, parts))
+            outputs.append(result.unrounded[0])
+            counts.append(expand_heads(result.mask.counts(), inputs.shape[1])[0])
             if kv:
-                kv_shares[i].append(_row_means((expand_heads(result.mask.group_counts(), heads)[0] / lengths).T, parts))
+                group_counts.append(expand_heads(result.mask.group_counts(), inputs.shape[1])[0])
                 kv_fractions[i].append(result.kv_fraction)
             states.trim()
+        lengths = inputs.layout.row_lengths
+        errors.append(_row_means(relative_error(torch.stack(outputs), inputs.dense_output()), parts))
+        for figures, numbers in ((densities, counts), (kv_shares, group_counts)):
+            if numbers:
+                figures.append(_row_means((torch.stack(numbers) / lengths).transpose(1, 2), parts))
     results = [
-        ReplayResult(float(e.mean()), float(d.mean()), e, d)
-        for e, d in zip(map(_stacked, errors), map(_stacked, densities), strict=True)
+        ReplayResult(float(e.mean()), float(d.mean()), e, d) for e, d in zip(_each(errors), _each(densities), strict=True)
     ]
     if not kv:
         return results
     return [
-        replace(result, kv_fraction=fmean(fractions), kv_shares=_stacked(shares))
-        for result, fractions, shares in zip(results, kv_fractions, kv_shares, strict=True)
+        replace(result, kv_fraction=fmean(fractions), kv_shares=shares)
+        for result, fractions, shares in zip(results, kv_fractions, _each(kv_shares), strict=True)
     ]
 
 
 def _row_means(figures: Tensor, parts: int) -> Tensor:
-    """Means of figures (rows, H) over the rows: (H,), or (parts, H) over each part of them."""
-    return figures.mean(0) if parts == 1 else torch.stack([part.mean(0) for part in figures.tensor_split(parts)])
+    """Means of figures (attentions, rows, H) over the rows: (attentions, H), or (attentions, parts, H) over each part of them."""
+    return figures.mean(1) if parts == 1 else torch.stack([part.mean(1) for part in figures.tensor_split(parts, 1)], 1)
 
 
-def _stacked(layers: list[Tensor]) -> Tensor:
-    """Figures of all layers on the CPU: one wait for the device in place of one per layer."""
-    return torch.stack(layers).cpu()
+def _each(layers: list[Tensor]) -> list[Tensor]:
+    """Figures of all layers and attentions as each attention's (layers, ...), on the CPU: one wait for the device."""
+    return [own.contiguous() for own in torch.stack(layers, 1).cpu()]
 
 
 def _layer_inputs(

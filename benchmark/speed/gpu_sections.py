@@ -120,12 +120,12 @@ class Sections:
         import torch
 
         sys.path.insert(0, str(ROOT / "tests" / "kernels"))
-        from cases import CASES, HALF, exactly, make_call  # type: ignore[import-not-found]
+        from cases import CASES, FORKS, HALF, exactly, make_call, make_forks  # type: ignore[import-not-found]
         from run_triton import kernels_for  # type: ignore[import-not-found]
 
         from sparse_attention_hub import Mask
         from sparse_attention_hub.kernels.reference import Call, attend_reference
-        from sparse_attention_hub.kernels.triton import attend_triton
+        from sparse_attention_hub.kernels.triton import attend_forks, attend_triton
 
         worst: dict[str, float] = {}
         for case in CASES:
@@ -135,6 +135,13 @@ class Sections:
                 output, _ = attend_triton(call, kernel=kernel, splits=case.splits, output_dtype=torch.float32)
                 off = (output.cpu().double() - expected[0]).abs() / (tolerance * (1 + expected[0].abs()))
                 worst[f"{case.name}, {kernel}"] = float(off.max())
+        for place, kind in enumerate(FORKS):
+            forks = make_forks(*kind, device="cuda")
+            call, expected = forks.calls[0], torch.cat([exactly(own)[0] for own in forks.calls])
+            given = forks.queries, forks.shared, forks.own, forks.lists
+            output, _ = attend_forks(*given, call.scaling, call.softcap, call.sinks)
+            off = (output.double() - expected).abs() / (3e-6 * (1 + expected.abs()))
+            worst[f"forks {place}"] = float(off.max())
         self.details["kernel_cases"] = worst
         yield "kernels_worst_error_over_tolerance", max(worst.values())
         heads, kv_heads, keys = 32, 8, self.sizes.keys
@@ -357,7 +364,8 @@ def counted() -> Iterator[Counter[str]]:
     from sparse_attention_hub.kernels import triton as kernels
 
     counts: Counter[str] = Counter()
-    launch = kernels._launch
+    names = "rows_kernel", "forks_kernel", "groups_kernel", "merge_kernel", "uniforms_kernel"
+    compiled = {name: getattr(kernels, name) for name in names}
 
     class Operations(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -365,13 +373,19 @@ def counted() -> Iterator[Counter[str]]:
             counts["operations"] += not views and "empty" not in function.name() and "_local_scalar" not in function.name()
             return function(*args, **(kwargs or {}))
 
-    def counting(*arguments: Any) -> Any:
-        counts["launches"] += 2  # the kernel, and the one that merges
-        return launch(*arguments)
+    class Counting:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
 
-    kernels._launch = counting  # type: ignore[assignment]
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            counts["launches"] += 1
+            return self.kernel[grid]
+
+    for name, kernel in compiled.items():
+        setattr(kernels, name, Counting(kernel))
     try:
         with Operations():  # type: ignore[no-untyped-call]
             yield counts
     finally:
-        kernels._launch = launch
+        for name, kernel in compiled.items():
+            setattr(kernels, name, kernel)

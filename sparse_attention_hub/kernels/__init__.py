@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..lists import uses_loops
 from ..mask import Mask
-from .reference import Call, Known, attend_reference, attend_torch, dot_torch, needs_grad
+from .reference import Call, Known, attend_reference, attend_torch, dot_torch, log_mass_torch, needs_grad
 
 __all__ = ["BACKENDS", "Known", "attend", "choose_backend", "dot", "log_mass"]
 
@@ -66,7 +66,7 @@ def log_mass(
 ) -> Tensor:
     """The log-sum-exp of `attend` alone, without reading values: (B, H, Q)."""
     call = Call(queries, keys, None, mask, scaling, softcap, known=known or Known())
-    return (_attend_cpu(call) if choose_backend("auto", queries, keys) == "cpu" else attend_torch(call))[1]
+    return _attend_cpu(call)[1] if choose_backend("auto", queries, keys) == "cpu" else log_mass_torch(call)
 
 
 def _attend_cpu(call: Call) -> tuple[Tensor | None, Tensor]:

@@ -28,7 +28,7 @@ class Known(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a backend is given; `kernels.attend` explains the fields. values None: only the log-sum-exp is wanted."""
+    """What a backend is given; `kernels.attend` explains the fields. values None: they are not needed."""
 
     queries: Tensor
     keys: Tensor
@@ -49,13 +49,14 @@ class Call(NamedTuple):
 def attend_reference(call: Call) -> tuple[Tensor, Tensor]:
     """(output (B, Q, H, D), log-sum-exp (B, H, Q)), both float32 or wider. Gradients flow. Values must be finite also where
     nothing attends to them."""
-    values = call.keys[..., :1] if call.values is None else call.values
-    return weigh(call.scores(), call.mask.inclusion_probability(), values, call.sinks)
+    assert call.values is not None
+    return weigh(call.scores(), call.mask.inclusion_probability(), call.values, call.sinks)
 
 
 def attend_torch(call: Call) -> tuple[Tensor, Tensor]:
     """(output (B, Q, H, D), log-sum-exp (B, H, Q)), both float32 or wider."""
-    mask, values = call.mask, call.keys[..., :1] if call.values is None else call.values
+    mask, values = call.mask, call.values
+    assert values is not None
     if mask.shape[2] > 1 or call.known.scores is not None:
         return attend_reference(call)
     lists, heads = mask.lists(), mask.shape[1]
@@ -76,6 +77,14 @@ def dot_torch(call: Call) -> Tensor:
         return logits.masked_fill(expand_heads(padded, heads).unsqueeze(2), NEVER)
     indices = expand_heads(call.mask.lists().indices, heads)
     return call.scores().gather(-1, indices.clamp(min=0).long()).masked_fill(indices < 0, NEVER)
+
+
+def log_mass_torch(call: Call) -> Tensor:
+    """The log-sum-exp of `attend_torch` alone, (B, H, Q)."""
+    logits, probability = dot_torch(call), call.mask.lists().probability
+    if probability is not None:
+        logits = logits - expand_heads(probability, logits.shape[1]).clamp(min=1e-30).log()
+    return logits.logsumexp(-1)
 
 
 def _listed(mask: Mask, *tensors: Tensor) -> list[Tensor]:

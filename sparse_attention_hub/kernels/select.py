@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lists import KeyLists, as_arrays, empty_lists, expand_heads, from_flags, uses_loops
+from ..lists import KeyLists, as_arrays, empty_lists, expand_heads, uses_loops
 from ..mask import Mask
 
 #: No rank that `sortable` gives a key that may be chosen is as low as this, the highest rank of -inf.
@@ -36,21 +36,26 @@ def choose(
     mask: Mask,
     sizes: Tensor,
     allowed: Tensor | None = None,
+    most: int | None = None,
 ) -> KeyLists:
     """The `sizes` highest-scored keys of each row that the mask has not; rows with fewer take all of them.
 
     scores: (B, h, Q, N), h = 1, kv heads or H. sizes: int64 (B, h', Q) or (B, h', 1). Of keys that tie for the
     last places the most recent are taken. allowed: bool (B, 1, Q, N); None where the scores of other keys are the lowest already.
+    most: no size is above it; then sizes on a device are not awaited.
     """
     batch, _, rows, keys = mask.shape
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     heads = max(scores.shape[1], mask.shared_heads, sizes.shape[1])
     sizes = expand_heads(sizes.expand(-1, -1, rows), heads).clamp(max=keys)
-    width = int(sizes.max()) if sizes.numel() else 0
+    if most is None or sizes.device.type == "cpu":
+        most = int(sizes.max()) if sizes.numel() else 0
+    width = min(most, keys)
     if not uses_loops(scores):
         even = sizes.device.type == "cpu" and bool((sizes == width).all())  # known without a wait for the device
-        return _choose_anywhere(scores, mask, heads, width, None if even else sizes.to(scores.device), allowed)
+        each = None if even else sizes.to(scores.device, non_blocking=True)
+        return _choose_anywhere(scores, mask, heads, width, each, allowed)
     from ..loops import select
 
     taken, lists = mask.lists()[:2], empty_lists(batch, heads, rows, width)
@@ -79,6 +84,18 @@ def extend(order: Order, mask: Mask, sizes: Tensor, drawn: bool = False) -> KeyL
     return lists
 
 
+def walk_anywhere(order: Order, mask: Mask, sizes: Tensor) -> KeyLists:
+    """What `extend` adds to the mask's keys, on any device. Lists have N entries, without waiting for counts."""
+    heads = max(order.indices.shape[1], mask.shared_heads, sizes.shape[1])
+    indices = expand_heads(order.indices, heads)
+    sizes = expand_heads(sizes.to(indices.device, non_blocking=True), heads)
+    left = count_up(indices.shape[-1], indices.device) < order.lengths[:, None, :, None]
+    if not mask.is_empty:
+        left = torch.gt(left, expand_heads(mask.chosen(), heads).gather(-1, indices.long()))
+    found = left & (left.cumsum(-1) <= sizes.unsqueeze(-1))
+    return KeyLists(torch.where(found, indices, -1), found.sum(-1, dtype=torch.int32))
+
+
 def _scores_of_last(scores: np.ndarray, sizes: np.ndarray, lowest: np.generic) -> np.ndarray:
     """The score of the last of the sizes (B, h, Q) highest of each row (B, h, Q, N), which are reordered."""
     keys, size = scores.shape[-1], int(sizes.max(initial=0))
@@ -105,7 +122,7 @@ def _choose_anywhere(
     best, indices = sortable(scores).topk(width, dim=-1, sorted=sizes is not None)
     found = best > NOTHING
     if sizes is not None:
-        found &= _count_up(width, scores.device) < sizes.unsqueeze(-1)
+        found &= count_up(width, scores.device) < sizes.unsqueeze(-1)
     return KeyLists(torch.where(found, indices, -1).int(), found.sum(-1, dtype=torch.int32))
 
 
@@ -118,11 +135,11 @@ def sortable(scores: Tensor) -> Tensor:
         return scores
     bits = scores.float().view(torch.int32)
     rising = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32  # negative numbers fall as their bits rise
-    return rising | _count_up(scores.shape[-1], scores.device)
+    return rising | count_up(scores.shape[-1], scores.device)
 
 
 @lru_cache(maxsize=16)
-def _count_up(length: int, device: torch.device) -> Tensor:
+def count_up(length: int, device: torch.device) -> Tensor:
     """0, 1, 2, ... int64, made once for all layers of a step."""
     with torch.inference_mode(False):
         return torch.arange(length, device=device)
@@ -154,15 +171,19 @@ def count_mass(scores: Tensor, terms: Tensor | None, order: Order, mask: Mask, s
     return sizes
 
 
-def choose_mass(scores: Tensor, order: Order, mask: Mask, share: float) -> KeyLists:
-    """The fewest keys, by falling score (B, H, Q, N), that hold more than a share of the mass that the mask left; those that tie
-    with the last are chosen too."""
+def choose_mass(scores: Tensor, order: Order, mask: Mask, share: float) -> KeyLists | Tensor:
+    """The fewest keys, by falling score (B, H, Q, N), that hold more than a share of the mass that the mask left, as lists or flags;
+    those that tie with the last are chosen too."""
     left = scores.masked_fill(expand_heads(mask.chosen(), scores.shape[1]), float("-inf"))
     ranked = left.gather(-1, order.indices.long())  # what is taken has no mass, wherever it stands
     top = ranked.amax(-1, keepdim=True)
     mass = (ranked - top.masked_fill(top == float("-inf"), 0.0)).exp().cumsum(-1)
     place = (mass <= share * mass[..., -1:]).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
-    return from_flags((left >= ranked.gather(-1, place)) & (left > float("-inf")))
+    least = ranked.gather(-1, place)
+    if scores.shape[2] > 1:
+        return (left >= least) & (left > float("-inf"))
+    found = (ranked >= least) & (ranked > float("-inf"))
+    return KeyLists(torch.where(found, order.indices, -1), found.sum(-1, dtype=torch.int32))
 
 
 def expand_pages(pages: KeyLists, starts: list[int], page: int, allowed: Tensor) -> KeyLists:

@@ -22,16 +22,19 @@ import torch
 import triton
 from torch import Tensor
 
-from ..lists import expand_heads
+from ..lists import expand_heads, may_be_wide
 from ..mask import Mask
 from .reference import Call
-from .triton_kernels import INTERPRETED, groups_kernel, merge_kernel, rows_kernel
+from .triton_kernels import INTERPRETED, forks_kernel, groups_kernel, merge_kernel, rows_kernel, uniforms_kernel
 
 KERNELS = ("rows", "groups")
 
 #: Programs wanted per multiprocessor, and the fewest keys worth a split: its partial result costs the bytes of two keys.
 PROGRAMS_PER_PROCESSOR = 4
 MIN_KEYS_PER_SPLIT = 64
+
+#: Numbers that a program of `uniforms_kernel` draws.
+UNIFORMS_BLOCK = 1024
 
 
 class Tile(NamedTuple):
@@ -92,13 +95,71 @@ def attend_triton(
         own = float("-inf") if sinks is None else sinks.float().view(1, -1, 1)
         return output.zero_(), torch.zeros_like(lse) + own
     with torch.cuda.device_of(queries):
-        partial, top, total = _launch(kernel, call, values, indices, log_weight, splits)
-        sink = partial if sinks is None else sinks.float().contiguous()
-        merge_kernel[(batch * heads * rows,)](
-            partial, top, total, sink, output, lse, heads, rows, partial.shape[1],
-            **merge_constants(partial.shape[1], value_dim, sinks is not None), num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        _merge(*_launch(kernel, call, values, indices, log_weight, splits), sinks, output, lse)
     return output, lse
+
+
+class ForkLists(NamedTuple):
+    """Lists of R rows side by side. indices int32 (Hkv, G, slots), -1 = padding; probability float32, alike, None = certain.
+
+    table: int64 (R, 4) on the device: a row's fork, its first slot, its number of slots; the last column is the caller's. width:
+    the most slots of a row."""
+
+    indices: Tensor
+    probability: Tensor | None
+    table: Tensor
+    width: int
+
+
+def attend_forks(
+    queries: Tensor, shared: tuple[Tensor, ...], own: tuple[Tensor, ...], lists: ForkLists, scaling: float,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(output (R, 1, H, DV), log-sum-exp (R, H, 1)) of R rows with one query each, float32: two launches for all of them.
+
+    queries (forks, H, 1, D). shared: keys and values (1, Hkv, P, D or DV) that come first in every fork; own: those that follow,
+    (forks, Hkv, n, D or DV). All contiguous in the last dimension.
+    """
+    (_, heads, _, _), (keys, values) = queries.shape, shared
+    rows, device = len(lists.table), queries.device
+    constants = rows_constants(queries, values, lists.probability is not None, bool(softcap))
+    splits = choose_splits(rows * heads, lists.width, _processors(device))
+    partial = torch.empty((rows * heads, splits, values.shape[3]), dtype=torch.float32, device=device)
+    top, total = (torch.empty(partial.shape[:2], dtype=torch.float32, device=device) for _ in range(2))
+    output = torch.empty((rows, 1, heads, values.shape[3]), dtype=torch.float32, device=device)
+    lse = torch.empty((rows, heads, 1), dtype=torch.float32, device=device)
+    with torch.cuda.device_of(queries):
+        forks_kernel[(rows * heads, splits)](
+            queries, keys, values, *own, lists.indices, lists.indices if lists.probability is None else lists.probability,
+            lists.table, partial, top, total,
+            *queries.stride()[:2], *keys.stride()[1:3], *values.stride()[1:3], *own[0].stride()[:3], *own[1].stride()[:3],
+            lists.indices.shape[2], heads, heads // keys.shape[1], keys.shape[2], splits, scaling, softcap or 0.0,
+            **constants, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        _merge(partial, top, total, sinks, output, lse)
+    return output, lse
+
+
+def _merge(partial: Tensor, top: Tensor, total: Tensor, sinks: Tensor | None, output: Tensor, lse: Tensor) -> None:
+    """Join the splits of all rows into the output (B, Q, H, DV) and the log-sum-exp (B, H, Q)."""
+    batch, rows, heads, value_dim = output.shape
+    sink = partial if sinks is None else sinks.float().contiguous()
+    merge_kernel[(batch * heads * rows,)](
+        partial, top, total, sink, output, lse, heads, rows, partial.shape[1],
+        **merge_constants(partial.shape[1], value_dim, sinks is not None), num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def draw_uniforms(halves: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+    """The numbers of maskers/uniforms.py, (B, kv_heads, Q, N), in one launch. halves: of words, int32 (2, B, kv_heads)."""
+    (_, batch, kv_heads), rows, keys = halves.shape, query_positions.shape[1], key_positions.shape[1]
+    out = torch.empty((batch, kv_heads, rows, keys), dtype=torch.float32, device=halves.device)
+    with torch.cuda.device_of(halves):
+        uniforms_kernel[(batch * kv_heads * rows, triton.cdiv(keys, UNIFORMS_BLOCK))](
+            *halves, query_positions.contiguous(), key_positions.contiguous(), out, kv_heads, rows, keys,
+            BLOCK=UNIFORMS_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return out
 
 
 def choose_kernel(mask: Mask, rows: int, kv_heads: int) -> str:
@@ -123,12 +184,24 @@ def _lists(mask: Mask, kernel: str, rows: int, kv_heads: int) -> tuple[Tensor, T
     if kernel == "groups" and not (rows == 1 and mask.shared_heads in (1, kv_heads)):
         if mask.kv_heads != kv_heads:
             mask = Mask.empty(mask.shape, mask.device, kv_heads).union(mask)
+        if may_be_wide(*mask.shape):
+            return _every_key(mask)
         indices, _, log_weight = mask.to_indices(group=True)
         return indices, log_weight
     # As the mask holds them, padding in any place: packing them would cost a sort and a wait for the GPU in every layer.
     indices, _, probability = mask.lists()
     log_weight = None if probability is None else expand_heads(-probability.clamp(min=1e-30).log(), mask.shape[1])
     return expand_heads(indices, mask.shape[1]) if kernel == "rows" else expand_heads(indices[:, :, 0], kv_heads), log_weight
+
+
+def _every_key(mask: Mask) -> tuple[Tensor, Tensor]:
+    """Lists of all keys for `groups`, -1 where no row of the group chose one, without waiting for the longest."""
+    batch, heads, _, keys = mask.shape
+    chosen = expand_heads(mask.chosen(), heads)
+    wanted = chosen.reshape(batch, mask.kv_heads, -1, keys).any(2)
+    indices = torch.where(wanted, torch.arange(keys, dtype=torch.int32, device=mask.device), -1)
+    weights = 0.0 if mask.is_certain else -mask.inclusion_probability().log()
+    return indices, torch.where(chosen, weights, float("-inf"))
 
 
 def _launch(
@@ -153,6 +226,7 @@ def _launch(
     chunk = triton.cdiv(width, splits or choose_splits(programs, width, _processors(device)))
     chunk = triton.cdiv(chunk, constants["BLOCK_K"]) * constants["BLOCK_K"]
     splits = triton.cdiv(width, chunk)
+    of_width = (width,) if kernel == "rows" else (width, chunk)
     partial = torch.empty((batch * heads * rows, splits, values.shape[3]), dtype=torch.float32, device=device)
     top, total = (torch.empty(partial.shape[:2], dtype=torch.float32, device=device) for _ in range(2))
     # The kernels want the last dim contiguous, and never read weights where there are none.
@@ -163,7 +237,7 @@ def _launch(
     function[(programs, splits)](
         queries, keys, values, indices, weights, partial, top, total,
         *queries.stride(), *keys.stride(), *values.stride(), *indices.stride()[:-1], *weight_strides,
-        *sizes, width, chunk, splits, call.scaling, softcap, **constants, **options, enable_fp_fusion=True,
+        *sizes, *of_width, splits, call.scaling, softcap, **constants, **options, enable_fp_fusion=True,
     )  # fmt: skip
     return partial, top, total
 
@@ -172,7 +246,7 @@ def rows_constants(queries: Tensor, values: Tensor, weighted: bool, capped: bool
     """What `rows_kernel` is compiled for, given the tensors it will read."""
     dims = _dims(queries, values)
     # Keys, values and the float32 sums of a block live in registers.
-    block_k = 32 if max(dims["BLOCK_D"], dims["BLOCK_DV"]) <= 128 else 16
+    block_k = 32 if max(dims["BLOCK_D"], dims["BLOCK_DV"]) * queries.element_size() <= 256 else 16
     return dims | {"BLOCK_K": block_k, "WEIGHTED": weighted, "CAPPED": capped}
 
 

@@ -77,10 +77,11 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         if self.config.local_offset:
             mask = mask.union(inputs.layout.last_keys(inputs.resolve(self.config.local_offset)))
         left = inputs.left(mask)
-        if int(left.max()) == 0:
+        if left.device.type == "cpu" and int(left.max()) == 0:
             return mask
-        wanted = inputs.share_of(left, self.config.base_rate_sampling)
-        base = inputs.draw(mask, wanted.clamp(min=2), certain=True)  # one sample has no spread
+        wanted = inputs.share_of(left, self.config.base_rate_sampling).clamp(min=2)  # one sample has no spread
+        most = max(2, int(inputs.resolve(self.config.base_rate_sampling).max()))
+        base = inputs.draw(mask, wanted, certain=True, most=most)
         with_base = mask.union(base)
         return with_base.union(inputs.draw(with_base, self._budget(inputs, mask, base, with_base)))
 
@@ -89,23 +90,25 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         return 0.5 if exact else 0.0  # exact moments read every key
 
     def _budget(self, inputs: AttentionInputs, mask: Mask, base: Mask, both: Mask) -> Tensor:
-        """Draws that the bound needs of the keys that are neither chosen nor base samples: int64 (B, H, Q) on the CPU."""
+        """Draws that the bound needs of the keys that are neither chosen nor base samples: int64 (B, H, Q)."""
         exact, terms = self.config.use_exact_estimation, inputs.known().terms
         by_loops = terms is not None and uses_loops(terms) and not exact
         estimates = _estimates_by_loops(inputs, mask, both) if by_loops else _estimates(inputs, mask, base, both, exact)
         spread, whole, left, drawn = estimates
-        quantile = _student_t(self.config.delta, None) if exact else _quantiles(self.config.delta, drawn - 1)
+        lib: Any = np if isinstance(estimates, np.ndarray) else torch
+        at_least: Any = np.maximum if lib is np else torch.clamp
+        quantile = _student_t(self.config.delta, None) if exact else _quantiles(self.config.delta, drawn, base)
         # Sampling with replacement would need n0 draws; without, n0 / (1 + n0 / rest) are enough.
-        with_replacement = (quantile * spread * left / np.maximum(self.config.epsilon * whole, 1e-30)) ** 2
-        needed = with_replacement / (1 + with_replacement / np.maximum(left, 1))
+        with_replacement = (quantile * spread * left / at_least(self.config.epsilon * whole, 1e-30)) ** 2
+        needed = with_replacement / (1 + with_replacement / at_least(left, 1))
         # At least one draw wherever a key is left: otherwise that key could never be attended, a bias.
-        draws = np.minimum(np.maximum(np.ceil(np.nan_to_num(needed)), 1), left)
-        return torch.from_numpy(draws.astype(np.int64))
+        draws = lib.minimum(at_least(lib.ceil(lib.nan_to_num(needed)), 1), left)
+        return torch.as_tensor(draws).long()
 
 
-def _estimates(inputs: AttentionInputs, mask: Mask, base: Mask, both: Mask, exact: bool) -> np.ndarray:
+def _estimates(inputs: AttentionInputs, mask: Mask, base: Mask, both: Mask, exact: bool) -> Any:
     """Of each row the terms' standard deviation, the softmax denominator (both relative to the same term), keys left, base
-    samples: float64 (4, B, H, Q)."""
+    samples: float64 (4, B, H, Q), on a device four tensors, the samples as integers."""
     heads = inputs.shape[1]
     static, scores = inputs.log_mass(mask), inputs.scores_at(base)
     top = inputs.highest() if exact else torch.maximum(static, scores.amax(-1))
@@ -121,8 +124,10 @@ def _estimates(inputs: AttentionInputs, mask: Mask, base: Mask, both: Mask, exac
     total = (static - top).exp() + samples.sum(-1) + mean * rest
     if inputs.sinks is not None:  # they are part of the denominator, and known exactly
         total = total + (inputs.sinks.to(top.dtype).view(1, -1, 1) - top).clamp(max=80.0).exp()
-    # A few numbers per row: one copy from a device, and NumPy takes a fraction of torch's time; in float64 no square overflows.
-    return torch.stack([t.double() for t in (variance.sqrt(), total, rest, counts)]).cpu().numpy()
+    estimates = [t.double() for t in (variance.sqrt(), total, rest)]  # in float64 no square overflows
+    if top.device.type != "cpu":
+        return *estimates, counts
+    return torch.stack([*estimates, counts.double()]).numpy()  # a few numbers per row take NumPy a fraction of torch's time
 
 
 def _estimates_by_loops(inputs: AttentionInputs, mask: Mask, both: Mask) -> np.ndarray:
@@ -149,13 +154,25 @@ def _moments(terms: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tens
     return mean, variance, ((fourth - variance.square()).clamp(min=0) / count).sqrt()
 
 
-def _quantiles(delta: float, freedoms: np.ndarray) -> float | np.ndarray:
-    """`_student_t` for degrees of freedom (B, H, Q), which are often the same for all rows."""
+def _quantiles(delta: float, samples: Any, base: Mask) -> Any:
+    """`_student_t` for numbers of samples (B, H, Q) in lists of a base, often the same for all rows; a tensor if samples are one."""
+    if isinstance(samples, Tensor):
+        return _table(delta, 1 << base.lists().indices.shape[-1].bit_length(), samples.device)[samples]
+    freedoms = samples - 1
     least, most = int(freedoms.min()), int(freedoms.max())
     if least == most:
         return _student_t(delta, max(least, 1))
     known, which = np.unique(freedoms, return_inverse=True)
     return np.array([_student_t(delta, max(int(freedom), 1)) for freedom in known])[which].reshape(freedoms.shape)
+
+
+@lru_cache(maxsize=64)
+def _table(delta: float, length: int, device: torch.device) -> Tensor:
+    """`_student_t` for 0 up to length - 1 samples, on the device."""
+    from scipy import special
+
+    with torch.inference_mode(False):
+        return torch.from_numpy(special.stdtrit(np.arange(-1, length - 1).clip(1), 1 - delta / 2)).to(device)
 
 
 @lru_cache(maxsize=4096)

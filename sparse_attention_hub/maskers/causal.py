@@ -20,7 +20,7 @@ class CausalMasker(Masker[CausalMaskerConfig]):
     by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        return inputs.mask(inputs.allowed) if mask.is_empty else mask
+        return inputs.layout.everything() if mask.is_empty else mask
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
                 raise ValueError(f"group_factor must be at most the head dimension {dim}, got {self.config.group_factor}")
             path = str(self.config.sorted_channel_file)
             found = layer_channels(path, layer_idx, self.config.channel_selection, kept, dim)
-            self._channels[place] = found.to(device)
+            self._channels[place] = found.to(device, non_blocking=True)
         return self._channels[place]
 
     def _scores(self, inputs: AttentionInputs) -> Tensor:

@@ -60,8 +60,11 @@ class DuoAttention(Masker[DuoAttentionConfig]):
         heads = retrieval_heads(str(self.config.pattern_file), self.config.retrieval_share, inputs.kv_heads)
         if inputs.layer_idx >= len(heads):
             raise ValueError(f"{self.config.pattern_file} is for {len(heads)} layers, this is layer {inputs.layer_idx}")
-        own = heads[inputs.layer_idx].to(inputs.device)
-        return mask.union(inputs.mask(own.view(1, -1, 1, 1) & inputs.allowed)) if bool(own.any()) else mask
+        own = heads[inputs.layer_idx]
+        if not own.any():
+            return mask
+        own = own.to(inputs.device, non_blocking=True)
+        return mask.union(inputs.mask(own.view(1, -1, 1, 1) & inputs.allowed))
 
 
 def read_pattern(path: str) -> Tensor:

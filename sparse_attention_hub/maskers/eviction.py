@@ -87,7 +87,7 @@ class Eviction(Masker[ConfigT]):
         sizes = resolve_size(self.config.heavy_size, ranking.totals, inputs.factors)
         heads = max(ranking.order.shape[1], sizes.shape[1])
         width = int(sizes.max())
-        sizes = expand_heads(sizes, heads).to(inputs.device)
+        sizes = expand_heads(sizes, heads).to(inputs.device, non_blocking=True)
         kept = expand_heads(ranking.order[..., :width], heads)
         kept = kept.masked_fill(torch.arange(width, device=inputs.device) >= sizes, -1)
         rows = inputs.shape[2]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..kernels import Known, dot, log_mass
 from ..kernels.reference import group_scores, group_sums, weigh
-from ..kernels.select import Order, choose, choose_mass, count_mass, extend, lowest, order_of
-from ..lists import KeyLists, expand_heads, uses_loops
+from ..kernels.select import Order, choose, choose_mass, count_mass, count_up, extend, lowest, order_of, walk_anywhere
+from ..lists import KeyLists, expand_heads, may_be_wide, uses_loops
 from ..mask import Mask
 from .call_cache import CallCache, once
 from .layout import NEVER, Layout
@@ -139,7 +139,7 @@ class AttentionInputs:
         scores: float (B, h, Q, N), h = 1, kv heads or H. size: int (tokens) or float (fraction of N).
         """
         own = scores is self.cache.call.get("scores")  # which are -inf where not allowed
-        if own and self.cache.keeps_order and uses_loops(scores):
+        if own and self.cache.keeps_order and self._may_walk(scores):
             return self._walk(self.order(), mask, self.resolve(size))
         allowed = None if own or self.layout.all_allowed else self.allowed
         return self.mask(choose(scores, mask, self.resolve(size), allowed), mask)
@@ -151,24 +151,35 @@ class AttentionInputs:
             return self._walk(order, mask, count_mass(scores, self.known().terms, order, mask, share))
         return self.mask(choose_mass(scores, order, mask, share), mask)
 
-    def draw(self, mask: Mask, size: int | float | Tensor, certain: bool = False) -> Mask:
+    def draw(self, mask: Mask, size: int | float | Tensor, certain: bool = False, most: int | None = None) -> Mask:
         """Allowed keys drawn without replacement from those that `mask` has not, p = size / keys left.
 
-        size: int (tokens), float (fraction of N), or int64 (B, h, Q). certain: p = 1. Query heads of a group share the order.
+        size: int (tokens), float (fraction of N), or int64 (B, h, Q), all at most `most` if that is given. certain: p = 1. Query
+        heads of a group share the order.
         """
         ranks, sizes = self.random_ranks(), size if isinstance(size, Tensor) else self.resolve(size)
-        if self.cache.keeps_order and uses_loops(ranks):
+        unbounded = sizes.device.type != "cpu" and most is None
+        if (self.cache.keeps_order or unbounded) and self._may_walk(ranks):
             order = once(self.cache.draws, "order", lambda: order_of(ranks, self.layout.row_lengths))
             return self._walk(order, mask, sizes, drawn=not certain)
-        lists, left = choose(ranks, mask, sizes), self.left(mask)
-        if certain:
-            return self.mask(lists, mask)
-        rate = lists.counts / expand_heads(left, lists.heads).clamp(min=1)
-        return self.mask(lists._replace(probability=rate.unsqueeze(-1).expand(lists.indices.shape).contiguous()), mask)
+        return self._apart(choose(ranks, mask, sizes, most=most), mask, drawn=not certain)
+
+    def _may_walk(self, scores: Tensor) -> bool:
+        """Whether a known order of scores serves to choose: off the CPU while lists as wide as the keys are small."""
+        return uses_loops(scores) or may_be_wide(*self.shape)
 
     def _walk(self, order: Order, mask: Mask, sizes: Tensor, drawn: bool = False) -> Mask:
         """The first keys of an order that `mask` has not: see kernels.select.extend."""
-        return Mask(self.shape, self.kv_heads, apart_from=mask, joined=extend(order, mask, sizes, drawn))
+        if uses_loops(order.indices):
+            return Mask(self.shape, self.kv_heads, apart_from=mask, joined=extend(order, mask, sizes, drawn))
+        return self._apart(walk_anywhere(order, mask, sizes), mask, drawn)
+
+    def _apart(self, lists: KeyLists, mask: Mask, drawn: bool) -> Mask:
+        """A mask of keys that `mask` has not. drawn: p is their share of what it left, else 1."""
+        if not drawn:
+            return self.mask(lists, mask)
+        rate = lists.counts / expand_heads(self.left(mask), lists.heads).clamp(min=1)
+        return self.mask(lists._replace(probability=rate.unsqueeze(-1).expand(lists.indices.shape).contiguous()), mask)
 
     def left(self, mask: Mask) -> Tensor:
         """How many allowed keys of each row `mask` has not: int64 (B, h, Q)."""
@@ -252,8 +263,8 @@ class AttentionInputs:
         """The random order of a row's keys: int64 (B, Hkv, Q, N), highest first, `lowest` where not allowed."""
 
         def make() -> Tensor:  # by uniforms, equal ones by position
-            place = (self.uniform() * 2**24).long() << 32 | torch.arange(self.shape[3], device=self.device)
-            return place.neg_().masked_fill_(~self.allowed, lowest(torch.int64))
+            place = ((self.uniform() * 2**24).long() << 32 | count_up(self.shape[3], self.device)).neg_()
+            return place if self.layout.all_allowed else place.masked_fill_(~self.allowed, lowest(torch.int64))
 
         return once(self.cache.draws, "ranks", make)
 

@@ -28,13 +28,13 @@ def k_means(
     """
     total = keys.shape[1]
     first = torch.randperm(total, generator=generator)[:centres].repeat(-(-centres // total))[:centres]
-    centroids = to_points(keys[:, first])
+    centroids = to_points(keys[:, first.to(keys.device, non_blocking=True)])
     for _ in range(iterations):
         sums, counts = centroids.new_zeros(centroids.shape), centroids.new_zeros(centroids.shape[:3])
         for start, stop in blocks(total, centroids):
             own = to_points(keys[:, start:stop])
             _add_members(own, _nearest(own, seen(centroids)), sums, counts)
-        spare = torch.randint(total, (centres,), generator=generator)
+        spare = torch.randint(total, (centres,), generator=generator).to(keys.device, non_blocking=True)
         # A centre without keys moves to a random key.
         counts = counts.unsqueeze(-1)
         moved = torch.where(counts > 0, sums / counts.clamp(min=1), to_points(keys[:, spare]))

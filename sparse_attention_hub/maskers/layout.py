@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..lists import expand_heads
+from ..lists import KeyLists, expand_heads
 from ..mask import Mask
 
 # An additive mask forbids a key where it is at most this; smaller penalties are a bias, which is added to the scores.
@@ -111,7 +111,7 @@ class Layout:
         """The first keys of each item, as far as a row may see them. sizes: int64 (B, h, 1), see `resolve`."""
         if self.shape[2] == 1 and self.all_allowed and sizes.shape[1] == 1:  # one range of keys for all heads and items
             return Mask.from_range(0, int(sizes[0]), self.shape, self.device, self.kv_heads)
-        limit = sizes.to(self.device).unsqueeze(-1)
+        limit = sizes.to(self.device, non_blocking=True).unsqueeze(-1)
         flags = (self.key_positions[:, None, None, :] < limit) & self.allowed
         return Mask.from_dense(flags, self.shape[1], self.kv_heads)
 
@@ -122,8 +122,8 @@ class Layout:
             total = self.shape[3]
             return Mask.from_range(total - int(sizes[0]), total, self.shape, self.device, self.kv_heads)
         age = self.row_positions[:, None, :, None] - self.key_positions[:, None, None, :]
-        limit = sizes.to(self.device).unsqueeze(-1)
-        return Mask.from_dense((age < limit) & self.allowed, self.shape[1], self.kv_heads)
+        limit = sizes.to(self.device, non_blocking=True).unsqueeze(-1)
+        return Mask.from_dense((age < limit) & self.allowed, self.shape[1], self.kv_heads, is_filled=True)  # each row's own key
 
     def biased(self, scores: Tensor) -> Tensor:
         """scores (B, H, Q, N) plus the attention mask's bias, -inf where not allowed; changed in place."""
@@ -150,20 +150,33 @@ class Layout:
         """
         return resolve_size(size, self.n_allowed, factors)
 
-    def fill_empty_rows(self, mask: Mask) -> tuple[Mask, int]:
-        """Rows that attend to nothing attend to their last allowed key. Returns the mask and how many rows that were."""
+    @cached_property
+    def last_allowed(self) -> Tensor:
+        """The last allowed key of each row: int64 (B, 1, Q)."""
+        return self.shape[3] - 1 - self.allowed.flip(-1).to(torch.uint8).argmax(-1)
+
+    def fill_empty_rows(self, mask: Mask) -> tuple[Mask, int | Tensor]:
+        """Rows that attend to nothing attend to their last allowed key. Returns the mask and how many rows that were, on a device as
+        a number there."""
         if mask.is_filled:
             return mask, 0
         counts = mask.counts()
-        if int(counts.min()) > 0:
+        waits = counts.device.type == "cpu" or self.shape[2] > 1  # else a key more in each list, often padding
+        if waits and int(counts.min()) > 0:
             return mask, 0
         empty = (counts == 0) & (self.row_lengths.unsqueeze(1) > 0)
-        rows = int(expand_heads(empty, self.shape[1]).sum())
-        if rows == 0:
+        rows = expand_heads(empty, self.shape[1]).sum()
+        if waits and int(rows) == 0:
             return mask, 0
-        last = self.shape[3] - 1 - self.allowed.flip(-1).to(torch.uint8).argmax(-1)
-        indices = last.expand_as(empty).masked_fill(~empty, -1).unsqueeze(-1)
-        return mask.union(Mask.from_indices(indices, self.shape, kv_heads=self.kv_heads)), rows
+        indices = self.last_allowed.expand_as(empty).masked_fill(~empty, -1).unsqueeze(-1).int()
+        filled = Mask(self.shape, self.kv_heads, lists=KeyLists(indices, empty.int()), apart_from=mask)
+        return mask.union(filled), int(rows) if waits else rows
+
+    def everything(self) -> Mask:
+        """Every allowed key."""
+        if self.shape[2] == 1 and self.all_allowed:
+            return Mask.from_range(0, self.shape[3], self.shape, self.device, self.kv_heads)
+        return Mask.from_dense(self.allowed, self.shape[1], self.kv_heads, is_filled=True)
 
 
 def resolve_size(size: int | float, totals: list[int], factors: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import group_scores
-from ..lists import as_arrays, expand_heads, uses_loops
+from ..lists import as_arrays, expand_heads, from_flags, uses_loops
 from ..mask import Mask
 from ..search_space import Choice
 from .base import Masker, MaskerConfig, check_flag, check_int, draw_example, register_masker
@@ -82,7 +82,7 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         fitted, signatures = self.codes(inputs)
         shifted = inputs.queries.float() - expand_heads(fitted.mean, inputs.shape[1])
         hits = self._hits(self._signature(shifted, torch.zeros_like(shifted[..., 0]), fitted), signatures).view(inputs.shape)
-        found = inputs.mask(hits & expand_heads(mask.residual(inputs.allowed), inputs.shape[1])).lists()
+        found = from_flags(hits & expand_heads(mask.residual(inputs.allowed), inputs.shape[1]))
         probability = self._probability(_cosines(inputs, shifted, fitted, found.indices))
         return mask.union(inputs.mask(found._replace(probability=probability.float()), mask))
 

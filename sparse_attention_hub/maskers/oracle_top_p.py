@@ -31,11 +31,11 @@ class OracleTopP(Masker[OracleTopPMaskerConfig]):
     """
 
     keeps_to_allowed = True
-    score_bytes = (46, 16)
+    score_bytes = (38, 16)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         if self.config.top_p >= 1.0:
-            return mask.union(inputs.mask(inputs.allowed))
+            return mask.union(inputs.layout.everything())
         return mask.union(inputs.choose_mass(mask, self.config.top_p))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:

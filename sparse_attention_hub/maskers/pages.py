@@ -94,7 +94,8 @@ class PageMasker(Masker[PagesConfigT]):
             parts.append(self.summarise(inputs.keys, allowed, starts, complete, pages))
         scores = self.score(inputs, torch.cat(parts, 2) if len(parts) > 1 else parts[0])
         if not inputs.layout.all_allowed:
-            slots = torch.tensor(starts, device=inputs.device).unsqueeze(-1) + torch.arange(pages * page, device=inputs.device)
+            first = torch.tensor(starts).unsqueeze(-1).to(inputs.device, non_blocking=True)
+            slots = first + torch.arange(pages * page, device=inputs.device)
             places = slots.clamp(max=keys - 1)[:, None, None].expand(-1, 1, inputs.shape[2], -1)
             permitted = inputs.allowed.gather(-1, places) & (slots < keys)[:, None, None]
             scores = scores.masked_fill(~permitted.view(*permitted.shape[:3], pages, page).any(-1), NEVER)

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import HAS_TRITON
 from ..lists import as_arrays, uses_loops
 
 _MASK64 = (1 << 64) - 1
+#: What query positions are multiplied with, for each half of a word: 0x9E3779B9 and 0x5851F42D as int32.
+FACTORS = (-0x61C88647, 0x5851F42D)
 
 
 def keyed_uniforms(seeds: list[int], layer_idx: int, kv_heads: int, query_positions: Tensor, key_positions: Tensor) -> Tensor:
@@ -21,7 +24,12 @@ def keyed_uniforms(seeds: list[int], layer_idx: int, kv_heads: int, query_positi
     """
     call = tuple(seeds), layer_idx, kv_heads
     if not uses_loops(key_positions):
-        return _in_torch(_halves(*call, key_positions.device), query_positions, key_positions)
+        halves, factors = _halves(*call, key_positions.device)
+        if key_positions.is_cuda and HAS_TRITON:
+            from ..kernels.triton import draw_uniforms
+
+            return draw_uniforms(halves.squeeze(-1), query_positions, key_positions)
+        return _in_torch((halves, factors), query_positions, key_positions)
     from ..loops.random import keyed_uniforms as fill
 
     words = _words(*call)
@@ -43,7 +51,7 @@ def _halves(seeds: tuple[int, ...], layer_idx: int, kv_heads: int, device: torch
     with torch.inference_mode(False):
         words = _words(seeds, layer_idx, kv_heads).view(np.int64)
         halves = np.stack([words, words >> 32]).astype(np.int32)[..., None]
-        factors = torch.tensor([-0x61C88647, 0x5851F42D], dtype=torch.int32).view(2, 1, 1, 1)
+        factors = torch.tensor(FACTORS, dtype=torch.int32).view(2, 1, 1, 1)
         return torch.from_numpy(halves).to(device), factors.to(device)
 
 

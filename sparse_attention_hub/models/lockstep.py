@@ -17,6 +17,7 @@ from ..maskers.inputs import AttentionInputs
 from ..maskers.layout import Layout
 from ..maskers.state import AttentionState
 from .dense import dense_rows
+from .grouped_rows import GroupedRows, can_group
 from .load import LanguageModel
 from .observer import Observer
 from .rope import factors_of
@@ -87,6 +88,7 @@ class Lockstep:
         self._called: set[int] = set()  # layers that called attention in the current forward pass
         self._filling = False  # the current pass ends before the last layer's attention
         self._layouts: dict[Hashable, Layout] = {}  # shared by all rows and layers of one forward pass
+        self._grouped = GroupedRows()
 
     def forward(self, ids: Tensor, keep: int) -> Tensor:
         """Logits (rows, keep, V) of the last `keep` of ids (rows, Q)."""
@@ -117,6 +119,7 @@ class Lockstep:
                 output = module(input_ids=ids, past_key_values=cache, use_cache=True, **options)
         finally:
             cache.defer(False)
+        self._grouped.finish(self.rows, cache.get_seq_length())
         if len(self._called) != expected:
             raise UserError(
                 f"this model has {expected} attention layers but {len(self._called)} of them used the attention "
@@ -168,11 +171,16 @@ class Lockstep:
         length, together = queries.shape[2], None
         if length == 1 < len(self.rows) and queries.device.type == "cpu":
             together = StepScores(queries, layer, scaling, rule)
+        grouped = self._groupable(layer_idx, queries, rule)
+        if grouped:
+            attended = self._attend_grouped(grouped, layer_idx, queries, scaling, rule)
+            for place, index in enumerate(grouped):
+                outputs[index].append(attended[place : place + 1])
         for start in range(0, length, QUERIES_AT_ONCE):
             block = slice(start, min(length, start + QUERIES_AT_ONCE))
             draws: dict[Hashable, object] = {}  # all rows use the same random numbers
             for index, row in enumerate(self.rows):
-                if row.memory is not None and not rule.limited:
+                if row.memory is not None and not rule.limited and index not in grouped:
                     keys, values = layer.view(index)
                     makers = {} if together is None else together.made_of(index)
                     cache = CallCache(draws=draws, layouts=self._layouts, makers=makers)
@@ -195,14 +203,66 @@ class Lockstep:
         cache: CallCache,
     ) -> Tensor:
         """Output (1, Q, H, DV) of a block of a row's queries, which `after` queries follow. Its scores are freed at its end."""
-        self._prepare(memory, layer_idx, keys[:, :, : self.prefilled.context_length])
-        place = None, scaling, layer_idx, [self.seed], cache
-        inputs = AttentionInputs(queries, keys, values, *place, **rule.scores, latent=rule.latent, rows_after=after)
+        inputs = self._inputs(memory, layer_idx, queries, keys, values, scaling, rule, after, cache)
         result = memory.attention.attend_inputs(inputs, memory.state)
         row.add(result, queries.shape[2])
         seen = keys.shape[2] - after
         self._record(row, result, layer_idx, queries, keys[:, :, :seen], values[:, :, :seen], scaling, rule)
         return result.output
+
+    def _groupable(self, layer_idx: int, queries: Tensor, rule: Rule) -> tuple[int, ...]:
+        """Sparse rows that attend together: all but those that are dense in this layer. A single one gains nothing."""
+        if rule.limited or queries.device.type == "cpu":
+            return ()
+        layer = self.prefilled.cache.layers[layer_idx]
+        rows = [(index, row.memory.attention) for index, row in enumerate(self.rows) if row.memory]
+        found = tuple(
+            index
+            for index, attention in rows
+            if attention.maskers_of(layer_idx) and can_group(attention.config.backend, queries, layer, rule)
+        )
+        return found if len(found) > 1 else ()
+
+    def _attend_grouped(self, rows: tuple[int, ...], layer_idx: int, queries: Tensor, scaling: float, rule: Rule) -> Tensor:
+        """Output (R, 1, H, DV) of R sparse rows of the batch. queries (forks, H, 1, D)."""
+        layer, draws = self.prefilled.cache.layers[layer_idx], dict[Hashable, object]()
+        choices = []
+        for index in rows:
+            memory, own = self.rows[index].memory, queries[index : index + 1]
+            assert memory is not None
+            keys, values = layer.view(index)
+            cache = CallCache(draws=draws, layouts=self._layouts)
+            inputs = self._inputs(memory, layer_idx, own, keys, values, scaling, rule, 0, cache)
+            choices.append((inputs, *memory.attention.choose_keys(inputs, memory.state)))
+            if not self.rows[index].recorders:
+                inputs.cache.call.clear()  # scores of many rows are large
+        outputs, sums = self._grouped.attend(rows, [choice[1] for choice in choices], queries, layer, scaling, rule)
+        for place, index in enumerate(rows):
+            inputs, mask, empty_rows, selectors = choices[place]
+            output, lse = (part[place : place + 1] for part in (outputs, sums))
+            result = AttentionResult(output, lse, mask, empty_rows, inputs, selectors)
+            self._grouped.add_selectors(index, result.selector_share)
+            if self.rows[index].recorders:
+                keys, values = layer.view(index)
+                self._record(self.rows[index], result, layer_idx, inputs.queries, keys, values, scaling, rule)
+        return outputs.to(queries.dtype)
+
+    def _inputs(
+        self,
+        memory: Memory,
+        layer_idx: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scaling: float,
+        rule: Rule,
+        after: int,
+        cache: CallCache,
+    ) -> AttentionInputs:
+        """A sparse row's call, its maskers fitted."""
+        self._prepare(memory, layer_idx, keys[:, :, : self.prefilled.context_length])
+        place = None, scaling, layer_idx, [self.seed], cache
+        return AttentionInputs(queries, keys, values, *place, **rule.scores, latent=rule.latent, rows_after=after)
 
     def _record(
         self,

@@ -57,6 +57,8 @@ class SparseMeans:
     """Means over query rows and sparse layers; None before the first sparse row. Summed on the device, which is read at the end."""
 
     _rows = 0
+    _selectors: float | Tensor = 0.0
+    _later: list[tuple[Tensor, Tensor, int]] | None = None
     _density: float | Tensor = 0.0
     _kv_fraction: float | Tensor = 0.0
 
@@ -66,13 +68,32 @@ class SparseMeans:
         self._density = _plus(self._density, result.density_share, rows)
         self._kv_fraction = _plus(self._kv_fraction, result.kv_share, rows)
 
+    def add_later(self, densities: Tensor, kv_fractions: Tensor, place: int, layers: int, selectors: float | Tensor) -> None:
+        """Add one query row's sums over layers, at a place of tensors that several answers share. selectors: summed, and not in the
+        fractions."""
+        self._later = self._later or []
+        self._later.append((densities, kv_fractions, place))
+        self._rows += layers
+        self._selectors = self._selectors + selectors
+
+    def _collect(self) -> None:
+        """Sum what `add_later` was given."""
+        if self._later:
+            densities, kv_fractions, places = zip(*self._later, strict=True)
+            for name, shares in (("_density", densities), ("_kv_fraction", kv_fractions)):
+                each = [share[place] for share, place in zip(shares, places, strict=True)]
+                setattr(self, name, _plus(getattr(self, name), torch.stack(each).sum(), 1))
+            self._later = None
+
     @property
     def density(self) -> float | None:
+        self._collect()
         return float(self._density) / self._rows if self._rows else None
 
     @property
     def kv_fraction(self) -> float | None:
-        return float(self._kv_fraction) / self._rows if self._rows else None
+        self._collect()
+        return (float(self._kv_fraction) + float(self._selectors)) / self._rows if self._rows else None
 
 
 def _plus(total: float | Tensor, share: float | Tensor, rows: int) -> float | Tensor:

@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from pretend import PretendedGPU
 from tiny_models import Letters, build
 
+import sparse_attention_hub as hub
 from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
 from sparse_attention_hub.maskers.base import registered_configs
+from sparse_attention_hub.maskers.channel_file import write_channels
 from sparse_attention_hub.maskers.drawing import DIM, HEADS, example_configs
 from sparse_attention_hub.models import LanguageModel
 
@@ -43,6 +45,25 @@ def example(name: str, **options: Any) -> ResearchAttention:
 def all_examples() -> list[ResearchAttention]:
     """Of a model with two layers: files of models name the first alone, so the second is dense."""
     return [example(name, dense_layers=[1]) for name in NAMES]
+
+
+def families(layers: int) -> list[ResearchAttention]:
+    """Pipelines of eight families, all behind a sink and a local window."""
+    channels = FOLDER / "families.json"
+    every = [list(range(DIM))] * HEADS
+    write_channels({f"model.layers.{layer}.self_attn.qk_proj": every for layer in range(layers)}, channels)
+    selectors: list[list[hub.MaskerConfig]] = [
+        [],
+        [hub.RandomSamplingMaskerConfig(0.1)],
+        [hub.OracleTopKConfig(0.1)],
+        [hub.OracleTopPMaskerConfig(0.5)],
+        [hub.QuestTopKMaskerConfig(0.1, 16)],
+        [hub.DoubleSparsityTopKMaskerConfig(0.1, str(channels), 4)],
+        [hub.PQCacheConfig(0.1, 4, 4, 5, 16, "euclidean")],
+        [hub.OracleTopKConfig(0.05), hub.AdaptiveSamplingMaskerConfig(0.05, 0.3, 0.3, 0, 0)],
+    ]
+    first = [hub.SinkMaskerConfig(16), hub.LocalMaskerConfig(32)]
+    return [ResearchAttention(ResearchAttentionConfig([*first, *own])) for own in selectors]
 
 
 def small_model(gpu: PretendedGPU | None, dtype: torch.dtype = torch.float32, layers: int = 2, **sizes: Any) -> LanguageModel:

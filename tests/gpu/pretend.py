@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from stand_ins import merge, walk_groups, walk_rows
+from stand_ins import merge, uniforms, walk_forks, walk_groups, walk_rows
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
@@ -79,7 +79,13 @@ class PretendedGPU:
         self._stack = ExitStack()
         self._stack.enter_context(mock.patch.object(dense, "causal_lower_right", _unseen_call(dense.causal_lower_right)))
         self._stack.enter_context(mock.patch.object(trace, "safe_open", _OnDevice))
-        kinds = {"rows_kernel": walk_rows, "groups_kernel": walk_groups, "merge_kernel": merge}
+        kinds = {
+            "rows_kernel": walk_rows,
+            "forks_kernel": walk_forks,
+            "groups_kernel": walk_groups,
+            "merge_kernel": merge,
+            "uniforms_kernel": uniforms,
+        }
         for name, stand_in in kinds.items():
             self._stack.enter_context(mock.patch.object(kernels, name, _StandIn(self, name, stand_in)))
         kernels._processors.cache_clear()

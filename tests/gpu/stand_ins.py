@@ -16,7 +16,7 @@ NEVER = float("-inf")
 def walk_rows(*arguments: Any, **constants: Any) -> None:
     """rows_kernel: lists (B, H, Q, K), a program per row and split."""
     queries, keys, values, lists, weights, partial, top, total = arguments[:8]
-    group, width, _, _, scaling, softcap = arguments[-6:]
+    group, width, _, scaling, softcap = arguments[-5:]
     assert lists.shape[3] == width and group == queries.shape[1] // keys.shape[1]
     places = lists.clamp(min=0).long()
     every = keys.float().repeat_interleave(group, 1).unsqueeze(2).expand(-1, -1, places.shape[2], -1, -1)
@@ -26,6 +26,24 @@ def walk_rows(*arguments: Any, **constants: Any) -> None:
     every = values.float().repeat_interleave(group, 1).unsqueeze(2).expand(-1, -1, places.shape[2], -1, -1)
     own = torch.gather(every, 3, places.unsqueeze(-1).expand(*places.shape, values.shape[3]))
     _store(scores, own, partial, top, total)
+
+
+def walk_forks(*arguments: Any, **constants: Any) -> None:
+    """forks_kernel: lists (Hkv, G, slots) of rows side by side, whose later keys are in tails (forks, Hkv, n, D)."""
+    queries, keys, values, own_keys, own_values, lists, probability, table = arguments[:8]
+    slots, heads, group, shared, _, scaling, softcap = arguments[-7:]
+    assert lists.shape == (heads // group, group, slots) and lists.is_contiguous() and shared == keys.shape[2]
+    for row, (fork, first, width, _) in enumerate(table.tolist()):
+        every_key, every_value = (
+            torch.cat([common, own[fork : fork + 1]], 2) for common, own in ((keys, own_keys), (values, own_values))
+        )
+        places = lists.view(1, heads, 1, slots)[..., first : first + width]
+        weights = places
+        if constants["WEIGHTED"]:
+            weights = -probability.view(1, heads, 1, slots)[..., first : first + width].clamp(min=1e-30).log()
+        results = [part[row * heads : (row + 1) * heads] for part in arguments[8:11]]
+        call = queries[fork : fork + 1], every_key, every_value, places, weights, *results
+        walk_rows(*call, group, width, 0, scaling, softcap, **constants)
 
 
 def walk_groups(*arguments: Any, **constants: Any) -> None:
@@ -42,6 +60,14 @@ def walk_groups(*arguments: Any, **constants: Any) -> None:
     scores = _finished(scores, softcap, weights if constants["WEIGHTED"] else None)
     scores = scores.masked_fill((lists < 0).repeat_interleave(group, 1).unsqueeze(2), NEVER)
     _store(scores, own_values.unsqueeze(2), partial, top, total)
+
+
+def uniforms(low: Tensor, high: Tensor, queries: Tensor, keys: Tensor, out: Tensor, *_: int, **constants: Any) -> None:
+    """uniforms_kernel, by what other devices do."""
+    from sparse_attention_hub.maskers.uniforms import FACTORS, _in_torch
+
+    halves = torch.stack([low, high]).unsqueeze(-1)
+    out.copy_(_in_torch((halves, torch.tensor(FACTORS, dtype=torch.int32).view(2, 1, 1, 1)), queries, keys))
 
 
 def merge(*arguments: Any, **constants: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,19 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipelines import NAMES, example
+from pipelines import NAMES, example, families, small_model
 from pretend import PretendedGPU
+from tiny_models import tokens
 
 from sparse_attention_hub.maskers.call_cache import CallCache
 from sparse_attention_hub.maskers.drawing import DIM, HEADS
 from sparse_attention_hub.maskers.inputs import AttentionInputs
 from sparse_attention_hub.maskers.layout import Layout
+from sparse_attention_hub.maskers.shared_states import SharedStates
+from sparse_attention_hub.models import answer_many, prefill
 from sparse_attention_hub.models.switch import SparseMeans
+from sparse_attention_hub.models.trace import record_trace
+from sparse_attention_hub.replay import replay
 
 FILE, PAGE = Path(__file__).parent / "budgets.json", Path(__file__).parents[2] / "docs" / "gpu.md"
 KEYS = 256
@@ -50,8 +56,43 @@ def of_call(name: str, rows: int) -> Counts:
         return gpu.totals()
 
 
+def of_32_layers(measure: Callable[[int], Counts]) -> Counts:
+    """Counted on one layer and on two."""
+    one, two = measure(1), measure(2)
+    return {kind: one[kind] + 31 * (two[kind] - one[kind]) for kind in one}
+
+
+def of_step(layers: int, ways: int = 9) -> Counts:
+    """The second decode step of dense attention and eight families in lockstep, of a model with so many layers."""
+    attentions = [None, *families(layers)][:ways]
+    with PretendedGPU() as gpu:
+        lm = small_model(gpu, layers=layers)
+        prefilled = prefill(lm, tokens(KEYS), 20)
+        totals = []
+        for length in (2, 2, 3):  # the first fits the states
+            gpu.clear()
+            answer_many(lm, prefilled, tokens(5, 2), attentions, length)
+            totals.append(gpu.totals())
+    return {kind: totals[2][kind] - totals[1][kind] for kind in totals[0]}
+
+
+def of_replay(layers: int) -> Counts:
+    """A replay of eight families on so many layers, their states fitted."""
+    attentions, states = families(layers), SharedStates()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = record_trace(small_model(None, layers=layers), tokens(KEYS), tokens(5, 2), 6, Path(folder) / "trace")
+        with PretendedGPU() as gpu:
+            for _ in range(2):
+                gpu.clear()
+                replay(trace, attentions, device="cuda", states=states)
+            return gpu.totals()
+
+
 MEASURES: dict[str, Callable[[], Counts]] = {
     **{f"decode {name}": lambda name=name: of_call(name, 1) for name in NAMES},  # type: ignore[misc]
+    "32 layers: step of a dense row": lambda: of_32_layers(lambda layers: of_step(layers, 1)),
+    "32 layers: step of 9 rows": lambda: of_32_layers(of_step),
+    "32 layers: replay of 8 configurations": lambda: of_32_layers(of_replay),
     **{f"question of 5 {name}": lambda name=name: of_call(name, 5) for name in NAMES},  # type: ignore[misc]
 }
 

@@ -79,7 +79,7 @@ def test_waits_are_named_by_line_and_warned_of() -> None:
     with gpu, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        flags = gpu.move(torch.tensor([[[[True, False]]]]))
+        flags = gpu.move(torch.tensor([[[[True, False], [True, True]]]]))
         Mask.from_dense(flags).lists()
     assert all(place.startswith("sparse_attention_hub/lists.py:") for place in gpu.waits) and gpu.waits
     assert {f"{warning.filename}:{warning.lineno}" for warning in seen} == {place.split(" ")[0] for place in gpu.waits}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from sparse_attention_hub import Mask
 from sparse_attention_hub.kernels import attend
 from sparse_attention_hub.kernels.reference import Call
 from sparse_attention_hub.lists import KeyLists
+
+if TYPE_CHECKING:
+    from sparse_attention_hub.kernels.triton import ForkLists
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,55 @@ def make_call(case: Case, device: str = "cpu") -> Call:
     sinks = 2 * uniform(case.heads).to(device) if case.sinks else None
     queries = normal(batch, case.heads, rows, dim) * 2
     return Call(queries, tensors[0], tensors[1], mask, dim**-0.5, case.softcap, sinks)
+
+
+class Forks(NamedTuple):
+    """Rows whose first keys are the same: what `attend_forks` is given, and each row's own call."""
+
+    queries: Tensor
+    shared: tuple[Tensor, Tensor]
+    own: tuple[Tensor, Tensor]
+    lists: ForkLists
+    calls: list[Call]
+
+
+def make_forks(weighted: bool, softcap: float | None, sinks: bool, dtype: torch.dtype, device: str = "cpu") -> Forks:
+    """Three of five forks, 150 keys shared and 7 of each, lists of 40, 100 and 157 slots with -1 anywhere, one of them empty."""
+    from sparse_attention_hub.kernels.triton import ForkLists
+
+    generator = torch.Generator().manual_seed(7)
+    heads, kv_heads, dim, common, own_keys, rows, widths = 4, 2, 32, 150, 7, [1, 3, 4], [40, 100, 157]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    queries = normal(5, heads, 1, dim) * 2
+    shared = [normal(1, kv_heads, common + 9, dim)[:, :, :common] for _ in range(2)]
+    own = [normal(5, kv_heads, own_keys + 4, dim) for _ in range(2)]
+    order = torch.rand(3, heads, common + own_keys, generator=generator).argsort(-1)
+    order[torch.rand(order.shape, generator=generator) < 0.4] = -1
+    order[1, 2] = -1
+    lists = torch.cat([order[row, :, :width] for row, width in enumerate(widths)], -1).to(device)
+    probability = 0.02 + 0.98 * torch.rand(lists.shape, generator=generator).to(device)
+    firsts = [sum(widths[:row]) for row in range(3)]
+    table = torch.tensor([rows, firsts, widths, [0] * 3]).T.contiguous().to(device)
+    grouped = [part.view(kv_heads, -1, sum(widths)) for part in (lists.int(), probability)]
+    sink = 2 * torch.rand(heads, generator=generator).to(device) if sinks else None
+    calls = []
+    for row, first, width in zip(rows, firsts, widths, strict=True):
+        keys, values = (torch.cat([a, b[row : row + 1, :, :own_keys]], 2) for a, b in zip(shared, own, strict=True))
+        part, shape = slice(first, first + width), (1, heads, 1, common + own_keys)
+        weights = probability[None, :, None, part] if weighted else None
+        mask = Mask.from_indices(lists[None, :, None, part], shape, weights, kv_heads=kv_heads)
+        calls.append(Call(queries[row : row + 1], keys, values, mask, 0.2, softcap, sink))
+    held = ForkLists(grouped[0], grouped[1] if weighted else None, table, max(widths))
+    return Forks(queries, (shared[0], shared[1]), (own[0], own[1]), held, calls)
+
+
+#: Arguments of `keyed_uniforms`.
+UNIFORMS = (5, -7), 3, 3, torch.tensor([[3, -1, 900], [0, 1, 2]]), torch.arange(-1, 2500).repeat(2, 1)
+#: Arguments of `make_forks`.
+FORKS = [(False, None, False, torch.float32), (True, 2.0, True, torch.float32), (True, None, False, BRAIN)]
 
 
 def answer(call: Call, backend: str) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 
 import torch
-from cases import CASES, Case, make_call
+from cases import CASES, FORKS, UNIFORMS, Case, make_call, make_forks
 from torch import Tensor
 
 from sparse_attention_hub import Mask
 from sparse_attention_hub.kernels.reference import Call
-from sparse_attention_hub.kernels.triton import KERNELS, attend_triton
+from sparse_attention_hub.kernels.triton import KERNELS, attend_forks, attend_triton, draw_uniforms
+from sparse_attention_hub.maskers.uniforms import _halves
 
 Answer = tuple[Tensor, Tensor]
 
@@ -34,6 +35,25 @@ def answer_cases(device: str) -> dict[tuple[str, str], Answer]:
     return {key: (output.cpu(), lse.cpu()) for key, (output, lse) in answers.items()}
 
 
+def answer_forks(device: str) -> dict[tuple[str, str], Answer]:
+    """Rows of different contexts whose first keys are the same, by their place in FORKS."""
+    answers = {}
+    for place, kind in enumerate(FORKS):
+        forks = make_forks(*kind, device=device)
+        call = forks.calls[0]
+        found = attend_forks(*forks[:4], call.scaling, call.softcap, call.sinks)
+        answers["forks", str(place)] = (found[0].cpu(), found[1].cpu())
+    return answers
+
+
+def answer_uniforms(device: str) -> dict[tuple[str, str], Answer]:
+    """Random numbers of UNIFORMS, twice."""
+    seeds, layer, heads, rows, keys = UNIFORMS
+    halves, _ = _halves(seeds, layer, heads, torch.device(device))
+    drawn = draw_uniforms(halves.squeeze(-1), rows.to(device), keys.to(device)).cpu()
+    return {("uniforms", ""): (drawn, drawn)}
+
+
 def answer_far_rows(device: str) -> dict[tuple[str, str], Answer]:
     """Rows 2**31 elements into the cache, and the same rows in a short one. Only pages that are touched take memory."""
     torch.manual_seed(0)
@@ -50,6 +70,10 @@ def answer_far_rows(device: str) -> dict[tuple[str, str], Answer]:
     return {key: (output.cpu(), lse.cpu()) for key, (output, lse) in answers.items()}
 
 
+def answer_all(device: str) -> dict[tuple[str, str], Answer]:
+    return answer_cases(device) | answer_far_rows(device) | answer_forks(device) | answer_uniforms(device)
+
+
 def _attend_lists(queries: Tensor, keys: Tensor, values: Tensor, lists: Tensor, kernel: str) -> Answer:
     mask = Mask.from_indices(lists, (1, 2, 1, keys.shape[2]), kv_heads=1)
     return attend_triton(Call(queries, keys, values, mask, 0.1), kernel=kernel)
@@ -57,4 +81,4 @@ def _attend_lists(queries: Tensor, keys: Tensor, values: Tensor, lists: Tensor, 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.save(answer_cases("cpu") | answer_far_rows("cpu"), sys.argv[1])
+    torch.save(answer_all("cpu"), sys.argv[1])

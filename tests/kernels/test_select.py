@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_attention_hub import Mask, lists
-from sparse_attention_hub.kernels.select import choose, choose_mass, count_mass, expand_pages, extend, lowest, order_of
+from sparse_attention_hub.kernels.select import (
+    Order,
+    choose,
+    choose_mass,
+    count_mass,
+    expand_pages,
+    extend,
+    lowest,
+    order_of,
+    walk_anywhere,
+)
 from sparse_attention_hub.lists import KeyLists, to_flags, without_first
 
 NEVER = float("-inf")
@@ -20,6 +30,10 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Both forms of every function: compiled loops, and the torch operations of other devices."""
     monkeypatch.setattr(lists, "HAS_NUMBA", request.param == "loops")
     return request.param
+
+
+def flags_of(found: KeyLists | Tensor, keys: int) -> Tensor:
+    return found if isinstance(found, Tensor) else to_flags(found, keys)
 
 
 def both_forms(function):  # type: ignore[no-untyped-def]
@@ -86,6 +100,7 @@ def test_choose(
         for found in (
             *both_forms(lambda sizes=sizes: choose(scores, mask, sizes)),
             without_first(extended, mask.counts()),
+            walk_anywhere(ordered, mask, sizes),
         ):
             assert torch.equal(to_flags(found, keys), expected)
             assert torch.equal(found.counts.long(), expected.sum(-1))
@@ -109,7 +124,11 @@ def test_choose_mass(seed: int, keys: int, share: float, values: int, far: bool)
     lengths = torch.full((1, 3), keys)
     mask, order = Mask.from_dense(taken, 4, 2), order_of(scores, lengths)
     terms = (scores - scores.amax(-1, keepdim=True)).exp()
-    forms = [to_flags(choose_mass(scores, order, mask, share), keys)]
+    masks = [Mask.from_dense(own, 4, 2) for own in taken.split(1, 2)]
+    orders = [Order(order.indices[:, :, row : row + 1], order.lengths[:, row : row + 1]) for row in range(3)]
+    rows = zip(scores.split(1, 2), orders, masks, strict=True)
+    row_by_row = [flags_of(choose_mass(own, falling, closed, share), keys) for own, falling, closed in rows]
+    forms = [flags_of(choose_mass(scores, order, mask, share), keys), torch.cat(row_by_row, 2)]
     for known in (None, terms):
         extended = extend(order, mask, count_mass(scores, known, order, mask, share))
         forms.append(to_flags(without_first(extended, mask.counts()), keys))

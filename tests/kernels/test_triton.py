@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, HALF, answer, exactly, make_call
+from cases import CASES, FORKS, HALF, UNIFORMS, answer, exactly, make_call, make_forks
 
 from sparse_attention_hub import Mask
+from sparse_attention_hub.maskers.uniforms import keyed_uniforms
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -21,9 +22,9 @@ HERE = Path(__file__).parent
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What run_triton.py gives: (case, kernel) to (output, log-sum-exp)."""
     if torch.cuda.is_available():
-        from run_triton import answer_cases, answer_far_rows
+        from run_triton import answer_all
 
-        return answer_cases("cuda") | answer_far_rows("cuda")
+        return answer_all("cuda")
     path = tmp_path_factory.mktemp("triton") / "answers.pt"
     folders = [str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)}
@@ -62,9 +63,20 @@ def test_own_choice_equals_loops(answers, case):
 def test_row_without_keys_is_zero(answers):
     sinks = [case.name for case in CASES if case.sinks]
     for (name, _), (output, lse) in answers.items():
-        if name not in ("far", "short"):
+        if name not in ("far", "short", "forks", "uniforms"):
             assert output[:, -1, 0].abs().max() == 0
             assert torch.isneginf(lse[:, 0, -1]).all() != (name in sinks)
+
+
+@pytest.mark.parametrize("place", range(len(FORKS)))
+def test_forks_equal_their_own_calls(answers, place):
+    output, lse = answers["forks", str(place)]
+    for row, call in enumerate(make_forks(*FORKS[place]).calls):
+        assert_close((output[row : row + 1], lse[row : row + 1]), exactly(call), 3e-6)
+
+
+def test_uniforms_are_the_same_bits_as_on_a_cpu(answers):
+    assert torch.equal(answers["uniforms", ""][0], keyed_uniforms(*UNIFORMS))
 
 
 @pytest.mark.parametrize("kernel", ["rows", "groups"])

@@ -24,12 +24,12 @@ from sparse_attention_hub.kernels.triton import (  # noqa: E402
     merge_constants,
     rows_constants,
 )
-from sparse_attention_hub.kernels.triton_kernels import groups_kernel, merge_kernel, rows_kernel  # noqa: E402
+from sparse_attention_hub.kernels.triton_kernels import forks_kernel, groups_kernel, merge_kernel, rows_kernel  # noqa: E402
 
 #: What a GPU of compute capability 8.6 gives a program, the least of those with tensor cores for bfloat16.
 SHARED_LIMIT = 99 * 1024
 #: Registers of a multiprocessor, and how many programs of a kernel should find room in them.
-REGISTERS, PROGRAMS = 65536, {"rows": 4, "groups": 1}
+REGISTERS, PROGRAMS = 65536, {"rows": 4, "forks": 3, "groups": 1}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 #: Loads of 16 bytes at once, into registers or straight into shared memory.
@@ -114,6 +114,18 @@ def test_rows_kernel_compiles(capability, dtype, dim, weighted, tmp_path):
     compiled = compile_kernel(rows_kernel, constants, gather_pointers(dtype, "i32"), capability)
     check(compiled)
     check_resources(compiled, 4, PROGRAMS["rows"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dim"), [(80, torch.bfloat16, 128), (86, torch.float32, 128), (90, torch.bfloat16, 64)]
+)
+def test_forks_kernel_compiles(capability, dtype, dim, tmp_path):
+    queries, values = shapes(dtype, 32, 1, dim)
+    pointers = gather_pointers(dtype, "i32") | {f"own_{name}_ptr": f"*{NAMES[dtype]}" for name in "kv"}
+    pointers |= {"p_ptr": "*fp32", "table_ptr": "*i64"}
+    compiled = compile_kernel(forks_kernel, rows_constants(queries, values, True), pointers, capability)
+    check(compiled)
+    check_resources(compiled, 4, PROGRAMS["forks"], tmp_path)
 
 
 #: Rows of a kv head with four query heads: tiles of 16, 32 and 64 rows.

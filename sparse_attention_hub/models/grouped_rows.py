@@ -1,0 +1,106 @@
+"""A decode step's sparse rows on a GPU: each chooses its keys, then two kernel launches attend for all of them.
+
+A row by itself would launch two kernels and count what it reads, in every layer. Here the lists of all rows lie side by side. The
+kernel reads the shared prefix in place, and the keys that follow it from each row's tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels import choose_backend
+from ..mask import Mask
+from ..maskers.call_cache import once
+from .cache import SharedPrefixLayer
+from .rules import Rule
+from .switch import SparseMeans
+
+
+def can_group(backend: str, queries: Tensor, layer: SharedPrefixLayer, rule: Rule) -> bool:
+    """Whether a sparse row of this backend may attend together with others. queries (forks, H, Q, D)."""
+    return queries.shape[2] == 1 and layer.forks > 1 and not rule.latent and choose_backend(backend, queries) == "triton"
+
+
+class GroupedRows:
+    """The rows of one decode step. Rows are known by their places in the batch; all have one query and N keys.
+
+    What they read stays on the device until their answers are done.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        #: By the rows that were called together, of each layer: chosen keys (Hkv, G, rows), and distinct ones (Hkv, rows).
+        self._counts: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        #: What choosing read: a share of all KV bytes, summed over layers.
+        self._selectors: dict[int, float | Tensor] = {}
+
+    def attend(
+        self,
+        rows: tuple[int, ...],
+        masks: Sequence[Mask],
+        queries: Tensor,
+        layer: SharedPrefixLayer,
+        scaling: float,
+        rule: Rule,
+    ) -> tuple[Tensor, Tensor]:
+        """(output (R, 1, H, DV), log-sum-exp (R, H, 1)), float32, of R rows of the batch, whose queries are (forks, H, 1, D)."""
+        from ..kernels.triton import ForkLists, attend_forks
+
+        heads, (_, _, _, keys), kv_heads = queries.shape[1], masks[0].shape, masks[0].kv_heads
+        group = kv_heads, heads // kv_heads
+        lists = [mask.lists() for mask in masks]
+        indices = torch.cat([_by_group(own.indices, group) for own in lists], -1)
+        probability, widths = None, tuple(own.indices.shape[-1] for own in lists)
+        if any(own.probability is not None for own in lists):
+            certain = queries.new_ones((1, 1, 1, 1), dtype=torch.float32)
+            each = [certain.expand_as(own.indices) if own.probability is None else own.probability for own in lists]
+            probability = torch.cat([_by_group(own, group) for own in each], -1)
+        table, firsts = once(self._tables, (rows, widths, indices.device), lambda: _table(rows, widths, keys, indices.device))
+        found = attend_forks(
+            queries,
+            layer.shared(),
+            layer.tails(),
+            ForkLists(indices, probability, table, max(widths)),
+            scaling,
+            rule.softcap,
+            rule.sinks,
+        )
+        # A flag for each key of each row; the first of a row takes the padding.
+        flags = torch.zeros((kv_heads, len(rows) * (keys + 1)), dtype=torch.bool, device=indices.device)
+        flags.scatter_(1, (indices + firsts).view(kv_heads, -1), True)
+        distinct = flags.view(kv_heads, len(rows), -1)[..., 1:].sum(-1, dtype=torch.int32)
+        chosen = torch.cat([_by_group(own.counts.unsqueeze(-1), group) for own in lists], -1)
+        self._counts.setdefault(rows, []).append((chosen, distinct))
+        return found
+
+    def add_selectors(self, row: int, share: float | Tensor) -> None:
+        self._selectors[row] = self._selectors.get(row, 0.0) + share
+
+    def finish(self, means: Sequence[SparseMeans], keys: int) -> None:
+        """The step is done: give each row of the batch its densities and shares of KV bytes."""
+        for rows, layers in self._counts.items():
+            device = layers[0][0].device
+            chosen, distinct = (torch.stack([own.to(device) for own in parts]) for parts in zip(*layers, strict=True))
+            densities = chosen.sum((0, 1, 2), dtype=torch.float64) / (chosen[0, ..., 0].numel() * keys)
+            kv_fractions = distinct.sum((0, 1), dtype=torch.float64) / (distinct.shape[1] * keys)
+            for place, row in enumerate(rows):
+                means[row].add_later(densities, kv_fractions, place, len(layers), self._selectors.pop(row, 0.0))
+        self._counts.clear()
+        self._tables.clear()
+
+
+def _by_group(entries: Tensor, group: tuple[int, int]) -> Tensor:
+    """(1, h, 1, K) of all heads, each kv head's or each query head's lists as (Hkv, G, K), a view."""
+    own = entries[0, :, 0]
+    return own.unflatten(0, group) if len(own) == group[0] * group[1] else own.unsqueeze(1).expand(*group, -1)
+
+
+def _table(rows: Sequence[int], widths: Sequence[int], keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of ForkLists the table, and for each slot which flag is its row's first key."""
+    firsts = [sum(widths[:place]) for place in range(len(rows))]
+    flags = [place * (keys + 1) + 1 for place in range(len(rows))]
+    table = torch.tensor([rows, firsts, widths, flags]).T.contiguous().to(device, non_blocking=True)
+    return table, torch.repeat_interleave(table[:, 3], table[:, 2], output_size=sum(widths))
