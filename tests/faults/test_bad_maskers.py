@@ -303,7 +303,7 @@ def test_the_program_searches_the_others_to_their_end(tiny_model: str, tmp_path:
     retries = tune.FailureConfig
     monkeypatch.setattr(tune, "FailureConfig", lambda max_failures: retries(max_failures=0))  # a start takes seconds
     command = ["--plugin", "bad_plugin.py", "--phase", "1", "--models", tiny_model, "--tasks", "infinite_bench/passkey"]
-    command += ["--configs", "sleeper_50pct", "killer_50pct", "sink_local_25pct", "--device", "cpu", "--num-samples", "2"]
+    command += ["--configs", "sleeper_50pct", "killer_50pct", "sink_local_25pct", "--device", "cpu", "--num-samples", "1"]
     command += ["--search-max-requests", "1", "--search-max-context-length", "400", "--search-max-new-tokens", "2"]
     code = run_full_benchmark.main([*command, "--search-timeout", "4"])
     sys.stdout.flush(), sys.stderr.flush()
