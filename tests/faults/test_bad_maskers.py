@@ -293,6 +293,7 @@ def get_all_sparse_configs():
 """
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("undisturbed")  # loops are compiled by then, which may take longer than a trial has here
 def test_the_program_searches_the_others_to_their_end(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdout", "stderr"):  # real files, which Ray can pickle
