@@ -37,7 +37,8 @@ def walk(order, lengths, taken, taken_counts, taken_p, sizes, drawn, lists, coun
     lengths (B, Q): allowed keys, which come first in the order. drawn: p of the latter keys is their share of all that are left,
     else 1. Probabilities: None = 1, in the joined list too."""
     batch, heads, rows, width = lists.shape
-    is_free = np.empty(order.shape[3], np.uint8)  # filled anew for each row: 1.3x over stamps, which are larger
+    # Bytes that are cleared for each row: 1.3x faster than wider row numbers, which need no clearing.
+    is_free = np.empty(order.shape[3], np.uint8)
     for b in range(batch):
         for h in range(heads):
             i, k = h * order.shape[1] // heads, h * taken.shape[1] // heads

@@ -184,30 +184,18 @@ class Lockstep:
                     keys, values = layer.view(index)
                     makers = {} if together is None else together.made_of(index)
                     cache = CallCache(draws=draws, layouts=self._layouts, makers=makers)
-                    call = layer_idx, each[index][:, :, block], keys, values, scaling, rule
-                    outputs[index].append(self._attend_sparsely(row, row.memory, *call, length - block.stop, cache))
+                    call = layer_idx, each[index][:, :, block], keys, values, scaling, rule, length - block.stop, cache
+                    outputs[index].append(self._attend_sparsely(row, row.memory, self._inputs(row.memory, *call), rule))
         rows = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in outputs]
         return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)  # some models call `view` on it
 
-    def _attend_sparsely(
-        self,
-        row: Row,
-        memory: Memory,
-        layer_idx: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float,
-        rule: Rule,
-        after: int,
-        cache: CallCache,
-    ) -> Tensor:
-        """Output (1, Q, H, DV) of a block of a row's queries, which `after` queries follow. Its scores are freed at its end."""
-        inputs = self._inputs(memory, layer_idx, queries, keys, values, scaling, rule, after, cache)
+    def _attend_sparsely(self, row: Row, memory: Memory, inputs: AttentionInputs, rule: Rule) -> Tensor:
+        """Output (1, Q, H, DV) of a block of a row's queries. Nobody else holds the inputs: their scores are freed at its end."""
         result = memory.attention.attend_inputs(inputs, memory.state)
-        row.add(result, queries.shape[2])
-        seen = keys.shape[2] - after
-        self._record(row, result, layer_idx, queries, keys[:, :, :seen], values[:, :, :seen], scaling, rule)
+        row.add(result, inputs.shape[2])
+        seen = inputs.shape[3] - inputs.rows_after
+        about = inputs.queries, inputs.keys[:, :, :seen], inputs.values[:, :, :seen], inputs.scaling, rule
+        self._record(row, result, inputs.layer_idx, *about)
         return result.output
 
     def _groupable(self, layer_idx: int, queries: Tensor, rule: Rule) -> tuple[int, ...]:
@@ -259,7 +247,7 @@ class Lockstep:
         after: int,
         cache: CallCache,
     ) -> AttentionInputs:
-        """A sparse row's call, its maskers fitted."""
+        """The call of a sparse row's queries, which `after` others follow; its maskers are fitted."""
         self._prepare(memory, layer_idx, keys[:, :, : self.prefilled.context_length])
         place = None, scaling, layer_idx, [self.seed], cache
         return AttentionInputs(queries, keys, values, *place, **rule.scores, latent=rule.latent, rows_after=after)

@@ -112,7 +112,7 @@ def test_lockstep(dtype: torch.dtype) -> None:
 
 
 def test_rows_that_leave_the_batch() -> None:
-    """Rows attend together also when others have ended; a row that is left alone attends by itself."""
+    """When some answers have ended, the other rows still attend in one launch. The last row attends by itself."""
 
     def run(gpu: PretendedGPU | None, stop: frozenset[int]) -> list[tuple[Any, ...]]:
         lm = small_model(gpu)
