@@ -22,12 +22,18 @@ from tests.toy import ToyTask, toy_configs
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first in each half, since that is what two workers begin with: they end at about the same time."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest tests first in the part that each worker begins with: so they end at about the same time."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
     longest = [item for item in items if item.get_closest_marker("long")]
     others = [item for item in items if not item.get_closest_marker("long")]
-    half = (len(items) + 1) // 2 - len(longest[::2])
-    items[:] = [*longest[::2], *others[:half], *longest[1::2], *others[half:]]
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        own = longest[worker::workers]
+        count = max(0, (len(items) - len(ordered)) // (workers - worker) - len(own))
+        ordered += [*own, *others[:count]]
+        del others[:count]
+    items[:] = ordered
 
 
 @pytest.fixture(scope="session")

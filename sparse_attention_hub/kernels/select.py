@@ -58,14 +58,20 @@ def choose(
         return _choose_anywhere(scores, mask, heads, width, each, allowed)
     from ..loops import select
 
-    taken, lists = mask.lists()[:2], empty_lists(batch, heads, rows, width)
-    bottom = scores.numpy().dtype.type(lowest(scores.dtype))
-    left = np.empty((batch, heads, rows, keys), bottom.dtype)
-    call = as_arrays(scores, None if allowed is None else allowed[:, 0], taken)
-    select.blank(*call, bottom, left)
-    (wanted,) = as_arrays(sizes)
-    select.collect(*call, _scores_of_last(left, wanted, bottom), wanted, bottom, *as_arrays(lists[:2]))
+    lists = empty_lists(batch, heads, rows, width)
+    where = None if allowed is None else allowed[:, 0]
+    select.choose(*_as_bits(*as_arrays(scores)), *as_arrays(where, mask.lists()[:2], sizes, lists[:2]))
     return lists
+
+
+def _as_bits(scores: np.ndarray) -> tuple[np.ndarray, np.generic, np.generic]:
+    """(scores as integers of their size, which bits of negative ones to flip so that they rise with the scores, what stands for
+    the lowest score)."""
+    if scores.dtype.kind == "i":
+        return scores, scores.dtype.type(0), scores.dtype.type(np.iinfo(scores.dtype).min)
+    bits = scores.view(f"i{scores.itemsize}")
+    flip = bits.dtype.type(np.iinfo(bits.dtype).max)
+    return bits, flip, scores.dtype.type(-np.inf).view(bits.dtype) ^ flip
 
 
 def extend(order: Order, mask: Mask, sizes: Tensor, drawn: bool = False) -> KeyLists:
@@ -94,19 +100,6 @@ def walk_anywhere(order: Order, mask: Mask, sizes: Tensor) -> KeyLists:
         left = torch.gt(left, expand_heads(mask.chosen(), heads).gather(-1, indices.long()))
     found = left & (left.cumsum(-1) <= sizes.unsqueeze(-1))
     return KeyLists(torch.where(found, indices, -1), found.sum(-1, dtype=torch.int32))
-
-
-def _scores_of_last(scores: np.ndarray, sizes: np.ndarray, lowest: np.generic) -> np.ndarray:
-    """The score of the last of the sizes (B, h, Q) highest of each row (B, h, Q, N), which are reordered."""
-    keys, size = scores.shape[-1], int(sizes.max(initial=0))
-    if size and (sizes == size).all():
-        scores.partition(keys - size, axis=-1)
-        return np.ascontiguousarray(scores[..., keys - size])
-    thresholds = np.full(sizes.shape, lowest)
-    for size in np.unique(sizes[sizes > 0]):
-        own = sizes == size
-        thresholds[own] = np.partition(scores[own], keys - size, axis=-1)[:, keys - size]
-    return thresholds
 
 
 def _choose_anywhere(

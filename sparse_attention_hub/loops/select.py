@@ -67,54 +67,73 @@ def walk(order, lengths, taken, taken_counts, taken_p, sizes, drawn, lists, coun
 
 
 @compiled
-def blank(scores, allowed, taken, taken_counts, lowest, out):
-    """Scores (B, h', Q, N) with the lowest number in place of keys that are taken or not allowed, bool (B, Q, N) or None: out
-    (B, h, Q, N)."""
-    batch, heads, rows, keys = out.shape
-    for b in range(batch):
-        for h in range(heads):
-            i, k = h * scores.shape[1] // heads, h * taken.shape[1] // heads
-            for q in range(rows):
-                own, row = scores[b, i, q], out[b, h, q]
-                for j in range(keys):
-                    row[j] = own[j] if allowed is None or allowed[b, q, j] else lowest
-                for t in range(taken_counts[b, k, q]):
-                    row[taken[b, k, q, t]] = lowest
+def choose(bits, flip, lowest, allowed, taken, taken_counts, sizes, lists, counts):
+    """The sizes (B, h, Q) highest keys of each row: lists (B, h, Q, K) in rising order. allowed: bool (B, Q, N), None = all.
 
-
-@compiled
-def collect(scores, allowed, taken, taken_counts, thresholds, sizes, lowest, lists, counts):
-    """The sizes (B, h, Q) highest keys of `blank`'s scores, given the score of the last of them: lists (B, h, Q, K) in rising
-    order."""
+    bits (B, h', Q, N): scores as integers; flip: which bits to change in those below 0, so that they rise as the scores do.
+    """
     batch, heads, rows, width = lists.shape
-    keys = scores.shape[3]
-    stamps = np.zeros(keys, np.int32)
-    reached = np.empty(keys, np.int32)
-    turn = 0
+    keys = bits.shape[3]
+    left, pivot = np.empty(keys, bits.dtype), np.empty(1, bits.dtype)
+    reached = np.empty(keys + 1, np.int32)
     for b in range(batch):
         for h in range(heads):
-            i, k = h * scores.shape[1] // heads, h * taken.shape[1] // heads
+            i, k = h * bits.shape[1] // heads, h * taken.shape[1] // heads
             for q in range(rows):
-                row, out, size, threshold = scores[b, i, q], lists[b, h, q], sizes[b, h, q], thresholds[b, h, q]
-                turn += 1
-                for t in range(taken_counts[b, k, q]):
-                    stamps[taken[b, k, q, t]] = turn
-                found = total = 0
+                own, out, size = bits[b, i, q], lists[b, h, q], sizes[b, h, q]
                 for j in range(keys):
-                    good = row[j] >= threshold and row[j] > lowest and stamps[j] != turn
-                    if good and (allowed is None or allowed[b, q, j]):
-                        reached[found] = j
-                        found += 1
-                excess = found - size  # keys that tie for the last places: the oldest are left out
+                    left[j] = own[j] if own[j] >= 0 else own[j] ^ flip
+                if allowed is not None:
+                    for j in range(keys):
+                        left[j] = left[j] if allowed[b, q, j] else lowest
+                for t in range(taken_counts[b, k, q]):
+                    left[np.uint32(taken[b, k, q, t])] = lowest
+                excess = _find_pivot(left, size, lowest, pivot)
+                found = 0
+                for j in range(keys):
+                    reached[np.uint32(found)] = j  # branch-free: overwritten unless the key counts
+                    found += left[j] >= pivot[0]
+                total = 0
                 for t in range(found):
-                    if excess > 0 and row[reached[t]] == threshold:
-                        excess -= 1
+                    if excess > 0 and left[reached[t]] == pivot[0]:
+                        excess -= 1  # keys that tie for the last places: the oldest are left out
                     elif total < size:
                         out[total] = reached[t]
                         total += 1
                 for t in range(total, width):
                     out[t] = -1
                 counts[b, h, q] = total
+
+
+@compiled
+def _find_pivot(left, size, lowest, pivot):
+    """Halves the range of a row's numbers until `size` of them, or all that are above the lowest, reach the pivot. Returns how many
+    do beyond that: they equal it. A count takes a twentieth of a pass that branches."""
+    high = np.int64(lowest)
+    for j in range(left.size):
+        high = max(high, left[j])
+    low = pivot[0] = lowest + 1
+    found = _count_from(left, pivot[0])
+    if found <= size:
+        return 0
+    high += 1
+    while found > size and high > low + 1:
+        pivot[0] = middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        reach = _count_from(left, pivot[0])
+        if reach < size:
+            high = middle
+        else:
+            low, found = middle, reach
+    pivot[0] = low
+    return found - size
+
+
+@compiled
+def _count_from(left, least):
+    found = np.int32(0)
+    for j in range(left.size):
+        found = np.int32(found + np.int32(left[j] >= least))
+    return found
 
 
 @compiled

@@ -13,22 +13,20 @@ from ..kernels.select import Order, choose, choose_mass, count_mass, count_up, e
 from ..lists import KeyLists, expand_heads, may_be_wide, uses_loops
 from ..mask import Mask
 from .call_cache import CallCache, once
-from .layout import NEVER, Layout
+from .layout import NEVER, Layout, check_call
 from .state import MaskerState
 from .uniforms import keyed_uniforms
 
-#: Scores that a block of rows holds at once.
-BLOCK_SCORES = {"cpu": 2**20, "gpu": 2**25}
+BLOCK_SCORES = {"cpu": 2**20, "gpu": 2**25}  # that a block of rows holds at once
 
 
 class AttentionInputs:
     """One attention call as maskers see it.
 
-    queries (B, H, Q, D), keys and values (B, Hkv, N, D), H a multiple of Hkv. attention_mask: see Layout.
+    queries (B, H, Q, D), keys and values (B, Hkv, N, D), H a multiple of Hkv. attention_mask, rows_after: see Layout.
     scaling: default D ** -0.5. seeds: of `uniform()`, one per item, default 0. cache: shared with other calls. softcap: scores are
     softcap * tanh(score / softcap). sinks (H,): a logit per head that joins the softmax's denominator; it is never a key.
     latent: numbers of the one latent vector per token that all heads' keys and values are made of (MLA), 0 without one.
-    rows_after: see Layout.
     """
 
     def __init__(
@@ -47,11 +45,10 @@ class AttentionInputs:
         latent: int = 0,
         rows_after: int = 0,
     ) -> None:
-        _check(queries, keys, values, attention_mask)
+        check_call(queries, keys, values, attention_mask)
         self.softcap, self.sinks, self.latent = softcap, sinks, latent
         self.queries, self.keys, self.values = queries, keys, values
-        #: (B, H, Q, N)
-        self.shape: tuple[int, int, int, int] = (*queries.shape[:3], keys.shape[2])
+        self.shape: tuple[int, int, int, int] = (*queries.shape[:3], keys.shape[2])  # (B, H, Q, N)
         self.scaling = queries.shape[-1] ** -0.5 if scaling is None else float(scaling)
         self.layer_idx, self.rows_after = layer_idx, rows_after
         self.seeds = seeds if seeds is not None else [0] * queries.shape[0]
@@ -118,13 +115,7 @@ class AttentionInputs:
 
     def share_of(self, counts: Tensor, size: int | float) -> Tensor:
         """A size as a fraction of counts int64 (B, h, Q) instead of N; floored, 0 included."""
-        if isinstance(size, int):
-            return torch.full_like(counts, size)
-        if self.factors is None:
-            return (counts * size).long()
-        factors = self.factors.to(counts.device).view(1, -1, 1)
-        heads = max(counts.shape[1], factors.shape[1])
-        return (expand_heads(counts, heads) * (expand_heads(factors, heads) * size).clamp(max=1.0)).long()
+        return self.layout.share_of(counts, size, self.factors)
 
     def mask(self, chosen: Tensor | KeyLists, apart_from: Mask | None = None) -> Mask:
         """A mask of lists or of flags (bool, or float inclusion probabilities, (B, h, Q, N)); h = 1, kv heads or H. apart_from: of
@@ -203,11 +194,6 @@ class AttentionInputs:
 
         return once(self.cache.call, "dense_output", self.cache.makers.get("dense_output", make))
 
-    def sorted_scores(self) -> tuple[Tensor, Tensor]:
-        """(values, key indices) of the scores in falling order, each (B, H, Q, N); of equal ones the most recent first."""
-        indices = self.order().indices.long()
-        return self.scores().gather(-1, indices), indices
-
     def order(self) -> Order:
         """The keys by falling score."""
         return once(self.cache.call, "order", lambda: order_of(self.scores(), self.layout.row_lengths))
@@ -241,18 +227,12 @@ class AttentionInputs:
     @property
     def usable_values(self) -> Tensor:
         """The values, 0 where no row may look: there may be NaN, which a weight of 0 would not remove."""
-        return self._usable("usable_values", self.values)
+        return once(self.cache.call, "usable_values", lambda: self.layout.usable(self.values))
 
     @property
     def usable_keys(self) -> Tensor:
         """The keys, 0 where no row may look."""
-        return self._usable("usable_keys", self.keys)
-
-    def _usable(self, name: str, tensor: Tensor) -> Tensor:
-        unusable = self.layout.unusable
-        if unusable is None:
-            return tensor
-        return once(self.cache.call, name, lambda: tensor.masked_fill(unusable[:, None, :, None], 0.0))
+        return once(self.cache.call, "usable_keys", lambda: self.layout.usable(self.keys))
 
     def uniform(self) -> Tensor:
         """Uniforms in [0, 1), float32 (B, Hkv, Q, N): see uniforms.py. The heads of a group sample alike."""
@@ -267,27 +247,3 @@ class AttentionInputs:
             return place if self.layout.all_allowed else place.masked_fill_(~self.allowed, lowest(torch.int64))
 
         return once(self.cache.draws, "ranks", make)
-
-
-def _check(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
-    """ValueError for tensors that do not fit, or a mask that would be misread."""
-    shapes = f"{tuple(queries.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}"
-    if queries.dim() != 4 or keys.dim() != 4 or values.dim() != 4:
-        raise ValueError(f"queries must be (B, H, Q, D), keys and values (B, Hkv, N, D), got {shapes}")
-    if queries.shape[1] % keys.shape[1] or queries.shape[0] != keys.shape[0] or keys.shape[:3] != values.shape[:3]:
-        raise ValueError(f"query heads must be a multiple of kv heads and batches equal, got queries, keys, values {shapes}")
-    if queries.shape[-1] != keys.shape[-1]:
-        raise ValueError(f"queries and keys must have one width, got {queries.shape[-1]} and {keys.shape[-1]}")
-    batch, rows, total = queries.shape[0], queries.shape[2], keys.shape[2]
-    if mask is None:
-        if rows > total:
-            raise ValueError(f"{rows} queries cannot be the last of {total} keys; pass attention_mask")
-        return
-    shape = tuple(mask.shape)
-    fits = mask.dim() == 4 and shape[0] in (1, batch) and shape[1] == 1 and shape[2] in (1, rows) and shape[3] >= total
-    # A mask of integers says 0 and 1, as tokenizers do: it would be added.
-    if not fits or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
-        raise ValueError(
-            f"attention_mask must be bool (True = may be attended) or floating (added to scores), of shape "
-            f"({batch}, 1, {rows}, {total}), got {mask.dtype} {shape}"
-        )

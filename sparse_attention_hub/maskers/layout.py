@@ -99,6 +99,10 @@ class Layout:
         unusable = self.key_positions < 0
         return unusable if self.mask is not None and bool(unusable.any()) else None
 
+    def usable(self, tensor: Tensor) -> Tensor:
+        """Keys or values (B, h, N, D), 0 where no row may look."""
+        return tensor if self.unusable is None else tensor.masked_fill(self.unusable[:, None, :, None], 0.0)
+
     @cached_property
     def bias(self) -> Tensor | None:
         """What the attention mask adds to the scores of allowed keys: float32 (B, 1, Q, N), 0 elsewhere; None for nothing."""
@@ -150,6 +154,16 @@ class Layout:
         """
         return resolve_size(size, self.n_allowed, factors)
 
+    def share_of(self, counts: Tensor, size: int | float, factors: Tensor | None = None) -> Tensor:
+        """The same as a fraction of counts int64 (B, h, Q), where they are, instead of N; floored, 0 included: int64 (B, h, Q)."""
+        if isinstance(size, int):
+            return torch.full_like(counts, size)
+        if factors is None:
+            return (counts * size).long()
+        factors = factors.to(counts.device).view(1, -1, 1)
+        heads = max(counts.shape[1], factors.shape[1])
+        return (expand_heads(counts, heads) * (expand_heads(factors, heads) * size).clamp(max=1.0)).long()
+
     @cached_property
     def last_allowed(self) -> Tensor:
         """The last allowed key of each row: int64 (B, 1, Q)."""
@@ -191,3 +205,27 @@ def end_of_allowed(allowed: Tensor) -> int:
     """One past the last allowed key of the item where it comes first. allowed: bool (B, N)."""
     ends = allowed.shape[-1] - allowed.flip(-1).to(torch.uint8).argmax(-1)
     return int(ends.masked_fill(~allowed.any(-1), allowed.shape[-1]).min())
+
+
+def check_call(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+    """ValueError for tensors that do not fit, or a mask that would be misread."""
+    shapes = f"{tuple(queries.shape)}, {tuple(keys.shape)} and {tuple(values.shape)}"
+    if queries.dim() != 4 or keys.dim() != 4 or values.dim() != 4:
+        raise ValueError(f"queries must be (B, H, Q, D), keys and values (B, Hkv, N, D), got {shapes}")
+    if queries.shape[1] % keys.shape[1] or queries.shape[0] != keys.shape[0] or keys.shape[:3] != values.shape[:3]:
+        raise ValueError(f"query heads must be a multiple of kv heads and batches equal, got queries, keys, values {shapes}")
+    if queries.shape[-1] != keys.shape[-1]:
+        raise ValueError(f"queries and keys must have one width, got {queries.shape[-1]} and {keys.shape[-1]}")
+    batch, rows, total = queries.shape[0], queries.shape[2], keys.shape[2]
+    if mask is None:
+        if rows > total:
+            raise ValueError(f"{rows} queries cannot be the last of {total} keys; pass attention_mask")
+        return
+    shape = tuple(mask.shape)
+    fits = mask.dim() == 4 and shape[0] in (1, batch) and shape[1] == 1 and shape[2] in (1, rows) and shape[3] >= total
+    # A mask of integers says 0 and 1, as tokenizers do: it would be added.
+    if not fits or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        raise ValueError(
+            f"attention_mask must be bool (True = may be attended) or floating (added to scores), of shape "
+            f"({batch}, 1, {rows}, {total}), got {mask.dtype} {shape}"
+        )

@@ -75,7 +75,9 @@ def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, model: str, *more: s
 
 
 @pytest.mark.timeout(240)
-def test_a_second_program_and_signals(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_program_and_signals(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A second program in the folder ends in one line. Ctrl-C reaches the whole group: the workers finish their samples, the files
     are written, exit code 130. Two signals: now. Without a home folder, and files that others may not read stay so."""
     many = ("--configs", "dense", "--max-requests", "60")
@@ -93,8 +95,10 @@ def test_a_second_program_and_signals(tiny_model: str, tmp_path: Path, monkeypat
 
     process = start_and_wait()
     os.killpg(process.pid, signal.SIGSTOP)
-    code, errors = end(start(tmp_path, tiny_model, *many))
-    assert code == 2 and errors.count("\n") == 1 and "another run writes to benchmark_results" in errors
+    capsys.readouterr()
+    assert run_here(monkeypatch, tmp_path, tiny_model, *many) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "another run writes to benchmark_results" in errors
     os.killpg(process.pid, signal.SIGINT)
     os.killpg(process.pid, signal.SIGCONT)
     assert end(process)[0] == 130
