@@ -17,13 +17,14 @@ from benchmark.storage.results import fingerprint
 from benchmark.storage.search_records import Evaluation
 from benchmark.tasks import get_task
 from benchmark.workers.limits import time_limit, watch_masks
-from benchmark.workers.memory import free_memory, trim_heap
+from benchmark.workers.memory import free_memory
 from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
 from sparse_attention_hub.errors import NonFiniteError, UserError
 from sparse_attention_hub.head_budgets import FittedBudgets, fit_spending, replay_curves
 from sparse_attention_hub.kernels import choose_backend
 from sparse_attention_hub.maskers.shared_states import SharedStates
 from sparse_attention_hub.models import Forced, LanguageModel, Prefilled, answer_many, forced_many, prefill
+from sparse_attention_hub.models.heap import trim_heap
 from sparse_attention_hub.models.model_files import complete
 from sparse_attention_hub.models.observer import observed_by
 from sparse_attention_hub.models.probe import layer_calls

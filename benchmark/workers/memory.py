@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import sys
 from pathlib import Path
@@ -66,14 +65,10 @@ def _left_in(folder: Path, limit: str, used: str, cached: str) -> int | None:
 
 def free_unused() -> None:
     """Free garbage, cached GPU blocks and unused heap memory."""
+    from sparse_attention_hub.models.heap import trim_heap
+
     gc.collect()
     trim_heap()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def trim_heap() -> None:
-    """Return freed memory that the C library keeps: after a long context, as much as its whole KV cache."""
-    with contextlib.suppress(OSError, AttributeError):  # malloc_trim is a function of glibc
-        ctypes.CDLL(None).malloc_trim(0)

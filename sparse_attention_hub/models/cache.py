@@ -10,8 +10,6 @@ instead of keys (Mamba, linear attention, short convolutions) copy it for each f
 
 from __future__ import annotations
 
-import math
-import mmap
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, LinearAttentionLayer, get_layer_types_and_kwargs
 
 from .config_checks import EMPTY_KINDS, HYBRID_KINDS, RECURRENT_KINDS, layer_kinds
+from .heap import own_pages
 
 
 class SharedPrefixLayer(DynamicLayer):
@@ -69,7 +68,7 @@ class SharedPrefixLayer(DynamicLayer):
 
     def _allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._buffers = [_own_pages(t, (1, t.shape[1], self.capacity, t.shape[3])) for t in (key_states, value_states)]
+        self._buffers = [own_pages(t, (1, t.shape[1], self.capacity, t.shape[3])) for t in (key_states, value_states)]
         self.is_initialized = True
         if self.forks:  # forked before its first keys: an empty prefix
             self.fork(self.forks, self._tail_capacity)
@@ -134,16 +133,6 @@ class SharedPrefixLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise ValueError("a shared-prefix cache has no beams: search with transformers' own DynamicCache")
-
-
-def _own_pages(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty tensor of the type of another. On a CPU its pages are not the heap's: buffers of a few MB that stay, between
-    activations that do not, would keep a fifth of a cache in holes of the heap."""
-    if like.device.type != "cpu":
-        return like.new_empty(shape)
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    pages = mmap.mmap(-1, math.prod(shape) * like.itemsize, **private)
-    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 class RecurrentLayer(LinearAttentionLayer):

@@ -22,6 +22,7 @@ from ..errors import NonFiniteError, UserError
 from ..maskers.context_summary import ContextSummary
 from ..maskers.shared_states import SharedStates
 from .cache import SharedPrefixCache
+from .heap import trim_heap
 from .load import LanguageModel
 from .lockstep import Lockstep, Memory, Recorder, Row
 from .observer import Observer, observed_by
@@ -122,6 +123,7 @@ def prefill(lm: LanguageModel, context_ids: list[int], room: int, observe: Colle
     if observer.parts or lm.dense_backend == "sdpa" or not _fused(lm):
         for part in torch.split(ids, length if not continues(lm) else prefill_chunk(lm), dim=1):
             batch.fill(part)
+            trim_heap()
     else:
         with switched(lm.attention_configs, lm.dense_backend), batch.factors(), torch.no_grad():
             lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
