@@ -134,7 +134,9 @@ class Layout:
         if self.bias is not None:
             scores += self.bias
         if not self.all_allowed:
-            scores.masked_fill_(~self.allowed, NEVER)  # not added: what stands on padding may be anything, NaN too
+            first = 0 if self.mask is not None else self._own.start + 1  # the first key that not every row may attend to
+            closed = ~self.allowed[..., first:]
+            scores[..., first:].masked_fill_(closed, NEVER)  # not added: what stands on padding may be anything, NaN too
         return scores
 
     def share_of_allowed(self, counts: Tensor) -> float | Tensor:
