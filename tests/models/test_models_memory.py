@@ -215,9 +215,7 @@ def lists_only(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask, *_: An
 @pytest.mark.parametrize("group", GROUPS)
 def test_estimates_fit_what_is_measured(group: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, ways = long_model(), GROUPS[group]()
-    monkeypatch.setattr(
-        "sparse_attention_hub.models.cache.own_pages", Tensor.new_empty
-    )  # peaks are those of torch's allocator
+    monkeypatch.setattr("sparse_attention_hub.models.cache.own_pages", Tensor.new_empty)  # peaks are those of torch's allocator
     if on_gpu:
         pytest.importorskip("triton")
         monkeypatch.setattr(lists, "HAS_NUMBA", False)
