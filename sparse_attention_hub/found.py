@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError, quoted
+
+#: The file that records when a run was made: its name has the local time, which is no order across time zones.
+MARK = ".run.json"
 
 
 def best_config(
@@ -24,9 +28,10 @@ def best_config(
         raise UserError(f"{run}: no such folder; give a run of a search, such as optimal_configs/run_20260131_120000")
     found: list[tuple[bool, float, Path]] = []
     searched: set[str] = set()
-    paths = [path for path in sorted(Path(run).rglob("*.json")) if not path.name.endswith(("_trials.json", ".run.json"))]
-    own = [path for path in paths if path.relative_to(run).parts[0] != "sample"]
-    for path in {path.name: path for path in own or paths}.values():  # run folders are named after their time
+    paths = [path for path in sorted(Path(run).rglob("*.json")) if not path.name.endswith(("_trials.json", MARK))]
+    own = [path for path in paths if path.relative_to(run).parts[0] != "sample"] or paths
+    created = {folder: run_created(folder) for folder in {path.parent for path in own}}
+    for path in {path.name: path for path in sorted(own, key=lambda path: created[path.parent])}.values():
         record = read_json(path)
         if not isinstance(record.get("sparse_config"), dict):
             continue
@@ -45,6 +50,19 @@ def best_config(
             f"{'' if masker is None else f' with {masker}'}{'' if oracles else ' (oracles apart: oracles=True)'}; searched: {there}"
         )
     return min(found)[2]
+
+
+def run_created(run: Path) -> float:
+    """When a run was made, in seconds since 1970; the time in its name, as UTC, if that is not recorded; 0 for other folders."""
+    try:
+        named = datetime.strptime(run.name, "run_%Y%m%d_%H%M%S").replace(tzinfo=UTC).timestamp()
+    except ValueError:
+        return 0.0
+    try:
+        created = read_json(run / MARK).get("created")
+    except UserError:
+        return named
+    return float(created) if isinstance(created, int | float) and 0 < created <= 1e15 else named
 
 
 def _oracle(record: dict[str, Any]) -> bool:

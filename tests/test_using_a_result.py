@@ -91,6 +91,17 @@ def test_of_several_runs_the_newest_counts_and_the_sample_is_not_mixed_in(tmp_pa
     assert best_config(tmp_path / "sample", model="m", task="t", budget=0.1) == sample
 
 
+def test_the_newest_run_is_not_that_of_the_latest_local_time(tmp_path: Path) -> None:
+    """A search in Honolulu made after one in Tokyo has the earlier name."""
+    record = {"model": "m", "task": "t", "masker_name": "a_10pct", "budget": 0.1, "meets_budget": True, "error": 0.1}
+    for run, created in (("run_20240315_143022", 1000.0), ("run_20240314_200000", 2000.0)):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "a.json").write_text(json.dumps(record | {"sparse_config": {"masker_configs": []}}))
+        (tmp_path / run / ".run.json").write_text(json.dumps({"created": created}))
+    found = best_config(tmp_path, model="m", task="t", budget=0.1)
+    assert found == tmp_path / "run_20240314_200000" / "a.json"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

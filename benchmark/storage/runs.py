@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import Field
 
-from benchmark.storage.records import Record, parse_record, write_record
+from benchmark.storage.records import Record, write_record
 from sparse_attention_hub.errors import UserError, quoted
-
-#: The file that records when a run was made: its name has the local time, which is no order across time zones.
-MARK = ".run.json"
+from sparse_attention_hub.found import MARK, run_created
 
 
 class RunMark(Record):
@@ -28,7 +25,7 @@ def mark_run(run: Path) -> None:
 
 def list_runs(folder: Path) -> list[Path]:
     """The folders run_YYYYMMDD_HHMMSS in a folder, newest first."""
-    found = [(_created(path), path) for path in folder.glob("run_*") if path.is_dir()]
+    found = [(run_created(path), path) for path in folder.glob("run_*") if path.is_dir()]
     return [path for created, path in sorted(found, reverse=True) if created]
 
 
@@ -41,15 +38,3 @@ def find_run(folder: Path, name: str, flag: str) -> Path:
     known = ", ".join(run.name for run in runs[:5])
     listed = f"there are {known}" if known else "there is none yet, run --phase 1"
     raise UserError(f"{flag} {quoted(name)}: no such run in {folder}; {listed}")
-
-
-def _created(run: Path) -> float:
-    """When a run was made, in seconds since 1970; the time in its name, as UTC, if that is not recorded; 0 for other folders."""
-    try:
-        named = datetime.strptime(run.name, "run_%Y%m%d_%H%M%S").replace(tzinfo=UTC).timestamp()
-    except ValueError:
-        return 0.0
-    try:
-        return parse_record((run / MARK).read_bytes(), RunMark).created
-    except (OSError, ValueError):
-        return named

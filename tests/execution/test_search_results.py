@@ -16,8 +16,9 @@ from benchmark.raytune.configurations import choose_configs
 from benchmark.raytune.run_full_benchmark import get_all_sparse_configs
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.results import result_key
-from benchmark.storage.runs import MARK, list_runs, mark_run
+from benchmark.storage.runs import list_runs, mark_run
 from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.found import MARK
 from tests.search.search_files import best_config
 
 MODEL, TASK, NAME = "some/model", "infinite_bench/passkey", "sink_local_random_sampling_10pct"

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from benchmark.search.trial import Level, Progress
 from benchmark.settings import Settings
 from benchmark.storage.rerun import ForcedRun
 from benchmark.storage.results import Journal, result_key, write_json
+from benchmark.storage.runs import list_runs
 from benchmark.storage.search_records import Evaluation
 from sparse_attention_hub import LocalMaskerConfig, OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
 from sparse_attention_hub.errors import UserError
@@ -87,6 +89,27 @@ def test_two_searches_in_one_ray_folder_are_refused(settings: Settings, monkeypa
         with pytest.raises(UserError, match="another run writes to .* another --ray-results-dir"):
             search([STUDY], settings)
         assert not settings.optimal_configs_dir.exists()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets the time zone of this process."""
+
+    def set_zone(name: str) -> None:
+        monkeypatch.setenv("TZ", name)
+        time.tzset()
+
+    yield set_zone
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_runs_made_under_different_time_zones_are_in_order(clock: Callable[[str], None], tmp_path: Path) -> None:
+    made = []
+    for zone in ("<+09>-9", "<-10>10"):  # Tokyo, then Honolulu
+        clock(zone)
+        made.append(config_search._make_run_folder(tmp_path, config_search.new_run_name(tmp_path)))
+    assert made[0].name > made[1].name and list_runs(tmp_path) == made[::-1]
 
 
 def test_a_finished_study_is_copied_with_its_failed_trials(settings: Settings) -> None:
