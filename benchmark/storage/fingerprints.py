@@ -53,7 +53,7 @@ def dependency_digests(config: ResearchAttentionConfig | None) -> list[list[str]
                 found.append([f"{number} {field.name}", _digest(path, path.stat().st_mtime_ns)])
         own = {file for kind in (type(masker), method) if not _is_ours(kind) and (file := _source(kind))}
         for source in sorted(own):
-            found.append([f"{number} {source.name}", _code_digest(source.read_text(encoding="utf-8"))])
+            found.append([f"{number} {source.name}", _code_digest(source.read_bytes())])
     return found
 
 
@@ -91,9 +91,9 @@ def _source(kind: type) -> Path | None:
     return Path(found) if found is not None and Path(found).is_file() else None
 
 
-def _code_digest(text: str) -> str:
+def _code_digest(source: bytes) -> str:
     """Of a module's code: comments, docstrings and layout do not count."""
-    tree = ast.parse(text)
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]

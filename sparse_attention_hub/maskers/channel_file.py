@@ -22,7 +22,7 @@ def read_channels(path: str) -> Channels:
 @lru_cache(maxsize=8)
 def _read(path: str, modified: int) -> Channels:
     try:
-        record = json.loads(Path(path).read_text())
+        record = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from None
     if not isinstance(record, dict) or not record:

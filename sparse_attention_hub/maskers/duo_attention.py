@@ -77,7 +77,8 @@ def read_pattern(path: str) -> Tensor:
 @lru_cache(maxsize=8)
 def _read(path: str, modified: int) -> Tensor:
     try:
-        rows = [[float(value) for value in line.split("\t")] for line in Path(path).read_text().splitlines() if line.strip()]
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        rows = [[float(value) for value in line.split("\t")] for line in lines if line.strip()]
     except ValueError as error:
         raise ValueError(f"{path} must hold numbers separated by tabs, a line per layer: {error}") from None
     if len({len(row) for row in rows}) != 1:

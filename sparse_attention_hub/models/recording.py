@@ -111,7 +111,7 @@ def read_texts(path: str) -> list[str]:
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--text must be an existing text file, got {path!r}")
-    texts = [part.strip() for part in file.read_text(encoding="utf-8", errors="replace").split("\n---\n")]
+    texts = [part.strip() for part in file.read_text(encoding="utf-8-sig", errors="replace").split("\n---\n")]
     if not any(texts):
         raise UserError(f"{path} holds no text")
     return [text for text in texts if text]

@@ -141,7 +141,9 @@ def test_no_cell_is_a_formula_and_every_text_comes_back(tmp_path: Path) -> None:
     write_text(path, table_text(CELLS, [CELLS, CELLS[::-1]]))
     rows = read_table(path)
     assert [list(row) for row in rows] == [CELLS] * 2 and [list(row.values()) for row in rows] == [CELLS, CELLS[::-1]]
-    with path.open(newline="", encoding="utf-8") as stream:
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as a spreadsheet saves it
+    assert read_table(path) == rows
+    with path.open(newline="", encoding="utf-8-sig") as stream:
         shown = [text for row in csv.reader(stream) for text in row]
     assert not [text for text in shown if text.startswith(("=", "+", "-", "@", "\t", "\r"))]
     assert [cell(value) for value in (-0.5, -3, None, ["=1"], "twas")] == ["-0.5", "-3", "", '["=1"]', "twas"]

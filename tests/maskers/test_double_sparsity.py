@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention_hub import DoubleSparsityTopKMaskerConfig, ResearchAttention, ResearchAttentionConfig
+from sparse_attention_hub.maskers.channel_file import read_channels
 from sparse_attention_hub.maskers.codes import pseudo_quantise
 from sparse_attention_hub.testing import MaskerContract
 
@@ -48,6 +49,12 @@ def tensors(n: int, heads: int = 4, kv_heads: int = 2, dim: int = 32) -> tuple[T
 
 def attention(*args: Any, **kwargs: Any) -> ResearchAttention:
     return ResearchAttention(ResearchAttentionConfig([DoubleSparsityTopKMaskerConfig(*args, **kwargs)]))
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    path, record = write_channels(tmp_path, 4, 32)
+    Path(path).write_text(json.dumps(record), "utf-8-sig")
+    assert read_channels(path) == record
 
 
 @pytest.mark.parametrize("layer", [0, 1])

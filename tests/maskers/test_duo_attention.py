@@ -82,6 +82,12 @@ def test_values_per_query_head_and_layers_without_any(tmp_path: Path) -> None:
     assert retrieval_heads(path, 1.0, 2).tolist() == [[True, True], [False, False], [True, True]]
 
 
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "heads.tsv"
+    path.write_text("0.5\t1\n", "utf-8-sig")
+    assert read_pattern(str(path)).tolist() == [[0.5, 1.0]]
+
+
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     path = write(tmp_path, np.zeros((2, 2)))
     assert float(read_pattern(path).sum()) == 0

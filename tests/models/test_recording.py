@@ -70,6 +70,8 @@ def test_texts_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("one\n---\ntwo\n---\n")
     assert read_texts(str(path)) == ["one", "two"]
+    path.write_text("eins\n---\nzwölf\n", "utf-8-sig")
+    assert read_texts(str(path)) == ["eins", "zwölf"]
     path.write_text(" \n")
     with pytest.raises(UserError, match="holds no text"):
         read_texts(str(path))

@@ -354,6 +354,17 @@ def test_own_essays_make_tasks_of_another_name(tmp_path):
         make("ruler/1500/niah_single_2", 1, data_dir=tmp_path)
 
 
+def test_a_byte_order_mark_is_left_out(data_dir, tmp_path_factory):
+    (data_dir / "ruler" / "essays.txt").write_text(ESSAY, "utf-8")
+    marked = tmp_path_factory.mktemp("marked")
+    (marked / "ruler").mkdir()
+    for file in (data_dir / "ruler").iterdir():
+        (marked / "ruler" / file.name).write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    for kind in ("niah_single_2", "niah_single_2@own", "qa_1", "qa_2"):
+        want = make(f"ruler/1500/{kind}", data_dir=data_dir)
+        assert list(map(text, make(f"ruler/1500/{kind}", data_dir=marked))) == list(map(text, want))
+
+
 @pytest.mark.parametrize(
     ("file", "content", "kind", "message"),
     [

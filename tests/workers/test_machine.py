@@ -125,8 +125,8 @@ def test_new_content_of_a_named_file_is_another_configuration(tmp_path: Path) ->
 def test_new_code_of_a_masker_is_another_configuration(tmp_path: Path) -> None:
     path = tmp_path / "own_masker.py"
 
-    def key(text: str) -> str:
-        path.write_text(text)
+    def key(text: str, encoding: str = "utf-8") -> str:
+        path.write_text(text, encoding)
         spec = importlib.util.spec_from_file_location("own_masker", path)
         assert spec is not None and spec.loader is not None
         module = sys.modules["own_masker"] = importlib.util.module_from_spec(spec)
@@ -138,6 +138,7 @@ def test_new_code_of_a_masker_is_another_configuration(tmp_path: Path) -> None:
     try:
         first = key(MASKER)
         assert key(MASKER + "\n\n# a remark\n") == first
+        assert key(MASKER, "utf-8-sig") == key("# -*- coding: latin-1 -*-\n# für\n" + MASKER, "latin-1") == first
         assert key(MASKER.replace("return mask", "return mask.union(mask)")) != first
     finally:
         sys.modules.pop("own_masker", None)
