@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import io
 import os
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from sparse_attention_hub.errors import UserError, quoted
+from sparse_attention_hub.errors import UserError, print_any_text, quoted
 
 #: Bytes of a folder's whole path: what is written below it needs the rest of the 4096 that a system takes.
 LONGEST_PATH = 3000
@@ -28,9 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command. Errors of input and files become one line on stderr. Returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console may lack characters of names and answers
-            stream.reconfigure(errors="backslashreplace")
+    print_any_text()
     try:
         return command()
     except UserError as error:

@@ -1,5 +1,7 @@
 """UserError means "the input is at fault": commands print its message, one line, and exit with 2."""
 
+import io
+import sys
 import tempfile
 from pathlib import Path
 
@@ -31,6 +33,13 @@ def quoted(value: object, limit: int = 200) -> str:
     cut = len(text) > limit or (isinstance(value, str) and len(value) > limit)
     text = "".join(character if character.isprintable() else " " for character in text[: limit - 3 if cut else limit])
     return text + "..." if cut else text
+
+
+def print_any_text() -> None:
+    """From now on characters that the console's encoding lacks are printed as escapes: names and answers may have any."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def check_writable(out: str | Path) -> None:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, check_writable
+from .errors import UserError, check_writable, print_any_text
 from .found import read_json
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, metavar="FILE", help="write the page tables of this text's last tokens")
     parser.add_argument("--model", help="whose keys the text gets (the model in FILE)")
     options = parser.parse_args(arguments)
+    print_any_text()
     try:
         export(options.file, options.to, options.context, options.page_size, options.text, options.model)
     except (UserError, OSError) as error:

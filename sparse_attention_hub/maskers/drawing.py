@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .. import maskers as hub
-from ..errors import UserError, check_writable
+from ..errors import UserError, check_writable, print_any_text
 from ..mask import Mask
 from . import base
 from .channel_file import write_channels
@@ -152,6 +152,7 @@ def main(name: str, arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=program, description="Draw this masker's mask on a small example.")
     parser.add_argument("--out", type=Path, default=Path(f"{name}_mask.png"), help="PNG file to write (default: %(default)s)")
     out = parser.parse_args(arguments).out
+    print_any_text()
     try:
         check_writable(out)
         if out.suffix.lower() != ".png":

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, check_writable
+from ..errors import UserError, check_writable, print_any_text
 from ..kernels.reference import group_scores
 from ..maskers.hat_weights import PARTS, Layer, write_hat_weights
 from .recording import Recording, add_model_arguments, load_asked_model, read_texts, record, sample_texts
@@ -212,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     change.add_argument("out", help="the safetensors file to write")
     change.add_argument("--activation", default="silu", help="the networks' activation, kept as a note (default: %(default)s)")
     options = parser.parse_args(given)
+    print_any_text()
     try:
         check_writable(options.out)
         weights = convert(options.source) if options.command == "convert" else _train_command(options)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import UserError, check_writable
+from ..errors import UserError, check_writable, print_any_text
 from ..maskers.inputs import AttentionInputs
 from .load import LanguageModel
 from .recording import add_model_arguments, encode_text, load_asked_model, read_texts, sample_texts
@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=WINDOW, help="recent keys that do not count (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, help="the TSV file to write")
     options = parser.parse_args(given)
+    print_any_text()
     try:
         if min(options.sink, options.window) < 1:
             raise UserError(f"--sink and --window must be at least 1, got {options.sink} and {options.window}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError, check_writable
+from ..errors import UserError, check_writable, print_any_text
 from .load import LanguageModel, load_model
 
 #: {layer: (queries (H, n - 1, D), keys (Hkv, n, D))}
@@ -68,6 +68,7 @@ def calibrate_command(
     add_model_arguments(parser, text='a text file to calibrate on, texts separated by lines of "---" (default: generated)')
     parser.add_argument("--out", required=True, type=Path, help=f"the {file} file to write")
     options = parser.parse_args(given)
+    print_any_text()
     try:
         check_writable(options.out)
         texts = read_texts(options.text) if options.text else None

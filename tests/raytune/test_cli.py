@@ -23,8 +23,9 @@ from benchmark.raytune.plan import make_settings
 from benchmark.raytune.run_full_benchmark import get_all_sparse_configs, main, parse_arguments
 from benchmark.settings import Settings, as_sparse_configs, snake_case
 from benchmark.workers import pools
-from sparse_attention_hub import OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig
+from sparse_attention_hub import OracleTopKConfig, ResearchAttentionConfig, SinkMaskerConfig, export
 from sparse_attention_hub.errors import UserError
+from sparse_attention_hub.maskers import drawing
 
 SCRIPT = Path(run_full_benchmark.__file__)
 ROOT = SCRIPT.parents[2]
@@ -217,6 +218,20 @@ def test_a_console_that_cannot_encode(monkeypatch: pytest.MonkeyPatch) -> None:
         stream.flush()
         written[name] = stream.buffer.getvalue()  # type: ignore[attr-defined]
     assert written["stdout"] == b"\\u540d\\u524d\n" and b"model '\\u540d' is not there" in written["stderr"]
+
+
+@pytest.mark.parametrize("command", ["draw", "export"])
+def test_commands_of_the_library_on_such_a_console(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    out = tmp_path / "\u540d.png"
+    if command == "draw":
+        drawing.main("sink", ["--out", str(out)])
+    else:
+        (file,) = ROOT.glob("optimal_configs/sample/run_*/*_ruler_1024_fwe_sink_local_10pct.json")
+        assert export.main([str(file), "--to", str(out)]) == 0
+    stream.flush()
+    assert out.exists() and b"\\u540d.png" in stream.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EACCES, 2)])
