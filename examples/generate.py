@@ -17,7 +17,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_attention_hub import ResearchAttention, UserError, best_config
+from sparse_attention_hub.errors import print_any_text
 from sparse_attention_hub.found import read_json
+from sparse_attention_hub.models.prompts import encode_continuation, render_chat
 
 SEARCHES = Path(__file__).resolve().parents[1] / "optimal_configs"
 MODEL = "embedded/SmolLM2-135M-Instruct"
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--question", default="What is the code of the lighthouse?")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     options = parser.parse_args(argv)
+    print_any_text()
     try:
         from transformers import TextStreamer
 
@@ -71,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"attention: {file}", file=sys.stderr)
         attention = ResearchAttention.from_file(file, lm)
         text = TEXT if options.text is None else options.text.read_text(encoding="utf-8-sig")
-        before, after = chat(lm.tokenizer, text, options.question)
-        context_ids, question_ids = (lm.tokenizer.encode(part, add_special_tokens=False) for part in (before, after))
+        context_ids, question_ids = prompt(lm.tokenizer, text, options.question)
         generate(lm, attention, context_ids, question_ids, options.max_new_tokens, TextStreamer(lm.tokenizer, skip_prompt=True))
     except (UserError, OSError) as error:
         print(error, file=sys.stderr)
@@ -80,14 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def chat(tokenizer: Any, text: str, question: str) -> tuple[str, str]:
-    """The chat-templated prompt in two parts: up to the end of the text, and the question with what follows it."""
+def prompt(tokenizer: Any, text: str, question: str) -> tuple[list[int], list[int]]:
+    """Token ids of the chat-templated prompt in two parts: up to the end of the text, and the question with what follows it."""
+    asked = f"\n\n{question}"
     if tokenizer.chat_template is None:
-        return text, f"\n\n{question}\n"
-    message = [{"role": "user", "content": f"{text}\n\n{question}"}]
-    prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    before, _, after = prompt.partition(f"\n\n{question}")
-    return before, f"\n\n{question}{after}"
+        return tokenizer.encode(text), encode_continuation(tokenizer, f"{asked}\n")
+    before, _, after = render_chat(tokenizer, text + asked).partition(asked)
+    return tokenizer.encode(before, add_special_tokens=False), encode_continuation(tokenizer, asked + after)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmark.execution.prompts import reference_ids
 from benchmark.tasks.base import Sample, build_prompt
+from examples.generate import prompt as example_prompt
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models import prompts
 from sparse_attention_hub.models.prompts import (
@@ -133,6 +134,29 @@ def test_question_and_reference_are_encoded_as_within_the_text(scheme: str) -> N
     reference = reference_ids(tokenizer, prompt, "ab")
     whole = tokenizer.encode("ab cd.ab= ab", add_special_tokens=False)
     assert prompt.context_ids + prompt.question_ids + reference == list(whole)
+
+
+@pytest.mark.parametrize("scheme", SPACES)
+def test_a_context_that_is_cut_is_encoded_as_behind_its_template(scheme: str) -> None:
+    tokenizer = letters(**SPACES[scheme])
+    tokenizer.chat_template = "h{{ messages[0].content }}|"
+    sample = Sample("s", "t", "ab cd" * 20, ".ab", "=", ["ab"], max_new_tokens=4)
+    prompt = build_prompt(sample, tokenizer, max_context_length=40, max_new_tokens=4, use_chat_template=True)
+    whole = tokenizer.encode("h" + sample.context, add_special_tokens=False)
+    head, kept = len(tokenizer.encode("h", add_special_tokens=False)), len(prompt.context_ids)
+    front = head + (kept - head) // 2
+    assert prompt.truncated_tokens == len(whole) - kept > 0
+    assert prompt.context_ids == whole[:front] + whole[len(whole) - (kept - front) :]
+
+
+@pytest.mark.parametrize("template", [None, "h{{ messages[0].content }}|"])
+@pytest.mark.parametrize("scheme", SPACES)
+def test_the_example_encodes_a_question_as_within_the_text(scheme: str, template: str | None) -> None:
+    tokenizer = letters(**SPACES[scheme])
+    tokenizer.chat_template = template
+    context, question = example_prompt(tokenizer, "ab cd", "ab")
+    whole = "ab cd\n\nab\n" if template is None else "hab cd\n\nab|"
+    assert context + question == tokenizer.encode(whole, add_special_tokens=False)
 
 
 def test_a_template_of_a_prompt_that_fails_is_told() -> None:
