@@ -326,18 +326,18 @@ def test_an_id_that_is_there_twice_is_found_in_either_split(split: str, tmp_path
 
 
 def test_a_fault_in_the_data_of_a_task_leaves_the_others(tmp_path: Path) -> None:
-    """Both splits are read before the search starts."""
+    """All rows of both splits are read before the search starts."""
     write_qa(tmp_path, [("Text", "Who?"), ("Text 2", "Who?")], _id=lambda i: "same")
-    data_file(NAME, tmp_path).write_text(
-        r'{"context": "half \ud83d", "input": "x", "answers": ["a"], "all_classes": ["a"]}' + "\n"
-    )
+    bad = r'{"context": "half \ud83d", "input": "x", "answers": ["a"], "all_classes": ["a"]}'
+    data_file(NAME, tmp_path).write_text(jsonl(rows_of(NAME)) + bad + "\n", "utf-8")
+    row = len(rows_of(NAME)) + 1
     tasks = [QA, NAME, "ruler/100/fwe", "infinite_bench/passkey"]
     for phases in ((1,), (2,), (1, 2)):
         settings = Settings(models=("m",), tasks=tuple(tasks), phases=phases, data_dir=tmp_path, search_max_requests=1)
         found = check_samples(settings, tasks, {"m": Tokenizer()})
         assert found.tasks == ["infinite_bench/passkey"] and set(found.missing) == set(tasks[:3])
         assert "qasper.jsonl row 2: its id is that of row 1 too" in found.missing[QA]
-        assert "trec.jsonl row 1: column 'context' holds half of a surrogate pair" in found.missing[NAME]
+        assert f"trec.jsonl row {row}: column 'context' holds half of a surrogate pair" in found.missing[NAME]
         assert found.missing["ruler/100/fwe"].startswith("ruler/100/fwe: a length of 100 tokens is too short: the smallest")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -118,6 +119,33 @@ def test_without_a_place_for_the_cache_the_variable_is_named(monkeypatch: pytest
             with pytest.raises(UserError, match="set SPARSE_ATTENTION_HUB_CACHE to a writable folder") as raised:
                 keep()
             assert "\n" not in str(raised.value)
+
+
+def test_a_user_without_a_home_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No HOME and no entry in the list of users: Ray Tune cannot be imported."""
+
+    def unknown(_: int) -> Any:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setenv("HOME", "/some/home")
+    ray_start._give_home()
+    assert os.environ["HOME"] == "/some/home"
+    del os.environ["HOME"]
+    ray_start._give_home()
+    assert Path.home() == Path("/")
+
+
+def test_a_token_that_cannot_be_saved_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ray_start._pass_token()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    ray_start._pass_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
 STARTS = """

@@ -113,6 +113,8 @@ def test_halves_of_surrogate_pairs_are_written_and_read_back(tmp_path: Path) -> 
     found = read_record(path, Failure, "")
     assert (found.model, found.sample_id, found.problem) == ("\\ud83d", "a\\ud83d", "\\udcff")
     assert parse_record(json.dumps(to_json(found)), Failure) == found
+    write_text(tmp_path / "table.csv", f"a{SURROGATE}\n")
+    assert (tmp_path / "table.csv").read_bytes() == b"a\\ud83d\n"
     (tmp_path / "record.json").write_text('{"status": "\\ud83d"}')
     with pytest.raises(UserError, match=r"record.json: .*; mend it$"):
         read_record(path, Failure, "mend it")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build
+from tiny_models import build, tokens, wrap
 from transformers import LlamaConfig
 
 from sparse_attention_hub.errors import UserError
@@ -104,9 +104,10 @@ def test_an_attention_in_config_json_does_not_decide(folder: Path) -> None:
     assert len(answer(lm, prefill(lm, [5, 6, 7], 9), [8], None, 3).token_ids) == 3
 
 
-def test_a_tokenizer_larger_than_the_embedding(folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_embedding(folder: Path) -> None:
+    build("llama", vocab_size=49000).save_pretrained(folder)
     for load in (load_model, check_model):
-        refused(change(folder, vocab_size=49000), "49152 tokens, its embedding 49000", load)
+        refused(str(folder), "49152 tokens, its embedding 49000", load)
 
 
 @pytest.mark.parametrize("load", [check_model, load_model, load_shape])
@@ -192,6 +193,15 @@ def test_the_shape_of_a_cache_is_known_without_weights(folder: Path, kind: str, 
 def test_how_long_a_text_may_be(scaling: Any, expected: int) -> None:
     config = LlamaConfig(max_position_embeddings=512, rope_parameters=scaling and {**scaling, "rope_theta": 1e4})
     assert max_positions(config) == expected
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic"])
+def test_a_context_may_have_as_many_tokens_as_the_scaling_reaches(kind: str) -> None:
+    scaling = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
+    lm = wrap(build("llama", max_position_embeddings=64, rope_parameters=scaling))
+    assert len(answer(lm, prefill(lm, tokens(250), 9), [8], None, 3).token_ids) == 3
+    with pytest.raises(UserError, match="the context has 257 tokens, tiny takes 256"):
+        prefill(lm, tokens(257), 9)
 
 
 def test_layers_that_scale_differently_reach_as_far_as_the_least() -> None:

@@ -43,17 +43,32 @@ def test_logits_that_are_not_finite_are_no_answer(llama: LanguageModel, way: Any
     names = "dense" if way is None else "SinkMaskerConfig.*OracleTopKConfig"
     with pytest.raises(NonFiniteError, match=f"not finite under .*{names}.* attention after 0 tokens"):
         answer(llama, prefilled, QUESTION, way, 5)
+    for count, stepwise in ((4, False), (4, True), (1, False)):
+        with pytest.raises(NonFiniteError):
+            forced(llama, prefilled, QUESTION, tokens(count), way, stepwise=stepwise)
+
+
+@pytest.mark.parametrize("way", [None, few_keys()[1]])
+def test_numbers_of_a_later_token_that_are_not_finite_are_no_answer(llama: LanguageModel, way: Any) -> None:
+    prefilled, question = prefill(llama, CONTEXT, 40), tokens(3, seed=3)
+    token = answer(llama, prefilled, question, way, 1).token_ids[0]
+    assert token not in question
+    with torch.no_grad():
+        llama.model.model.embed_tokens.weight[token] = float("nan")
+    with pytest.raises(NonFiniteError, match="after 1 tokens"):
+        answer(llama, prefilled, question, way, 5)
     for stepwise in (False, True):
         with pytest.raises(NonFiniteError):
-            forced(llama, prefilled, QUESTION, tokens(4), way, stepwise=stepwise)
+            forced(llama, prefilled, question, [token, *tokens(4)], way, stepwise=stepwise)
 
 
-def test_numbers_that_overflow_are_no_answer(llama: LanguageModel) -> None:
+def test_numbers_beyond_float16_are_no_answer(llama: LanguageModel) -> None:
     with torch.no_grad():
-        llama.model.lm_head.weight *= 1e38
-        llama.model.lm_head.weight *= 1e3
-    with pytest.raises(NonFiniteError):
-        answer(llama, prefill(llama, CONTEXT, 40), QUESTION, None, 5)
+        llama.model.lm_head.weight *= 5e4
+    assert len(answer(llama, prefill(llama, CONTEXT, 40), QUESTION, None, 5).token_ids) == 5
+    half = wrap(llama.model.half())
+    with pytest.raises(NonFiniteError, match="take bfloat16 or float32"):
+        answer(half, prefill(half, CONTEXT, 40), QUESTION, None, 5)
 
 
 def test_a_row_that_is_finite_is_answered_where_another_is_not(llama: LanguageModel) -> None:
@@ -74,9 +89,9 @@ def one_pass(lm: LanguageModel, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["phi3 with longrope", "llama with dynamic RoPE"])
-@pytest.mark.parametrize("context", [60, 97, 180])
+@pytest.mark.parametrize("context", [60, 86, 97, 180])
 def test_rotary_factors_are_those_of_the_whole_text(kind: str, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The factors change at 100 tokens: behind all of it, between context and question, and within the context."""
+    """The factors change at 100 tokens: behind all of it, in the answer, in the question, and within the context."""
     monkeypatch.setitem(session._CHUNKS, "cpu", 32)
     lm = wrap(tiny_model(kind))
     text, expected = tokens(context), tokens(4, 5)

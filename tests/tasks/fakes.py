@@ -50,9 +50,10 @@ class FakeTokenizer:
         return self.template(message["content"])
 
 
-def tokenizer_of(folder: Path, positions: int) -> FakeTokenizer:
+def tokenizer_of(folder: Path, positions: int, **config: Any) -> FakeTokenizer:
     """The tokenizer of a model with so many positions, whose configuration is written into the folder."""
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": positions}), "utf-8")
+    config |= {"model_type": "llama", "max_position_embeddings": positions}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     tokenizer = FakeTokenizer()
     tokenizer.name_or_path = str(folder)
     return tokenizer

@@ -39,6 +39,14 @@ def test_generated_samples_are_no_longer_than_the_model_takes(tmp_path: Path) ->
         assert f"The pass key is {sample.label}." in sample.context
 
 
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic"])
+def test_rope_scaling_as_model_cards_write_it_lengthens_prompts(kind: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(tmp_path, 512, rope_scaling={"type": kind, "factor": 4.0})
+    task = get_task("infinite_bench/passkey")
+    for sample in task.samples(fitted(request(tokenizer, 64000), task, "m")):
+        assert 2000 <= prompt_length(sample, tokenizer, False) + sample.max_new_tokens <= 2048
+
+
 def test_a_length_that_the_model_lowers_is_said(tmp_path: Path) -> None:
     settings, tokenizers = (
         Settings(models=("m",), tasks=("t",), search_max_context_length=2048),

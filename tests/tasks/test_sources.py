@@ -11,7 +11,7 @@ import pandas
 import pytest
 from benchmark_data import DATA, both_splits, read_rows, samples, write_rows
 
-from benchmark.tasks import available_tasks, data, score_prediction
+from benchmark.tasks import available_tasks, data, get_task, score_prediction
 from benchmark.tasks.base import Sample
 from benchmark.tasks.values import as_texts, parse_literal, parse_text
 from sparse_attention_hub.errors import UserError
@@ -40,6 +40,28 @@ def test_a_list_in_the_text_of_a_json_line_gives_the_same_samples(name: str, tmp
     assert list(map(parts, both_splits(name, write_rows(tmp_path, name, rows)))) == list(map(parts, both_splits(name)))
 
 
+@pytest.mark.parametrize(
+    ("name", "answers", "said"),
+    [
+        ("infinite_bench_hf/passkey", ["71432"], " 71432."),
+        ("infinite_bench_hf/kv_retrieval", ["a14cb8ba-002b"], ' "a14cb8ba-002b"'),
+        ("infinite_bench_hf/longdialogue_qa_eng", ["ACE", "ACE ROTHSTEIN"], "Ace Rothstein"),
+        ("infinite_bench_hf/longbook_qa_eng", ["a smoker", "Walking Georgie"], "Walking Georgie"),
+        ("aime2025/aime2025", ["70"], r"So it is \boxed{70}."),
+    ],
+)
+def test_the_right_answer_to_a_csv_file_of_pandas_scores_1(name: str, answers: list[str], said: str, tmp_path: Path) -> None:
+    column = "problem" if name.startswith("aime") else "context"
+    rows = [{column: f"text {i}", "input": "Which?", "answer": answers} for i in range(40)]
+    (tmp_path / name).parent.mkdir()
+    pandas.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
+    asked = both_splits(name, tmp_path)
+    assert len(asked) == 40
+    for sample in asked:
+        assert set(get_task(name).score(said, sample).values()) == {1.0}
+    assert set(score_prediction(name, said, str(answers)).values()) == {1.0}
+
+
 def test_a_list_of_numpy_is_refused_with_row_and_column(tmp_path: Path) -> None:
     """Python would join its texts: ['a' 'b'] is ['ab']."""
     rows = [{**row, "answers": numpy.array(["one", "two"])} for row in read_rows(QA)]
@@ -59,7 +81,7 @@ LABELS = {
     "loogle/shortdep_cloze": {"<mask-0>": "3"},
     "infinite_bench/kv_retrieval": ["3"],
 }
-ANSWERS = ("3, 4", "A. f", "\\boxed{3}", "The correct answer is (A)", "{'<mask-0>': '3'}", "Paragraph 3, 3%")
+ANSWERS = ("3, 4", "A. f", "\\boxed{3}", "The correct answer is (A)", "{'<mask-0>': '3'}", "Paragraph 3, 3%", "bee")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +90,7 @@ ANSWERS = ("3, 4", "A. f", "\\boxed{3}", "The correct answer is (A)", "{'<mask-0
 def test_score_prediction_takes_a_list_as_text(name: str) -> None:
     if name == "zero_scrolls/default":
         return
-    label = LABELS.get(name.replace("_hf", ""), ["3", "A"])
+    label = LABELS.get(name.replace("_hf", ""), ["3", "bee", "A"])
     once = label[0] if name.endswith("kv_retrieval") else label  # its authors do not take the label out of a list
     for answer in ANSWERS:
         want = score_prediction(name, answer, once, ["3", "A"])
