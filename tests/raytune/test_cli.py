@@ -204,6 +204,12 @@ def test_traces_have_the_lengths_of_the_tasks(capsys: pytest.CaptureFixture[str]
     assert "about 0.05 GB of keys and values" in capsys.readouterr().out
 
 
+def test_the_plan_says_that_a_model_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--phase", "2", "--configs", "dense", "--tasks", "infinite_bench/passkey", "--max-context-length", "64000"]
+    assert main(["--debug", "--dry-run", *flags]) == 0
+    assert "takes 8192 tokens: prompts are at most that long, not --max-context-length 64000" in capsys.readouterr().out
+
+
 def test_a_console_that_cannot_encode(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> int:
         print("\u540d\u524d")
