@@ -62,23 +62,32 @@ class Prefix:
         self.prefilled: Prefilled | None = None
         self.observe: frozenset[str] = frozenset()
 
-    def get(self, ids: list[int], room: int, observe: frozenset[str]) -> Prefilled:
-        """observe: see `prefill`."""
+    def get(self, ids: list[int], room: int, observe: frozenset[str], text_length: int) -> Prefilled:
+        """observe, text_length: see `prefill`."""
         from sparse_attention_hub.models import prefill
 
-        if self.prefilled is None or self.ids != ids or self.prefilled.room < room or not observe <= self.observe:
+        if not self._serves(ids, room, observe, text_length):
             self.drop()
             try:
-                self.prefilled = prefill(self.lm, ids, room, observe)
+                self.prefilled = prefill(self.lm, ids, room, observe, text_length)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 logger.warning("out of memory while prefilling %d tokens: cleared memory, trying once more", len(ids))
                 error.__traceback__ = None
                 free_unused()
-                self.prefilled = prefill(self.lm, ids, room, observe)
+                self.prefilled = prefill(self.lm, ids, room, observe, text_length)
             self.ids, self.observe = ids, observe
+        assert self.prefilled is not None
         return self.prefilled
+
+    def _serves(self, ids: list[int], room: int, observe: frozenset[str], text_length: int) -> bool:
+        from sparse_attention_hub.models.rope import factors_key
+
+        found, modules = self.prefilled, self.lm.length_dependent
+        if found is None or self.ids != ids or found.room < room or not observe <= self.observe:
+            return False
+        return factors_key(modules, found.text_length) == factors_key(modules, text_length)
 
     def drop(self) -> None:
         self.ids = self.prefilled = None
@@ -108,7 +117,8 @@ def answer_sample(request: Request, prompt: Prompt | Exception, loaded: LoadedMo
         line.truncated_tokens = prompt.truncated_tokens
         line.context_tokens, line.question_tokens = len(prompt.context_ids), len(prompt.question_ids)
         observe = observed_by(loaded.attentions.get(key) for key in request.configs)
-        prefilled = prefix.get(prompt.context_ids, max(room, len(prompt.question_ids) + request.limit), observe)
+        own = len(prompt.question_ids) + request.limit
+        prefilled = prefix.get(prompt.context_ids, max(room, own), observe, len(prompt.context_ids) + own)
     except Exception as error:
         check_device(error)
         prefix.drop()

@@ -29,6 +29,19 @@ def _depends(scaling: dict[str, Any]) -> bool:
     return kind == "longrope" or "dynamic" in kind
 
 
+def factors_key(modules: list[Any], length: int) -> list[int]:
+    """Equal for lengths of a text that give it the same rotary factors: a prefill serves texts of one key."""
+    found = []
+    for config in (module.config for module in modules):
+        for scaling in filter(_depends, rope_scalings(config)):
+            border = scaling.get("original_max_position_embeddings")
+            if border is not None and "longrope" in scaling.values():
+                found.append(int(length > border))
+            else:
+                found.append(max(length, config.max_position_embeddings))
+    return found
+
+
 @contextmanager
 def factors_of(modules: list[Any], length: int) -> Iterator[None]:
     """Inside, these rotary modules give what one pass over a text of `length` tokens would give at each position.

@@ -98,11 +98,14 @@ class Prefilled:
         self.learned.forget(self.name)
 
 
-def prefill(lm: LanguageModel, context_ids: list[int], room: int, observe: Collection[str] = ()) -> Prefilled:
+def prefill(
+    lm: LanguageModel, context_ids: list[int], room: int, observe: Collection[str] = (), text_length: int | None = None
+) -> Prefilled:
     """Run the context through the model once, densely and without the LM head; `room` tokens can follow.
 
     observe: what to record of the context's queries, for attentions that choose by it: `attention.observes`.
-    Where rotary factors depend on the text's length ("longrope", "dynamic"), it is that of context and room together.
+    text_length: tokens of context, question and answer, by default context and room together: for models whose rotary factors depend
+    on it ("longrope", "dynamic").
     UserError for an empty context or one longer than the model's positions.
     """
     if not context_ids:
@@ -114,7 +117,7 @@ def prefill(lm: LanguageModel, context_ids: list[int], room: int, observe: Colle
         raise UserError(f"the context has {length} tokens, {lm.id} takes {lm.max_positions}: shorten it", "max_context_length")
     started = time.perf_counter()
     cache = lm.new_cache(length + room)
-    prefilled = Prefilled(cache, length, 0.0, text_length=length + room)
+    prefilled = Prefilled(cache, length, 0.0, text_length=text_length or length + room)
     ids = torch.tensor([context_ids], device=lm.device)
     batch = Lockstep(lm, prefilled, [Row()])
     observer = Observer(lm.model, observe)

@@ -146,6 +146,7 @@ def test_a_broken_chat_template_is_told_at_planning(folder: Path) -> None:
         ("mamba", "no attention layers"),
         ("t5gemma", "encoder-decoder"),
         ("falcon", "in its own code"),
+        ("falcon with new_decoder_architecture", "in its own code"),
         ("doge", "makes its own attention mask"),
     ],
 )
@@ -153,7 +154,8 @@ def test_models_that_are_not_supported_are_refused_without_weights(folder: Path,
     from transformers import CONFIG_MAPPING
 
     (folder / "model.safetensors").unlink()
-    CONFIG_MAPPING[model_type](vocab_size=50000).save_pretrained(folder)
+    model_type, _, switched_on = model_type.partition(" with ")
+    CONFIG_MAPPING[model_type](vocab_size=50000, **{switched_on: True} if switched_on else {}).save_pretrained(folder)
     for load in (check_model, load_model, load_shape):
         assert model_type in refused(str(folder), words, load)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import few_keys, forced, tokens, wrap
 
+from benchmark.execution.answer_sample import Prefix
 from sparse_attention_hub import (
     AdaptiveSamplingMaskerConfig,
     OracleTopKConfig,
@@ -19,6 +20,7 @@ from sparse_attention_hub import (
     ResearchAttention,
     ResearchAttentionConfig,
     dense_attention,
+    models,
 )
 from sparse_attention_hub.errors import NonFiniteError
 from sparse_attention_hub.models import LanguageModel, answer, answer_many, dense, prefill, session
@@ -102,6 +104,28 @@ def test_rotary_factors_are_those_of_the_whole_text(kind: str, context: int, mon
         assert forced(lm, prefilled, QUESTION, expected, None, stepwise=stepwise).nll == pytest.approx(nll, abs=1e-4)
     one_pass(lm, tokens(400))  # a longer text changes the factors that the model keeps
     assert forced(lm, prefilled, QUESTION, expected, None).nll == pytest.approx(nll, abs=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "prefills"), [("phi3 with longrope", 2), ("llama with dynamic RoPE", 3), ("llama", 1)])
+def test_questions_on_one_context_do_not_change_each_others_factors(
+    kind: str, prefills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factors change at 100 tokens. A prefill serves all questions that have the same ones."""
+    lm, text, expected, made = wrap(tiny_model(kind)), tokens(80), tokens(4, 5), []
+
+    def count(*given: Any) -> Any:
+        made.append(given)
+        return prefill(*given)
+
+    monkeypatch.setattr(models, "prefill", count)
+    prefix = Prefix(lm)
+    for question in (tokens(5), tokens(11), tokens(17), tokens(30)):
+        length = len(text + question + expected)
+        together = prefix.get(text, 40, frozenset(), length)
+        alone = prefill(lm, text, length - len(text))
+        ways = [forced(lm, each, question, expected, None).nll for each in (together, alone)]
+        assert ways[0] == pytest.approx(ways[1], abs=1e-5)
+    assert len(made) == prefills
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "jamba", "falcon_h1"])
