@@ -57,7 +57,7 @@ class BadMaskerConfig(MaskerConfig):
 
     @classmethod
     def get_search_space(cls, task_name: str) -> dict[str, Any]:
-        return {"stride": IntUniform(2, 5)}
+        return {"stride": IntUniform(2, 6)}
 
 
 @register_masker(BadMaskerConfig)
@@ -138,7 +138,7 @@ def search(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(limits, "free_memory", lambda device, workers: 250_000_000)
     monkeypatch.setattr(trainable, "_evaluators", {})
     settings = Settings(
-        models=(tiny_model,), tasks=("toy/count",), device="cpu", num_samples=4,
+        models=(tiny_model,), tasks=("toy/count",), device="cpu", num_samples=5,
         search_max_requests=1, search_max_new_tokens=4, search_max_context_length=512,
     )  # fmt: skip
 

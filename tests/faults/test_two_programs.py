@@ -69,9 +69,10 @@ def answers(folder: Path) -> int:
 
 def run_here(monkeypatch: pytest.MonkeyPatch, folder: Path, model: str, *more: str) -> int:
     """The exit code of the same command in this process, without workers: where a process is not the point."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("benchmark.execution.runner.has_pebble", lambda: False)
-    return main(["--models", model, "--tasks", "infinite_bench/passkey", *SIZES, *more])
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("benchmark.execution.runner.has_pebble", lambda: False)
+        return main(["--models", model, "--tasks", "infinite_bench/passkey", *SIZES, *more])
 
 
 @pytest.mark.timeout(240)
