@@ -43,7 +43,7 @@ from sparse_attention_hub import (
 )
 from tests.toy import ToyTask, toy_configs
 
-TIMEOUT = 1.0
+TIMEOUT = 0.8
 HANGS = ("spin", "sleep")
 Fault = Callable[[AttentionInputs, Mask], Any]
 

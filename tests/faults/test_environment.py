@@ -157,6 +157,7 @@ ray.shutdown()
 """
 
 
+@pytest.mark.slow  # the test of a user whom the system does not know starts Ray so, too
 def test_ray_starts_without_a_home_and_with_a_long_temporary_folder(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 90)
     long.mkdir(mode=0o777)
@@ -182,6 +183,33 @@ def test_a_sigterm_ends_a_program_that_waits_for_ray() -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == INTERRUPTED
     process.stdout.close()
+
+
+TWICE = """
+import subprocess, sys, time
+from benchmark.workers.signals import Interrupts
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+with Interrupts(lambda: None, lambda: [worker.pid]):
+    print(worker.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_second_signal_kills_the_workers_and_ends_the_program() -> None:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", TWICE], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    worker = int(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n" and "press Ctrl-C again to stop now" in process.stderr.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == INTERRUPTED
+    process.communicate()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # its parent is gone: the system collects it
+            os.kill(worker, 0)
+            time.sleep(0.1)
 
 
 def test_a_program_that_stops_in_time_is_not_ended() -> None:
