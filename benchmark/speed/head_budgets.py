@@ -127,11 +127,13 @@ def measure_family(
                     factor, even = even_factor(judged[other], density)
                     name = f"{by}_{family}_{level}pct" + ("" if other == task else "_transfer")
                     changes[name].append(error / even - 1)
+                    print(f"  {other}: {changes[name][-1]:+.3f}", file=sys.stderr, flush=True)
                     if level == FORCED_LEVEL and by == FORCED_BY:
                         flat = replace(config, head_budgets=[[factor]] * len(table))
                         (error, nll), (even_error, even_nll) = forced(evaluator, held_out, [fitted, flat])
                         changes[f"forced_{name}"].append(error / even_error - 1)
                         changes[f"nll_{name}"].append(nll - even_nll)
+                        print(f"  forced: {error / even_error - 1:+.3f}, nll {nll - even_nll:+.4f}", file=sys.stderr, flush=True)
 
 
 def longer(lm: models.LanguageModel, settings: Settings, folder: Path, family: str, trials: int, recording: float) -> float:
