@@ -133,7 +133,9 @@ def measure_family(
                         (error, nll), (even_error, even_nll) = forced(evaluator, held_out, [fitted, flat])
                         changes[f"forced_{name}"].append(error / even_error - 1)
                         changes[f"nll_{name}"].append(nll - even_nll)
-                        print(f"  forced: {error / even_error - 1:+.3f}, nll {nll - even_nll:+.4f}", file=sys.stderr, flush=True)
+                        print(
+                            f"  forced: {error / even_error - 1:+.3f}, nll {nll - even_nll:+.4f}", file=sys.stderr, flush=True
+                        )
 
 
 def longer(lm: models.LanguageModel, settings: Settings, folder: Path, family: str, trials: int, recording: float) -> float:
