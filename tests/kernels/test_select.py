@@ -106,6 +106,16 @@ def test_choose(
             assert torch.equal(found.counts.long(), expected.sum(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_choose_of_any_magnitude(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    scores = torch.tensor([-largest, -1e-30, 3.0, 1e-30, largest, 3.0, -5.0, NEVER], dtype=dtype).view(1, 1, 1, -1)
+    empty = Mask.empty((1, 1, 1, 8), torch.device("cpu"), 1)
+    for size in range(9):
+        found = choose(scores, empty, torch.tensor(size).view(1, 1, 1))
+        assert found.indices[0, 0, 0, : found.counts[0, 0, 0]].tolist() == sorted([4, 5, 2, 3, 1, 6, 0][:size])
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
