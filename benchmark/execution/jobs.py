@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sparse_attention_hub import ResearchAttentionConfig
 
 #: Increased when the meaning of a journalled answer changes, so that older ones are not reused.
-RECORD_VERSION = 3
+RECORD_VERSION = 4
 #: Samples per batch: small enough that all workers finish together.
 MAX_BATCH = 4
 

@@ -148,25 +148,6 @@ def test_a_token_that_cannot_be_saved_is_passed_on(tmp_path: Path, monkeypatch: 
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
-STARTS = """
-import ray
-from benchmark.workers.ray_start import start_ray
-assert start_ray("local", 1)
-print("answer", ray.get(ray.remote(lambda: 6 * 7).remote()))
-ray.shutdown()
-"""
-
-
-@pytest.mark.slow  # the test of a user whom the system does not know starts Ray so, too
-def test_ray_starts_without_a_home_and_with_a_long_temporary_folder(tmp_path: Path) -> None:
-    long = tmp_path / ("x" * 90)
-    long.mkdir(mode=0o777)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name not in ("HOME", "USER")}
-    environment = kept | {"TMPDIR": str(long), "HOME": "/proc/nobody", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", STARTS], env=environment, cwd="/", capture_output=True, text=True, timeout=120)
-    assert "answer 42" in done.stdout, done.stderr[-2000:]
-
-
 STUCK = """
 import signal, time
 from benchmark.workers.signals import ends_within

@@ -172,13 +172,21 @@ def test_both_phases_with_a_home_folder_that_cannot_be_written(tiny_model: str, 
     assert code == 0 and answers(tmp_path) == 4, errors
 
 
-@pytest.fixture
-def as_stranger(tmp_path: Path) -> list[str]:
-    """What to put before a command so that the stranger runs it, who may read every file and writes into tmp_path."""
+def stranger() -> list[str] | None:
+    """What makes a command another user's; None where that cannot be done."""
     may_read = "-all,+dac_read_search"  # the interpreter may lie in root's own folder
     user = ["--reuid", str(STRANGER), "--regid", str(STRANGER), "--clear-groups"]
     before = ["setpriv", *user, "--inh-caps", may_read, "--ambient-caps", may_read]
     if shutil.which("setpriv") is None or subprocess.run([*before, "true"], capture_output=True).returncode:
+        return None
+    return before
+
+
+@pytest.fixture
+def as_stranger(tmp_path: Path) -> list[str]:
+    """What to put before a command so that the stranger runs it, who may read every file and writes into tmp_path."""
+    before = stranger()
+    if before is None:
         pytest.skip("a program cannot be run as another user here: that takes root and setpriv")
     os.chown(tmp_path, STRANGER, STRANGER)
     return before
@@ -205,6 +213,31 @@ def test_a_user_whom_the_system_does_not_know(
     assert len(list(tmp_path.glob("optimal_configs/run_*/*_sink_local_25pct.json"))) == 1
     made = {path.name for path in tmp_path.iterdir()}
     assert made <= {"optimal_configs", "benchmark_results", "ray_results", deep.name}, "no folder called ~"
+
+
+STARTS = """
+import ray
+from benchmark.workers.ray_start import start_ray
+assert start_ray("local", 1)
+print("answer", ray.get(ray.remote(lambda: 6 * 7).remote()))
+ray.shutdown()
+"""
+
+
+def test_ray_starts_without_a_home_and_with_a_long_temporary_folder(tmp_path: Path) -> None:
+    if stranger() is not None:
+        pytest.skip("test_a_user_whom_the_system_does_not_know, which runs here, starts Ray so, too")
+    long = tmp_path / ("x" * 90)
+    long.mkdir(mode=0o777)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name not in ("HOME", "USER")}
+    environment = kept | {
+        "TMPDIR": str(long),
+        "HOME": "/proc/nobody",
+        "PYTHONPATH": str(PROGRAM.parents[2]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run([sys.executable, "-c", STARTS], env=environment, cwd="/", capture_output=True, text=True, timeout=120)
+    assert "answer 42" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("home", HOMES)
