@@ -169,7 +169,8 @@ def test_a_sigterm_ends_a_program_that_waits_for_ray() -> None:
 TWICE = """
 import subprocess, sys, time
 from benchmark.workers.signals import Interrupts
-worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+worker = subprocess.Popen(sleep, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 with Interrupts(lambda: None, lambda: [worker.pid]):
     print(worker.pid, flush=True)
     time.sleep(60)
@@ -186,9 +187,9 @@ def test_the_second_signal_kills_the_workers_and_ends_the_program() -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == INTERRUPTED
-    process.communicate()
+    process.stdout.close(), process.stderr.close()
     with pytest.raises(ProcessLookupError):
-        for _ in range(100):  # its parent is gone: the system collects it
+        for _ in range(50):  # its parent is gone: the system collects it
             os.kill(worker, 0)
             time.sleep(0.1)
 
