@@ -46,21 +46,25 @@ def budgets_table(run: Run) -> str:
     found = fitted_levels(run)
     if not found:
         return section("Head budgets", ["none was fitted, or even budgets did as well"], [])
-    head = ["configuration", "by", "trust", "held out", "even", "uneven", "least to most", "used"]
+    head = ["configuration", "by", "trust", "held out", "even", "uneven", "nll", "least to most", "used"]
 
     def row(fitted: Fitted) -> list[str]:
         level, table = fitted.level, fitted.table
         even = None if level.even_budgets is None else level.even_budgets.error
         forced = fitted.trial.figure("error", FORCED)
+        same = [trial for trial in fitted.study.trials if trial.params == fitted.trial.params and trial.table is None]
+        nlls = [trial.figure("reference_nll", FORCED) for trial in (fitted.trial, *same[:1])]
+        change = "-" if None in nlls or len(nlls) < 2 else f"{nlls[0] - nlls[1]:+.3f}"  # type: ignore[operator]
         flat = [share for layer in fitted.shares for share in layer]
         spread = f"{percent(min(flat))} to {percent(max(flat))}" if flat else "-"
         used = level.best_trial_id == fitted.trial.trial_id
-        figures = [percent(table.strength, 0), f"{100 * table.held_out:+.1f}%", number(even), number(forced), spread]
+        figures = [percent(table.strength, 0), f"{100 * table.held_out:+.1f}%", number(even), number(forced), change, spread]
         return [level.masker_name, table.by, *figures, "yes" if used else "no"]
 
     legend = [
         "trust: 0 = even, 100% = as fitted; held out: change of the replayed error at equal density, on rows",
         "that the table was not fitted on; even, uneven: error of the forced forward, - if it was not reached;",
+        "nll: what it adds to the dense answers' negative log-likelihood per token there, at most 0.01 if it is used;",
         "least to most: density of a layer's head; used: it is the best of its level",
     ]
     body = by_task(run, head, lambda study: [row(fitted) for fitted in found if fitted.study is study])

@@ -23,7 +23,7 @@ from sparse_attention_hub.errors import NonFiniteError, UserError
 from sparse_attention_hub.head_budgets import FittedBudgets, fit_spending, replay_curves
 from sparse_attention_hub.kernels import choose_backend
 from sparse_attention_hub.maskers.shared_states import SharedStates
-from sparse_attention_hub.models import Forced, LanguageModel, Prefilled, answer_many, forced_many, prefill
+from sparse_attention_hub.models import Answer, LanguageModel, Prefilled, answer_many, forced_and_answered, prefill
 from sparse_attention_hub.models.heap import trim_heap
 from sparse_attention_hub.models.model_files import complete
 from sparse_attention_hub.models.observer import observed_by
@@ -77,8 +77,8 @@ class TraceEvaluator:
         self.traces: list[Trace] = []
         self._states = SharedStates()
         self._held: HeldLayers | None = None
-        # (configuration, sample number) -> its forced forward, where that reproduced the dense answer.
-        self._reproduced: dict[tuple[str, int], Forced] = {}
+        # (configuration, sample number) -> its answer, which a forced forward finds on its way.
+        self._answers: dict[tuple[str, int], Answer] = {}
         usable = sparse_layers(lm)
         self._kv = settings.budget_on == "kv"
         self._calls = layer_calls(lm)
@@ -274,25 +274,24 @@ class TraceEvaluator:
         return trace.prefilled(self.lm, room, self._states) or prefill(self.lm, prompt.context_ids, room, trace.observed)
 
     def _force(self, number: int, attentions: list[ResearchAttention]) -> list[_Measured]:
-        """Question and dense answer through the model, token by token: errors compound through the layers as in generation. A
-        configuration that reproduces the dense answer here would generate it too, so rung 3 reuses it."""
+        """Question and dense answer through the model, token by token: errors compound through the layers as in generation. Where
+        a configuration would generate another token than the dense one, its own answer goes on beside, for rung 3."""
         entry, answer_ids = self.samples[number], self.traces[number].answer_ids
         meters = [ErrorMeter() for _ in attentions]
-        results = forced_many(
+        results = forced_and_answered(
             self.lm,
             self._prefilled(number),
             entry.prompt.question_ids,
             answer_ids,
             attentions,
+            entry.max_new_tokens,
             sparse_from=self.settings.sparse_from,
             seed=entry.seed,
             recorders=meters,
-            stepwise=True,
         )
         measured = []
-        for attention, meter, result in zip(attentions, meters, results, strict=True):
-            if result.reproduced:
-                self._reproduced[repr(attention.config), number] = result
+        for attention, meter, (result, answer) in zip(attentions, meters, results, strict=True):
+            self._answers[repr(attention.config), number] = answer
             measured.append(
                 _Measured(
                     error=meter.error,
@@ -308,26 +307,16 @@ class TraceEvaluator:
         """Real sparse generation, scored by the task. The error is not measured: the generated tokens diverge from the dense
         answer, so it would add little to that of rung 2."""
         entry = self.samples[number]
-        known = [self._reproduced.get((repr(attention.config), number)) for attention in attentions]
-        unknown = [attention for attention, forced in zip(attentions, known, strict=True) if forced is None]
-        generated = iter(
-            answer_many(
-                self.lm,
-                self._prefilled(number),
-                entry.prompt.question_ids,
-                unknown,
-                entry.max_new_tokens,
-                sparse_from=self.settings.sparse_from,
-                seed=entry.seed,
-            )
-            if unknown
-            else ()
-        )
+        names = [(repr(attention.config), number) for attention in attentions]
+        unknown = {name: way for name, way in zip(names, attentions, strict=True) if name not in self._answers}
+        if unknown:  # their rung 2 was found in a journal
+            how = {"sparse_from": self.settings.sparse_from, "seed": entry.seed}
+            asked = self.lm, self._prefilled(number), entry.prompt.question_ids, [*unknown.values()], entry.max_new_tokens
+            self._answers |= zip(unknown, answer_many(*asked, **how), strict=True)
         measured = []
-        for forced in known:
-            answer = next(generated) if forced is None else forced
-            text = self.traces[number].meta["answer"] if isinstance(answer, Forced) else answer.text
-            answered = without_thinking(text, self._opens_thinking) or ""
+        for name in names:
+            answer = self._answers[name]
+            answered = without_thinking(answer.text, self._opens_thinking) or ""
             score = self.task.score(answered, entry.sample).get(self.task.metric)
             measured.append(_Measured(density=answer.density, kv_fraction=answer.kv_fraction, score=score))
         return measured

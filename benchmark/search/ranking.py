@@ -15,6 +15,8 @@ MARGIN = 0.995
 ERROR_SLACK = 1.2
 CLEARLY = 1.1  # replay cannot rank two configurations whose errors differ by a smaller ratio
 SIGNIFICANT = 0.05
+#: Nats per token by which head budgets may make the dense answers less likely than even budgets do: less is rounding.
+LESS_LIKELY = 0.01
 
 
 class Ranking:
@@ -104,15 +106,15 @@ class Ranking:
 
     def best(self, trials: Sequence[Trial]) -> list[Best]:
         """The best of each level: the smallest confirmed error within the budget, among finalists whose score is not
-        significantly worse than the best finalist's on the same samples. Where no confirmed trial fits, the smallest error
-        among trials that fit on their highest rung, those that a forced forward is expected to keep within the budget first.
-        A level without an evaluated trial is left out."""
+        significantly worse than the best finalist's on the same samples, and whose head budgets do not make the dense answers less
+        likely. Where no confirmed trial fits, the smallest error among trials that fit on their highest rung, those that a forced
+        forward is expected to keep within the budget first. A level without an evaluated trial is left out."""
         found: list[Best] = []
         measured = alive(trials, 0)
         for level in self.levels if measured else []:
             fits = [t for t in measured if self.fits(t.last, level)]
             if fits:
-                candidates = _not_worse([t for t in fits if 3 in t.rungs]) or fits
+                candidates = _not_worse([t for t in fits if 3 in t.rungs and not _less_likely(t, trials)]) or fits
                 expected = {t.number: _within(self._expected(t, trials), level) for t in candidates}
                 chosen = min(candidates, key=lambda t: (not expected[t.number], self.value(t.last, level), t.number))
             else:
@@ -133,6 +135,13 @@ def error_of(figures: Evaluation) -> float:
     """The error on a rung that measures it."""
     assert figures.error is not None
     return figures.error
+
+
+def _less_likely(uneven: Trial, trials: Sequence[Trial]) -> bool:
+    """Whether a confirmed trial's head budgets make the dense answers less likely than the even ones that they scale."""
+    even = next((t for t in trials if uneven.table is not None and t.number == uneven.table.base), None)
+    figures = [trial.rungs[2].reference_nll for trial in (uneven, even) if trial is not None and 2 in trial.rungs]
+    return len(figures) == 2 and None not in figures and figures[0] > figures[1] + LESS_LIKELY  # type: ignore[operator]
 
 
 def _not_worse(trials: list[Trial]) -> list[Trial]:

@@ -6,7 +6,9 @@ Tables per layer, kv head and query head are fitted on the first half of each ta
 levels from the curves of one), and judged on the other half, and on the requests of the other task. Figures are changes of an
 error, the fitted table's over the even one's at the same density minus 1: `kv_head_oracle_top_k_10pct` is replayed on held-out
 requests of all tasks, `..._transfer` on the tasks that the table was not fitted on, `forced_...` and `nll_...` (a difference) are
-of a forced forward over the dense answers.
+of a forced forward over the dense answers. A search takes a table only if a forced forward of the requests that it was fitted on
+has a smaller error and no less likely answers; where it would not, even budgets stay, and `forced_...` and `nll_...` are 0.
+`any_forced_...` and `any_nll_...` are of all tables.
 `search_longer` is the CPU time of a search with head budgets over that of one without, minus 1: searches as a user starts them,
 with the default number of trials, four levels, and the recording of their traces, on half of a task's requests. Fitting and
 confirming cost the same however many trials there are, so `search_longer_debug`, of searches with the few trials of a debug run,
@@ -97,6 +99,17 @@ def forced(
     return [(meter.error or 0.0, fmean(own)) for meter, own in zip(meters, losses, strict=True)]
 
 
+def would_take(
+    evaluator: TraceEvaluator, which: Sequence[int], fitted: hub.ResearchAttentionConfig, even: hub.ResearchAttentionConfig
+) -> bool:
+    """Whether a search that confirms both on these requests takes the table."""
+    from benchmark.search.ranking import LESS_LIKELY
+
+    (error, nll), (even_error, even_nll) = forced(evaluator, which, [fitted, even])
+    print(f"  where fitted: {error / even_error - 1:+.4f}, nll {nll - even_nll:+.4f}", file=sys.stderr, flush=True)
+    return error < even_error and nll <= even_nll + LESS_LIKELY
+
+
 def measure_family(
     lm: models.LanguageModel, evaluators: dict[str, TraceEvaluator], family: str, changes: dict[str, list[float]]
 ) -> None:
@@ -121,6 +134,8 @@ def measure_family(
                 fit = fit_spending(curves, spent[place], columns)
                 table = [[1.0] * columns] * lm.num_layers if fit is None else fit.table
                 fitted = replace(config, head_budgets=table)
+                in_forced = level == FORCED_LEVEL and by == FORCED_BY
+                taken = in_forced and would_take(evaluators[task], fitted_on, fitted, config)
                 print(f"{family} {level}% {task} by {by}: strength {fit and fit.strength}", file=sys.stderr, flush=True)
                 for other, evaluator in evaluators.items():
                     error, density = replayed(evaluator, held_out, fitted)
@@ -128,14 +143,13 @@ def measure_family(
                     name = f"{by}_{family}_{level}pct" + ("" if other == task else "_transfer")
                     changes[name].append(error / even - 1)
                     print(f"  {other}: {changes[name][-1]:+.3f}", file=sys.stderr, flush=True)
-                    if level == FORCED_LEVEL and by == FORCED_BY:
+                    if in_forced:
                         flat = replace(config, head_budgets=[[factor]] * len(table))
                         (error, nll), (even_error, even_nll) = forced(evaluator, held_out, [fitted, flat])
-                        changes[f"forced_{name}"].append(error / even_error - 1)
-                        changes[f"nll_{name}"].append(nll - even_nll)
-                        print(
-                            f"  forced: {error / even_error - 1:+.3f}, nll {nll - even_nll:+.4f}", file=sys.stderr, flush=True
-                        )
+                        for kind, change in (("forced", error / even_error - 1), ("nll", nll - even_nll)):
+                            changes[f"any_{kind}_{name}"].append(change)
+                            changes[f"{kind}_{name}"].append(change if taken else 0.0)
+                            print(f"  {kind}: {change:+.4f}{'' if taken else ', not taken'}", file=sys.stderr, flush=True)
 
 
 def longer(lm: models.LanguageModel, settings: Settings, folder: Path, family: str, trials: int, recording: float) -> float:
@@ -177,6 +191,8 @@ def measure(options: argparse.Namespace) -> Figures:
             searched = replace(settings, search_max_requests=options.requests)  # half of the last task's requests
             for family in options.families:
                 measure_family(lm, evaluators, family, changes)
+                if not options.searches:
+                    continue
                 # All is compiled and loaded by then.
                 changes["search_longer"].append(longer(lm, searched, folder, family, settings.num_samples, recording))
                 changes["search_longer_debug"].append(longer(lm, searched, folder, family, DEBUG_TRIALS, recording))
@@ -188,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="context lengths (1024 4096)")
     parser.add_argument("--tokens", type=int, default=20, help="new tokens at most (default: %(default)s)")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES[:2]), help="masker families")
+    parser.add_argument("--searches", action=argparse.BooleanOptionalAction, default=True, help="time whole searches")
     options = parser.parse_args(argv)
     options.length = options.lengths[0]
     at_most = {

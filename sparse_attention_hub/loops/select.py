@@ -88,21 +88,43 @@ def choose(bits, flip, lowest, allowed, taken, taken_counts, sizes, lists, count
                         left[j] = left[j] if allowed[b, q, j] else lowest
                 for t in range(taken_counts[b, k, q]):
                     left[np.uint32(taken[b, k, q, t])] = lowest
-                excess = _find_pivot(left, size, lowest, pivot)
-                found = 0
-                for j in range(keys):
-                    reached[np.uint32(found)] = j  # branch-free: overwritten unless the key counts
-                    found += left[j] >= pivot[0]
+                _guess_pivot(left, size, lowest, pivot)
+                found = _keep_from(left, pivot[0], reached)
+                if found < size:  # the guess was too high
+                    found = _keep_from(left, lowest + 1, reached)
+                for t in range(found):
+                    left[t] = left[np.uint32(reached[t])]  # reached[t] >= t: not overwritten before it is read
+                excess = _find_pivot(left[:found], size, lowest, pivot)
+                for t in range(found if excess > 0 else 0):  # of keys that tie for the last places the oldest are left out
+                    if excess > 0 and left[t] == pivot[0]:
+                        left[t], excess = lowest, excess - 1
                 total = 0
                 for t in range(found):
-                    if excess > 0 and left[reached[t]] == pivot[0]:
-                        excess -= 1  # keys that tie for the last places: the oldest are left out
-                    elif total < size:
-                        out[total] = reached[t]
-                        total += 1
+                    reached[np.uint32(total)] = reached[t]
+                    total += left[t] >= pivot[0]
+                for t in range(total):
+                    out[t] = reached[t]
                 for t in range(total, width):
                     out[t] = -1
                 counts[b, h, q] = total
+
+
+@compiled
+def _keep_from(left, least, reached):
+    """Which of a row's numbers reach `least`; returns how many."""
+    found = 0
+    for j in range(left.size):
+        reached[np.uint32(found)] = j  # branch-free: overwritten unless the number counts
+        found += left[j] >= least
+    return found
+
+
+@compiled
+def _guess_pivot(left, size, lowest, pivot):
+    """A number that `size` of a row's numbers and some more are likely to reach, by every 16th of them."""
+    sample = left[::16].copy()
+    share = size / 16
+    _find_pivot(sample, np.int64(share + 3 * np.sqrt(share) + 3), lowest, pivot)
 
 
 @compiled

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..lists import KeyLists, expand_heads
 from ..mask import Mask
+from .call_cache import once
 
 # An additive mask forbids a key where it is at most this; smaller penalties are a bias, which is added to the scores.
 FORBIDDEN_BIAS = -1e4
@@ -38,6 +39,7 @@ class Layout:
         self.mask = None if attention_mask is None else attention_mask[..., : shape[3]]
         #: What leading maskers chose that go by positions alone: made once for all calls of this layout.
         self.chosen: dict[Hashable, Mask] = {}
+        self._sizes: dict[Hashable, Tensor] = {}
 
     @cached_property
     def allowed(self) -> Tensor:
@@ -154,7 +156,9 @@ class Layout:
 
         factors: on fractions, float64 (h,), h = 1, kv heads or H; None = 1 for all heads.
         """
-        return resolve_size(size, self.n_allowed, factors)
+        if factors is not None:
+            return resolve_size(size, self.n_allowed, factors)
+        return once(self._sizes, (type(size), size), lambda: resolve_size(size, self.n_allowed))
 
     def share_of(self, counts: Tensor, size: int | float, factors: Tensor | None = None) -> Tensor:
         """The same as a fraction of counts int64 (B, h, Q), where they are, instead of N; floored, 0 included: int64 (B, h, Q)."""

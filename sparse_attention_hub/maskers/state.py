@@ -166,6 +166,13 @@ class AttentionState:
         """Use a state that is held elsewhere too."""
         self._entries[layer_idx, position] = entry
 
+    def fork(self, length: int) -> AttentionState:
+        """An independent memory of the first `length` keys, see MaskerState.fork."""
+        forked = AttentionState()
+        forked._summaries = dict(self._summaries)
+        forked._entries = {place: entry.fork(length) for place, entry in self._entries.items()}
+        return forked
+
     def parts(self) -> list[Tensor]:
         """The tensors that hold codes; attentions side by side share some of them."""
         return [part for entry in self._entries.values() for part in entry.parts()]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .load import LanguageModel, check_model, check_place, load_model, load_shape, load_tokenizer
     from .memory import estimate_bytes
     from .plugin import SparseSession, sparse_attention
-    from .session import Answer, Forced, Prefilled, answer, answer_many, forced_many, prefill
+    from .session import Answer, Forced, Prefilled, answer, answer_many, forced_and_answered, forced_many, prefill
 else:  # hidden from type checkers, for which every unknown name would be Any
 
     def __getattr__(name: str) -> object:
@@ -28,4 +28,4 @@ else:  # hidden from type checkers, for which every unknown name would be Any
 
 __all__ = ["EMBEDDED_MODEL", "LanguageModel", "check_model", "check_place", "load_model", "load_shape", "load_tokenizer"]
 __all__ += ["Answer", "Forced", "Prefilled", "answer", "answer_many", "estimate_bytes"]
-__all__ += ["forced_many", "prefill", "SparseSession", "sparse_attention"]
+__all__ += ["forced_and_answered", "forced_many", "prefill", "SparseSession", "sparse_attention"]

@@ -210,16 +210,16 @@ class SharedPrefixCache(Cache):
         for layer in self.recurrent:
             layer.save_states()
 
-    def fork(self, forks: int, tail_capacity: int) -> None:
-        """Continue with `forks` rows of at most tail_capacity tokens; one row needs no private tail."""
-        if forks > 1:
+    def fork(self, forks: int, tail_capacity: int, again: bool = False) -> None:
+        """Continue with `forks` rows of at most tail_capacity tokens. One row needs no private tail, unless it may fork again."""
+        if forks > 1 or again:
             for layer in self.attention:
                 layer.fork(forks, tail_capacity)
             for state in self.recurrent:
                 state.fork_states(forks)
 
     def select(self, forks: list[int]) -> None:
-        """Keep only these forks (their indices in the current batch), in this order."""
+        """Keep only these forks (their indices in the current batch), in this order; one that is named twice forks."""
         initialized = [layer for layer in self.attention if layer.is_initialized]
         indices = {device: torch.tensor(forks, device=device) for device in {layer.device for layer in initialized}}
         for layer in initialized:

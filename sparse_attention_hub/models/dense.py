@@ -60,13 +60,14 @@ def _can_join(queries: Tensor, values: Tensor) -> bool:
 def _joined(grouped: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     """Unmasked attention to the prefix and causal attention to the queries' own keys, joined by
     their log-sum-exps. No mask is read, nothing above the diagonal computed. grouped: (Hkv, G, Q, D)."""
-    group, length = grouped.shape[1:3]
-    parts = []
-    for place, causal in ((slice(0, keys.shape[2] - length), False), (slice(keys.shape[2] - length, None), True)):
-        own = (t[0, :, None, place].expand(-1, group, -1, -1) for t in (keys, values))
-        parts.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(grouped, *own, 0.0, causal, scale=scaling))
-    (far, far_sum), (near, near_sum) = parts
-    return torch.lerp(far, near, torch.sigmoid(near_sum - far_sum).unsqueeze(-1))
+    kv_heads, group, length, width = grouped.shape
+    flash, prefix = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, keys.shape[2] - length
+    rows = grouped.reshape(kv_heads, 1, group * length, width)  # a group's heads see the same prefix: they are rows of one call
+    far, far_sum = flash(rows, *(t[0, :, None, :prefix] for t in (keys, values)), 0.0, False, scale=scaling)
+    own = (t[0, :, None, prefix:].expand(-1, group, -1, -1) for t in (keys, values))
+    near, near_sum = flash(grouped, *own, 0.0, True, scale=scaling)
+    share = torch.sigmoid(near_sum - far_sum.view(near_sum.shape))
+    return torch.lerp(far.view(near.shape), near, share.unsqueeze(-1))
 
 
 def _masked(grouped: Tensor, keys: Tensor, values: Tensor, scaling: float, rule: Rule) -> Tensor:

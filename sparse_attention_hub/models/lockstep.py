@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,13 +77,22 @@ class Row(SparseMeans):
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
+    def fork(self, tokens: Sequence[int], length: int) -> Row:
+        """A row with this answer so far, which is alike up to here, after `length` keys, and recorded by nobody."""
+        forked = copy.copy(self)
+        forked.tokens, forked.recorders, forked._later = list(tokens), (), list(self._later or ())
+        if self.memory is not None:
+            state = self.memory.state.fork(length)
+            forked.memory = replace(self.memory, state=state, prepared=set(self.memory.prepared))
+        return forked
+
 
 class Lockstep:
     """Rows that go through the model as one batch, each with its own attention, on one context's cache."""
 
     def __init__(self, lm: LanguageModel, prefilled: Prefilled, rows: list[Row], seed: int = 0) -> None:
         self.lm, self.prefilled, self.rows, self.seed = lm, prefilled, rows, seed
-        self.step = 0
+        self.step, self._started = 0, time.perf_counter()
         self.observer: Observer | None = None  # of a pass with one dense row
         self.summaries = prefilled.summaries  # what maskers are fitted on, beside the keys
         self.layers: dict[int, LayerCall] = {}  # of those that were called
@@ -89,6 +100,10 @@ class Lockstep:
         self._filling = False  # the current pass ends before the last layer's attention
         self._layouts: dict[Hashable, Layout] = {}  # shared by all rows and layers of one forward pass
         self._grouped = GroupedRows()
+
+    def elapsed(self) -> float:
+        """Seconds since the batch was made."""
+        return time.perf_counter() - self._started
 
     def forward(self, ids: Tensor, keep: int) -> Tensor:
         """Logits (rows, keep, V) of the last `keep` of ids (rows, Q)."""

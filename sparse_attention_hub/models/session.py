@@ -184,38 +184,10 @@ def answer_many(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
-    started = time.perf_counter()
     with _asked(lm, prefilled, question_ids, attentions, max_new_tokens, sparse_from, seed, recorders) as (batch, logits):
         rows = batch.rows
-        while True:
-            _check_finite(logits, batch.rows)
-            chosen = logits[:, -1].argmax(dim=-1)
-            unfinished = []
-            for index, (row, token) in enumerate(zip(batch.rows, chosen.tolist(), strict=True)):
-                row.tokens.append(token)
-                if token in lm.eos_token_ids or len(row.tokens) == max_new_tokens:
-                    row.seconds = time.perf_counter() - started
-                else:
-                    unfinished.append(index)
-            if not unfinished:
-                break
-            if len(unfinished) < len(batch.rows):
-                prefilled.cache.select(unfinished)
-                chosen = chosen[unfinished]
-                batch.rows = [batch.rows[index] for index in unfinished]
-            batch.step += 1
-            logits = batch.forward(chosen[:, None], 1)
-    return [
-        Answer(
-            token_ids=row.tokens,
-            text=lm.tokenizer.decode(row.tokens, skip_special_tokens=True),
-            stopped="eos" if row.tokens[-1] in lm.eos_token_ids else "length",
-            seconds=row.seconds,
-            density=row.density,
-            kv_fraction=row.kv_fraction,
-        )
-        for row in rows
-    ]
+        _decode(batch, logits, max_new_tokens)
+    return [_answer(lm, row) for row in rows]
 
 
 def forced_many(
@@ -236,25 +208,112 @@ def forced_many(
     one, as slow as generation and equal to it. In one pass, sizes that are a fraction of N use the N of
     the last token, and pages hold tokens that come later. NonFiniteError as answer_many.
     """
-    if not answer_ids:
-        raise UserError("the answer has no tokens: nothing to force")
     with _asked(lm, prefilled, question_ids, attentions, len(answer_ids), sparse_from, seed, recorders) as (batch, logits):
+        rows = batch.rows
+        if stepwise:
+            predictions, _ = _decode(batch, logits, len(answer_ids), given=answer_ids)
+            return _forced(rows, predictions)
+        _check_finite(logits, rows)
         target = torch.tensor(answer_ids, device=lm.device)
-        _check_finite(logits, batch.rows)
         predictions = [_predicted(logits, target[:1])]
-        done, step = 1, 1 if stepwise else len(answer_ids) - 1
-        while done < len(answer_ids):
+        if len(answer_ids) > 1:
             batch.step += 1
-            ids = target[done - 1 : done - 1 + step].expand(len(batch.rows), -1)
-            logits = batch.forward(ids, step)
-            _check_finite(logits, batch.rows)
-            predictions.append(_predicted(logits, target[done : done + step]))
-            done += step
-        losses, hits = (torch.cat(parts, 1) for parts in zip(*predictions, strict=True))
-        return [
-            Forced(float(nll), bool(hit), row.density, row.kv_fraction)
-            for row, nll, hit in zip(batch.rows, losses.mean(1), hits.all(1), strict=True)
-        ]
+            logits = batch.forward(target[:-1].expand(len(rows), -1), len(answer_ids) - 1)
+            _check_finite(logits, rows)
+            predictions.append(_predicted(logits, target[1:]))
+        return _forced(rows, predictions)
+
+
+def forced_and_answered(
+    lm: LanguageModel,
+    prefilled: Prefilled,
+    question_ids: list[int],
+    answer_ids: list[int],
+    attentions: Sequence[ResearchAttention | None],
+    max_new_tokens: int,
+    *,
+    sparse_from: SparseFrom = "question",
+    seed: int = 0,
+    recorders: Sequence[Recorder | None] | None = None,
+) -> list[tuple[Forced, Answer]]:
+    """`forced_many` stepwise and `answer_many` in one pass, for an answer that was generated: it ends with EOS or has
+    max_new_tokens tokens.
+
+    A row is both until it would choose another token than the answer's. There it forks: the fork answers on its own, unrecorded.
+    """
+    tokens = max(len(answer_ids), max_new_tokens)
+    with _asked(lm, prefilled, question_ids, attentions, tokens, sparse_from, seed, recorders, forks=True) as (batch, logits):
+        rows = batch.rows
+        predictions, forks = _decode(batch, logits, max_new_tokens, given=answer_ids, forking=True)
+    for row in rows:
+        row.tokens = answer_ids
+    answers = [_answer(lm, forks.get(index, row)) for index, row in enumerate(rows)]
+    return list(zip(_forced(rows, predictions), answers, strict=True))
+
+
+def _decode(
+    batch: Lockstep, logits: Tensor, max_new_tokens: int, *, given: Sequence[int] = (), forking: bool = False
+) -> tuple[list[tuple[Tensor, Tensor]], dict[int, Row]]:
+    """Feed each row the tokens that it chooses, until EOS or the last one; with a given answer, feed the rows its tokens instead.
+
+    forking: where a row first chooses another token than the given one, a fork of it follows its own choices.
+    Returns what `_predicted` says of each given token, and the forks, by the index of the row that they left.
+    """
+    lm, cache, count = batch.lm, batch.prefilled.cache, len(batch.rows)
+    target = torch.tensor(given, device=lm.device)
+    predictions: list[tuple[Tensor, Tensor]] = []
+    forks: dict[int, Row] = {}
+    while True:
+        _check_finite(logits, batch.rows)
+        chosen = logits[:, -1].argmax(dim=-1)
+        place, choices = len(predictions), chosen.tolist()
+        forced = count if place < len(given) else 0  # rows; forks come after them
+        fed: list[tuple[int, int, Row]] = []  # (index in the batch, token, row) of the next step
+        if forced:
+            predictions.append(_predicted(logits[:forced], target[place : place + 1]))
+            for index, row in enumerate(batch.rows[:forced]):
+                if place + 1 < len(given):
+                    fed.append((index, given[place], row))
+                row.seconds = batch.elapsed()
+        for index, (row, token) in enumerate(zip(batch.rows, choices, strict=True)):
+            if index < forced:
+                if not forking or index in forks or token == given[place]:
+                    continue
+                row = forks[index] = row.fork(given[:place], cache.get_seq_length())
+            row.tokens.append(token)
+            if token in lm.eos_token_ids or len(row.tokens) == max_new_tokens:
+                row.seconds = batch.elapsed()
+            else:
+                fed.append((index, token, row))
+        if not fed:
+            return predictions, forks
+        indices, tokens, rows = (list(part) for part in zip(*fed, strict=True))
+        if indices != list(range(len(batch.rows))):
+            cache.select(indices)
+        batch.rows = rows
+        batch.step += 1
+        ids = chosen if tokens == choices else torch.tensor(tokens, device=lm.device)
+        logits = batch.forward(ids[:, None], 1)
+
+
+def _answer(lm: LanguageModel, row: Row) -> Answer:
+    return Answer(
+        token_ids=row.tokens,
+        text=lm.tokenizer.decode(row.tokens, skip_special_tokens=True),
+        stopped="eos" if row.tokens[-1] in lm.eos_token_ids else "length",
+        seconds=row.seconds,
+        density=row.density,
+        kv_fraction=row.kv_fraction,
+    )
+
+
+def _forced(rows: Sequence[Row], predictions: Sequence[tuple[Tensor, Tensor]]) -> list[Forced]:
+    """What `_predicted` said of all tokens of an answer, for each row."""
+    losses, hits = (torch.cat(parts, 1) for parts in zip(*predictions, strict=True))
+    return [
+        Forced(float(nll), bool(hit), row.density, row.kv_fraction)
+        for row, nll, hit in zip(rows, losses.mean(1), hits.all(1), strict=True)
+    ]
 
 
 def _predicted(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,15 +347,18 @@ def _asked(
     sparse_from: SparseFrom,
     seed: int,
     recorders: Sequence[Recorder | None] | None,
+    forks: bool = False,
 ) -> Iterator[tuple[Lockstep, Tensor]]:
     """A batch that has seen the question, and its logits (rows, 1, V). Cache and masker states are rewound
-    afterwards. Under "decode" the question is dense and part of the shared prefix."""
+    afterwards. Under "decode" the question is dense and part of the shared prefix. forks: rows may fork."""
     if sparse_from not in ("question", "decode"):
         raise UserError(f"sparse_from must be 'question' or 'decode', got {sparse_from!r}")
     if not question_ids:
         raise UserError("the question has no tokens: an answer needs at least one to start from")
     if not attentions:
         raise ValueError("no attention to answer under: give at least one (None is dense)")
+    if answer_tokens < 1:
+        raise UserError("the answer has no tokens: nothing to force")
     fed = len(question_ids) + answer_tokens - 1  # the answer's last token is not
     if fed > prefilled.room:
         raise UserError(
@@ -327,7 +389,7 @@ def _asked(
     question = torch.tensor([question_ids], device=lm.device)
     try:
         if sparse_from == "question":
-            prefilled.cache.fork(len(rows), fed + 1)
+            prefilled.cache.fork(len(rows), fed + 1, forks)
             logits = batch.forward(question.expand(len(rows), -1), 1)
         else:
             batch.rows = [Row(recorders=[recorder for row in rows if row.memory is None for recorder in row.recorders])]
@@ -336,7 +398,7 @@ def _asked(
             if batch.observer is not None:
                 batch.summaries = batch.observer.named(question_ids)
             batch.rows, batch.observer = rows, None
-            prefilled.cache.fork(len(rows), fed + 1)
+            prefilled.cache.fork(len(rows), fed + 1, forks)
         yield batch, logits
     except BaseException:
         # A layer may be half done: its masker states are not valid.

@@ -28,6 +28,7 @@ from sparse_attention_hub.models import (
     answer,
     answer_many,
     dense,
+    forced_and_answered,
     forced_many,
     lockstep,
     prefill,
@@ -208,6 +209,34 @@ def test_an_answer_forced_step_by_step_is_its_generation(any_model: LanguageMode
             assert (found.density, found.kv_fraction) == (real.density, real.kv_fraction)
         one_pass = forced(any_model, prefilled, QUESTION, real.token_ids, way, sparse_from=sparse_from, seed=3)
         assert one_pass.nll == pytest.approx(found.nll, rel=0.2)
+
+
+@pytest.mark.parametrize("sparse_from", ["question", "decode"])
+def test_forced_and_answered_is_both_in_one_pass(any_model: LanguageModel, sparse_from: Any) -> None:
+    """Also for maskers that keep codes of the keys so far, for a row alone, and for forks that end before the given answer."""
+    prefilled = prefill(any_model, CONTEXT, 40)
+    pages = ResearchAttention(ResearchAttentionConfig([SinkMaskerConfig(0.01), QuestTopKMaskerConfig(0.3, 4)]))
+    ways, how = [*few_keys(), pages, None], {"sparse_from": sparse_from, "seed": 3}
+    dense_ids = answer(any_model, prefilled, QUESTION, None, 12).token_ids
+    for given in (dense_ids, [*dense_ids[:5], *tokens(7, seed=9)]):
+        any_model.eos_token_ids = frozenset()
+        free = answer_many(any_model, prefilled, QUESTION, ways, 12, **how)
+        any_model.eos_token_ids = frozenset(token for one in free for token in one.token_ids[7:8]) - {*given}
+        free = answer_many(any_model, prefilled, QUESTION, ways, 12, **how)
+        counted = [Count() for _ in ways]
+        fed = forced_many(any_model, prefilled, QUESTION, given, ways, **how, stepwise=True, recorders=counted)
+        assert fed[-1].reproduced == (given == dense_ids)
+        for rows in (slice(None), slice(0, 1), slice(4, 5), slice(-1, None)):
+            again = [Count() for _ in ways[rows]]
+            found = forced_and_answered(any_model, prefilled, QUESTION, given, ways[rows], 12, **how, recorders=again)
+            assert prefilled.cache.get_seq_length() == len(CONTEXT)
+            for (one, own), expected, alone in zip(found, fed[rows], free[rows], strict=True):
+                assert one.nll == pytest.approx(expected.nll, abs=1e-5) and one.reproduced == expected.reproduced
+                assert (own.token_ids, own.text, own.stopped) == (alone.token_ids, alone.text, alone.stopped)
+                assert own.seconds > 0
+                for mine, theirs in ((one, expected), (own, alone)):
+                    assert (mine.density, mine.kv_fraction) == pytest.approx((theirs.density, theirs.kv_fraction), abs=1e-7)
+            assert [count.shapes for count in again] == [count.shapes for count in counted[rows]]
 
 
 class Count:

@@ -77,7 +77,7 @@ def test_every_rung_looks_at_the_layers_that_can_be_sparse(architecture: str, la
 
 
 @pytest.mark.usefixtures("samples")
-def test_what_rung_two_reproduced_is_not_generated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_come_from_the_pass_of_rung_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = wrap(build("llama"))
     configs = [ResearchAttentionConfig([LocalMaskerConfig(1.0)]), *CONFIGS]  # the first is dense attention
     alone, made = (evaluator(lm, tmp_path) for _ in range(2))
@@ -93,8 +93,7 @@ def test_what_rung_two_reproduced_is_not_generated_again(tmp_path: Path, monkeyp
         assert found.density == pytest.approx(one.density, abs=1e-9)
         if forced.reproduced == 1.0:
             assert found.density == pytest.approx(forced.density, abs=1e-9)
-    reproduced = round(sum(forced.reproduced * 2 for forced in confirmed))
-    assert sum(asked) == 2 * len(configs) - reproduced
+    assert not asked and any(forced.reproduced < 1.0 for forced in confirmed)
 
 
 @pytest.mark.usefixtures("samples")

@@ -20,9 +20,9 @@ TABLE = [[0.5, 1.5], [1.0, 1.0]]
 class Uneven(FormulaEvaluator):
     """A table changes the error by a factor, which replay and forced forward see differently."""
 
-    def __init__(self, replayed: float = 0.8, forced: float = 0.8, score: float = 1.0) -> None:
+    def __init__(self, replayed: float = 0.8, forced: float = 0.8, score: float = 1.0, nll: float = 0.5) -> None:
         super().__init__()
-        self.replayed, self.forced, self.score = replayed, forced, score
+        self.replayed, self.forced, self.score, self.nll = replayed, forced, score, nll
         self.fits: list[tuple[int, str]] = []
 
     def fit_head_budgets(self, configs: list[ResearchAttentionConfig], by: str, timeout: float) -> list[FittedBudgets | None]:
@@ -31,6 +31,8 @@ class Uneven(FormulaEvaluator):
 
     def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
         found = super().figures(config, rung)
+        if rung == 2:
+            found = found.model_copy(update={"reference_nll": 0.5 if config.head_budgets is None else self.nll})
         if config.head_budgets is None:
             return found
         assert found.error is not None
@@ -45,7 +47,7 @@ def uneven_study(path: Path, evaluator: Uneven, **changes: object) -> Any:
 
 
 def test_a_table_with_a_smaller_confirmed_error_wins(tmp_path: Path) -> None:
-    evaluator = Uneven()
+    evaluator = Uneven(nll=0.505)
     study = run(uneven_study(tmp_path / "j", evaluator))
     assert evaluator.fits == [(2, "kv_head")], "all levels in one pass"
     even = study.best_even()
@@ -65,6 +67,7 @@ def test_a_table_with_a_smaller_confirmed_error_wins(tmp_path: Path) -> None:
         (Uneven(replayed=0.99, forced=0.5), 1),  # not worth a confirmation
         (Uneven(replayed=0.8, forced=1.1), 3),
         (Uneven(score=0.0), 3),  # it answers everything wrong
+        (Uneven(nll=0.52), 3),  # the dense answers are less likely
     ],
 )
 def test_a_table_that_is_not_better_loses(evaluator: Uneven, reached: int, tmp_path: Path) -> None:
