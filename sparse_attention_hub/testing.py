@@ -267,15 +267,15 @@ class MaskerContract:
         assert abs(float(ratio) - 1) <= self.bias_tolerance, f"mean denominator ratio {float(ratio):.4f}"
 
     def test_decode_steps_are_one_extension(self) -> None:
-        """32 decode steps leave what one extension by 32 keys leaves; a rewind forgets what came after it."""
+        """32 decode steps leave what one extension by 32 keys leaves; a rewind forgets what came after it, a fork follows others."""
         context, steps = self.context, 32
         queries, keys, values = self.tensors(context + steps, steps)
         other = torch.randn(2, 2, steps, self.head_dim, generator=torch.Generator().manual_seed(77))
         attention = self.attention()
 
-        def decode(state: AttentionState, keys: Tensor, count: int) -> Tensor:
+        def decode(state: AttentionState, keys: Tensor, count: int, first: int = 0) -> Tensor:
             """The last step's inclusion probabilities."""
-            for step in range(count):
+            for step in range(first, count):
                 end = context + step + 1
                 result = attention(queries[:, :, step : step + 1], keys[:, :, :end], values[:, :, :end], state=state)
             return result.mask.inclusion_probability()[:, :, 0]
@@ -291,6 +291,12 @@ class MaskerContract:
         stepwise.rewind(context + 3)  # three wrong keys stay until the next line
         stepwise.rewind(context)
         torch.testing.assert_close(decode(stepwise, keys, steps), by_steps)
+        for follows in (0, 1):  # of a state and its fork one gets other keys
+            pair = [self.prepared(attention, fitted)]
+            decode(pair[0], keys, 19)
+            pair.append(pair[0].fork(context + 19))
+            decode(pair[1 - follows], torch.cat([keys[:, :, : context + 19], 3 * other], 2), 25, 19)
+            torch.testing.assert_close(decode(pair[follows], keys, steps, 19), by_steps)
         stepwise.rewind(context // 2)  # below the fit: the next call fits again
         half = context // 2 + 1
         refitted = attention(queries[:, :, :1], keys[:, :, :half], values[:, :, :half], state=stepwise)

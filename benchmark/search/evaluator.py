@@ -310,9 +310,16 @@ class TraceEvaluator:
         names = [(repr(attention.config), number) for attention in attentions]
         unknown = {name: way for name, way in zip(names, attentions, strict=True) if name not in self._answers}
         if unknown:  # their rung 2 was found in a journal
-            how = {"sparse_from": self.settings.sparse_from, "seed": entry.seed}
-            asked = self.lm, self._prefilled(number), entry.prompt.question_ids, [*unknown.values()], entry.max_new_tokens
-            self._answers |= zip(unknown, answer_many(*asked, **how), strict=True)
+            found = answer_many(
+                self.lm,
+                self._prefilled(number),
+                entry.prompt.question_ids,
+                [*unknown.values()],
+                entry.max_new_tokens,
+                sparse_from=self.settings.sparse_from,
+                seed=entry.seed,
+            )
+            self._answers |= zip(unknown, found, strict=True)
         measured = []
         for name in names:
             answer = self._answers[name]

@@ -3,7 +3,7 @@
 A `Prefilled` holds the KV cache of a context. `answer_many` generates greedily under several
 attentions: linear layers run as one batch (one read of the weights per step), attention runs per row
 on the shared prefix and the row's private tail, and a finished row leaves the batch. `forced_many`
-scores a given answer. Both leave the `Prefilled` as they found it.
+scores a given answer, `forced_and_answered` does both in one pass. All leave the `Prefilled` as they found it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ..attention import ResearchAttention
-from ..errors import NonFiniteError, UserError
+from ..errors import UserError
 from ..maskers.context_summary import ContextSummary
 from ..maskers.shared_states import SharedStates
 from .cache import SharedPrefixCache
+from .decoding import Answer, Forced, answer_of, check_finite, decode, forced_of, predicted
 from .heap import trim_heap
 from .load import LanguageModel
 from .lockstep import Lockstep, Memory, Recorder, Row
@@ -34,30 +35,6 @@ SparseFrom = Literal["question", "decode"]
 
 #: Tokens of a context that go through the layers at once: activations stay small beside the cache.
 _CHUNKS = {"cpu": 512, "gpu": 8192}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """token_ids end with the EOS token if stopped == "eos"; text leaves special tokens out. seconds: from
-    the start of the batch to this answer's last token. density and kv_fraction: means over query rows and
-    sparse layers (None where no row was sparse)."""
-
-    token_ids: list[int]
-    text: str
-    stopped: Literal["eos", "length"]
-    seconds: float
-    density: float | None
-    kv_fraction: float | None
-
-
-@dataclass(frozen=True)
-class Forced:
-    """nll: mean negative log-likelihood of the answer's tokens, in nats. reproduced: every argmax is the answer's token."""
-
-    nll: float
-    reproduced: bool
-    density: float | None
-    kv_fraction: float | None
 
 
 @dataclass
@@ -186,8 +163,8 @@ def answer_many(
         raise UserError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
     with _asked(lm, prefilled, question_ids, attentions, max_new_tokens, sparse_from, seed, recorders) as (batch, logits):
         rows = batch.rows
-        _decode(batch, logits, max_new_tokens)
-    return [_answer(lm, row) for row in rows]
+        decode(batch, logits, max_new_tokens)
+    return [answer_of(lm, row) for row in rows]
 
 
 def forced_many(
@@ -211,17 +188,17 @@ def forced_many(
     with _asked(lm, prefilled, question_ids, attentions, len(answer_ids), sparse_from, seed, recorders) as (batch, logits):
         rows = batch.rows
         if stepwise:
-            predictions, _ = _decode(batch, logits, len(answer_ids), given=answer_ids)
-            return _forced(rows, predictions)
-        _check_finite(logits, rows)
+            predictions, _ = decode(batch, logits, len(answer_ids), given=answer_ids)
+            return forced_of(rows, predictions)
+        check_finite(logits, rows)
         target = torch.tensor(answer_ids, device=lm.device)
-        predictions = [_predicted(logits, target[:1])]
+        predictions = [predicted(logits, target[:1])]
         if len(answer_ids) > 1:
             batch.step += 1
             logits = batch.forward(target[:-1].expand(len(rows), -1), len(answer_ids) - 1)
-            _check_finite(logits, rows)
-            predictions.append(_predicted(logits, target[1:]))
-        return _forced(rows, predictions)
+            check_finite(logits, rows)
+            predictions.append(predicted(logits, target[1:]))
+        return forced_of(rows, predictions)
 
 
 def forced_and_answered(
@@ -244,97 +221,11 @@ def forced_and_answered(
     tokens = max(len(answer_ids), max_new_tokens)
     with _asked(lm, prefilled, question_ids, attentions, tokens, sparse_from, seed, recorders, forks=True) as (batch, logits):
         rows = batch.rows
-        predictions, forks = _decode(batch, logits, max_new_tokens, given=answer_ids, forking=True)
+        predictions, forks = decode(batch, logits, max_new_tokens, given=answer_ids, forking=True)
     for row in rows:
         row.tokens = answer_ids
-    answers = [_answer(lm, forks.get(index, row)) for index, row in enumerate(rows)]
-    return list(zip(_forced(rows, predictions), answers, strict=True))
-
-
-def _decode(
-    batch: Lockstep, logits: Tensor, max_new_tokens: int, *, given: Sequence[int] = (), forking: bool = False
-) -> tuple[list[tuple[Tensor, Tensor]], dict[int, Row]]:
-    """Feed each row the tokens that it chooses, until EOS or the last one; with a given answer, feed the rows its tokens instead.
-
-    forking: where a row first chooses another token than the given one, a fork of it follows its own choices.
-    Returns what `_predicted` says of each given token, and the forks, by the index of the row that they left.
-    """
-    lm, cache, count = batch.lm, batch.prefilled.cache, len(batch.rows)
-    target = torch.tensor(given, device=lm.device)
-    predictions: list[tuple[Tensor, Tensor]] = []
-    forks: dict[int, Row] = {}
-    while True:
-        _check_finite(logits, batch.rows)
-        chosen = logits[:, -1].argmax(dim=-1)
-        place, choices = len(predictions), chosen.tolist()
-        forced = count if place < len(given) else 0  # rows; forks come after them
-        fed: list[tuple[int, int, Row]] = []  # (index in the batch, token, row) of the next step
-        if forced:
-            predictions.append(_predicted(logits[:forced], target[place : place + 1]))
-            for index, row in enumerate(batch.rows[:forced]):
-                if place + 1 < len(given):
-                    fed.append((index, given[place], row))
-                row.seconds = batch.elapsed()
-        for index, (row, token) in enumerate(zip(batch.rows, choices, strict=True)):
-            if index < forced:
-                if not forking or index in forks or token == given[place]:
-                    continue
-                row = forks[index] = row.fork(given[:place], cache.get_seq_length())
-            row.tokens.append(token)
-            if token in lm.eos_token_ids or len(row.tokens) == max_new_tokens:
-                row.seconds = batch.elapsed()
-            else:
-                fed.append((index, token, row))
-        if not fed:
-            return predictions, forks
-        indices, tokens, rows = (list(part) for part in zip(*fed, strict=True))
-        if indices != list(range(len(batch.rows))):
-            cache.select(indices)
-        batch.rows = rows
-        batch.step += 1
-        ids = chosen if tokens == choices else torch.tensor(tokens, device=lm.device)
-        logits = batch.forward(ids[:, None], 1)
-
-
-def _answer(lm: LanguageModel, row: Row) -> Answer:
-    return Answer(
-        token_ids=row.tokens,
-        text=lm.tokenizer.decode(row.tokens, skip_special_tokens=True),
-        stopped="eos" if row.tokens[-1] in lm.eos_token_ids else "length",
-        seconds=row.seconds,
-        density=row.density,
-        kv_fraction=row.kv_fraction,
-    )
-
-
-def _forced(rows: Sequence[Row], predictions: Sequence[tuple[Tensor, Tensor]]) -> list[Forced]:
-    """What `_predicted` said of all tokens of an answer, for each row."""
-    losses, hits = (torch.cat(parts, 1) for parts in zip(*predictions, strict=True))
-    return [
-        Forced(float(nll), bool(hit), row.density, row.kv_fraction)
-        for row, nll, hit in zip(rows, losses.mean(1), hits.all(1), strict=True)
-    ]
-
-
-def _predicted(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(negative log-likelihood, whether the argmax is the token), both (rows, n), of the n target tokens
-    under logits (rows, n, V). One row at a time, because float32 copies of logits are large."""
-    target = target.to(logits.device)
-    losses = [torch.nn.functional.cross_entropy(scores.float(), target, reduction="none") for scores in logits]
-    return torch.stack(losses), logits.argmax(dim=-1) == target
-
-
-def _check_finite(logits: Tensor, rows: Sequence[Row]) -> None:
-    """NonFiniteError if a row of logits (rows, n, V) has NaN or infinite numbers."""
-    finite = logits.isfinite().flatten(1).all(1).tolist()
-    if all(finite):
-        return
-    row = rows[finite.index(False)]
-    names = "dense" if row.memory is None else repr([type(masker.config).__name__ for masker in row.memory.attention.maskers])
-    raise NonFiniteError(
-        f"logits are not finite under {names} attention after {len(row.tokens)} tokens: check the weights for NaN; if the dtype is "
-        "float16, take bfloat16 or float32"
-    )
+    answers = [answer_of(lm, forks.get(index, row)) for index, row in enumerate(rows)]
+    return list(zip(forced_of(rows, predictions), answers, strict=True))
 
 
 @contextmanager
