@@ -19,7 +19,7 @@ else:  # hidden from type checkers, for which every unknown name would be Any
     def __getattr__(name: str) -> object:
         from importlib import import_module
 
-        for module in ("decoding", "embedded", "load", "session", "memory", "plugin") if name in __all__ else ():
+        for module in ("embedded", "load", "session", "memory", "plugin") if name in __all__ else ():
             home = import_module(f".{module}", __name__)
             if hasattr(home, name):
                 globals()[name] = getattr(home, name)
