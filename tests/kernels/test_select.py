@@ -116,6 +116,27 @@ def test_choose_of_any_magnitude(dtype: torch.dtype) -> None:
         assert found.indices[0, 0, 0, : found.counts[0, 0, 0]].tolist() == sorted([4, 5, 2, 3, 1, 6, 0][:size])
 
 
+@pytest.mark.parametrize("size", [0, 1, 30, 400, 799, 800, 900])
+def test_choose_from_what_every_16th_score_says(size: int) -> None:
+    """The loops guess a threshold from every 16th score, which may be far too high, far too low, or that of all keys."""
+    place, chance = torch.arange(800), torch.Generator().manual_seed(0)
+    rows = [
+        (place % 16 == 0) * 9.0 + torch.randn(800, generator=chance),
+        (place % 16 == 0) * -9.0 + torch.randn(800, generator=chance),
+        torch.zeros(800),
+        place.float(),
+        torch.randint(0, 3, (800,), generator=chance).float(),
+        torch.randn(800, generator=chance).masked_fill(place % 16 == 0, NEVER),
+        torch.full((800,), NEVER),
+    ]
+    scores = torch.stack(rows).view(1, 1, len(rows), 800)
+    free = torch.ones(1, 1, len(rows), 800, dtype=torch.bool)
+    free[..., :40] = False
+    sizes = torch.full((1, 1, len(rows)), size)
+    found = choose(scores, Mask.from_dense(~free), sizes)
+    assert torch.equal(flags_of(found, 800), best_by_hand(scores, free, sizes))
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
