@@ -127,9 +127,10 @@ def test_head_budgets_are_a_table_and_heat_maps(tmp_path: Path, capsys: pytest.C
     rungs = {
         "0": figures(0.1, 0.03),
         "1": figures(0.1, 0.03, head_densities=[[0.01, 0.05], [0.03, 0.03]]),
-        "2": figures(0.12, 0.03),
+        "2": figures(0.12, 0.03, reference_nll=0.5),
         "3": figures(None, 0.03, score=1.0),
     }
+    trials[2]["figures"]["2"]["reference_nll"] = 0.625
     trials.append(trial("a_00010", trials[2]["config"], rungs, table=table))
     even = {"trial_id": "a_00002", "error": 0.2, "density": 0.03, "kv_fraction": None, "score": 0.75}
     best = best_config(model=MODEL, task="t/a", masker_name=name, budget=0.05, best_trial_id="a_00010", even_budgets=even)
@@ -137,7 +138,7 @@ def test_head_budgets_are_a_table_and_heat_maps(tmp_path: Path, capsys: pytest.C
     out = tmp_path / "out"
     assert main(["--optimal-configs-dir", str(run.parent), "--output-dir", str(out)]) == 0
     told = capsys.readouterr().out
-    assert re.search(rf"{name} +kv_head +75% +-12.5% +0.200 +0.120 +1.0% to 5.0% +yes", told)
+    assert re.search(rf"{name} +kv_head +75% +-12.5% +0.200 +0.120 +-0.125 +1.0% to 5.0% +yes", told)
     assert (out / "head_budgets.png").stat().st_size > 5000
     add_level(run, "t/b", name, 0.05, "b")
     assert {effect.name for study in read_run(run).studies for effect in hyperparameter_effects(study)} >= {"heavy_size"}
