@@ -275,7 +275,7 @@ class TraceEvaluator:
 
     def _force(self, number: int, attentions: list[ResearchAttention]) -> list[_Measured]:
         """Question and dense answer through the model, token by token: errors compound through the layers as in generation. Where
-        a configuration would generate another token than the dense one, its own answer goes on beside, for rung 3."""
+        a configuration would generate another token than the dense one, its own answer continues beside it, for rung 3."""
         entry, answer_ids = self.samples[number], self.traces[number].answer_ids
         meters = [ErrorMeter() for _ in attentions]
         results = forced_and_answered(
