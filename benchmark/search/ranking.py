@@ -83,7 +83,7 @@ class Ranking:
         """For each level whose confirmed trials are clearly worse than one that is expected to fit: that one."""
         chosen: list[Trial] = []
         for level in self.levels:
-            confirmed = [t for t in alive(trials, 3) if self.fits(t.last, level)]
+            confirmed = [t for t in alive(_likely(trials), 3) if self.fits(t.last, level)]
             better: list[tuple[int, float, int]] = []
             for trial in alive(trials, 0):
                 rung = min(1, trial.reached or 0)
@@ -106,19 +106,20 @@ class Ranking:
 
     def best(self, trials: Sequence[Trial]) -> list[Best]:
         """The best of each level: the smallest confirmed error within the budget, among finalists whose score is not
-        significantly worse than the best finalist's on the same samples, and whose head budgets do not make the dense answers less
-        likely. Where no confirmed trial fits, the smallest error among trials that fit on their highest rung, those that a forced
-        forward is expected to keep within the budget first. A level without an evaluated trial is left out."""
+        significantly worse than the best finalist's on the same samples. Where no confirmed trial fits, the smallest error
+        among trials that fit on their highest rung, those that a forced forward is expected to keep within the budget first.
+        A level without an evaluated trial is left out, and so are head budgets that make the dense answers less likely."""
         found: list[Best] = []
-        measured = alive(trials, 0)
+        likely = _likely(trials)
+        measured = alive(likely, 0)
         for level in self.levels if measured else []:
             fits = [t for t in measured if self.fits(t.last, level)]
             if fits:
-                candidates = _not_worse([t for t in fits if 3 in t.rungs and not _less_likely(t, trials)]) or fits
+                candidates = _not_worse([t for t in fits if 3 in t.rungs]) or fits
                 expected = {t.number: _within(self._expected(t, trials), level) for t in candidates}
                 chosen = min(candidates, key=lambda t: (not expected[t.number], self.value(t.last, level), t.number))
             else:
-                chosen = min(alive(trials, 3) or measured, key=lambda t: (self.spent(t.last), t.number))
+                chosen = min(alive(likely, 3) or measured, key=lambda t: (self.spent(t.last), t.number))
             confirmed = 3 in chosen.rungs
             found.append(
                 Best(level=level.name, budget=level.budget, trial=chosen.number, meets_budget=bool(fits), confirmed=confirmed)
@@ -137,11 +138,16 @@ def error_of(figures: Evaluation) -> float:
     return figures.error
 
 
-def _less_likely(uneven: Trial, trials: Sequence[Trial]) -> bool:
-    """Whether a confirmed trial's head budgets make the dense answers less likely than the even ones that they scale."""
-    even = next((t for t in trials if uneven.table is not None and t.number == uneven.table.base), None)
-    figures = [trial.rungs[2].reference_nll for trial in (uneven, even) if trial is not None and 2 in trial.rungs]
-    return len(figures) == 2 and None not in figures and figures[0] > figures[1] + LESS_LIKELY  # type: ignore[operator]
+def _likely(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials without those whose head budgets make the dense answers less likely than the even ones that they scale do, where
+    a forced forward of both has shown it."""
+    nll = {trial.number: trial.rungs[2].reference_nll for trial in trials if 2 in trial.rungs}
+
+    def keeps(trial: Trial) -> bool:
+        even, own = None if trial.table is None else nll.get(trial.table.base), nll.get(trial.number)
+        return even is None or own is None or own <= even + LESS_LIKELY
+
+    return [trial for trial in trials if keeps(trial)]
 
 
 def _not_worse(trials: list[Trial]) -> list[Trial]:

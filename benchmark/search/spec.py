@@ -16,8 +16,8 @@ from sparse_attention_hub.errors import UserError
 
 #: Increased when the meaning of a search's files changes, so that older results are not reused.
 FORMAT = 4
-#: Increased when head budgets are fitted in another way. Searches without them (--head-budgets off) keep their identity.
-FIT_VERSION = 1
+#: Increased when head budgets are fitted or chosen in another way. Searches without them (--head-budgets off) keep their identity.
+FIT_VERSION = 2
 
 
 @dataclass(frozen=True)

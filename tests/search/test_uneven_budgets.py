@@ -78,6 +78,28 @@ def test_a_table_that_is_not_better_loses(evaluator: Uneven, reached: int, tmp_p
     assert study.best_even().keys() == {best.level for best in plain.best()}
 
 
+def test_a_table_with_less_likely_answers_is_no_reason_to_stop_searching(tmp_path: Path) -> None:
+    """The even finalists spend more in a forced forward than their budgets: others are confirmed, as without head budgets."""
+
+    def denser(found: Evaluation, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+        return found.model_copy(update={"density": found.density * (1.2 if rung > 1 and config.head_budgets is None else 1.0)})
+
+    class Plain(FormulaEvaluator):
+        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+            return denser(super().figures(config, rung), config, rung)
+
+    class Unlikely(Uneven):
+        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+            return denser(super().figures(config, rung), config, rung)
+
+    study = run(uneven_study(tmp_path / "j", Unlikely(replayed=0.5, forced=0.5, nll=0.52)))
+    plain = run(make_study(tmp_path / "plain", Plain()))
+    tables = [trial for trial in study.trials if trial.table is not None]
+    assert tables and all(trial.reached == 3 for trial in tables)
+    found, expected = ([(best.level, s.trials[best.trial].params, best.confirmed) for best in s.best()] for s in (study, plain))
+    assert found == expected and all(study.trials[best.trial].table is None for best in study.best())
+
+
 def test_a_table_that_spends_too_much_is_shrunk(tmp_path: Path) -> None:
     class Large(Uneven):
         def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
