@@ -89,8 +89,7 @@ class MaskerContract:
         """queries (batch, heads, rows, head_dim), keys and values (batch, kv_heads, n, head_dim), standard normal."""
         generator = torch.Generator().manual_seed(seed)
         queries = torch.randn(batch, self.heads, rows, self.head_dim, generator=generator)
-        keys = torch.randn(batch, kv_heads, n, self.head_dim, generator=generator)
-        values = torch.randn(batch, kv_heads, n, self.head_dim, generator=generator)
+        keys, values = (torch.randn(batch, kv_heads, n, self.head_dim, generator=generator) for _ in range(2))
         return queries.to(dtype), keys.to(dtype), values.to(dtype)
 
     def attention(self, config: MaskerConfig | None = None) -> ResearchAttention:
@@ -131,9 +130,7 @@ class MaskerContract:
         """What the attention mask forbids is never attended; a row without keys gives zero and stays out of averages."""
         queries, keys, values = self.tensors(120, rows, batch=4)
         allowed = torch.rand(4, 1, rows, 120, generator=torch.Generator().manual_seed(1)) < 0.6
-        allowed[0] = False
-        allowed[1, :, 0] = False
-        allowed[2, :, :, :50] = False
+        allowed[0] = allowed[1, :, 0] = allowed[2, :, :, :50] = False
         for mask in (allowed, torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)):
             result = self.run(queries, keys, values, attention_mask=mask)
             assert bool((result.mask.inclusion_probability()[~allowed.expand(result.mask.shape)] == 0).all())
@@ -191,11 +188,8 @@ class MaskerContract:
             return
         tensors = self.tensors(150, rows)
         pipeline = [SinkMaskerConfig(5), OracleTopKConfig(0.5), self.make_config()]
-        masks = [
-            ResearchAttention(ResearchAttentionConfig(pipeline[:count]))(*tensors).mask.inclusion_probability()
-            for count in (1, 2, 3)
-        ]
-        position, candidates, narrowed = masks
+        results = [ResearchAttention(ResearchAttentionConfig(pipeline[:count]))(*tensors) for count in (1, 2, 3)]
+        position, candidates, narrowed = (result.mask.inclusion_probability() for result in results)
         assert bool((narrowed >= position).all()) and bool((narrowed <= candidates).all())
         assert narrowed.sum() < candidates.sum()
 
