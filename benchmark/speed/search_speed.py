@@ -150,7 +150,10 @@ def marginal_costs(options: argparse.Namespace) -> Figures:
 
 def whole_search(options: argparse.Namespace, family: str, trials: int) -> Figures:
     """CPU seconds and memory of a whole study, from the start of the process to the confirmed best of every level."""
-    from ray.tune.search import optuna  # noqa: F401  (its code is not memory of a search: loaded before `watch_memory`)
+    # Code is not memory of a search: it is loaded before `watch_memory`.
+    from ray.tune.search import optuna  # noqa: F401
+
+    import benchmark.search.study  # noqa: F401
 
     meter, lm = _start(options)
     evaluator = _evaluator(options, lm)
