@@ -291,7 +291,7 @@ class TraceEvaluator:
         )
         measured = []
         for attention, meter, (result, answer) in zip(attentions, meters, results, strict=True):
-            self._answers[repr(attention.config), number] = answer
+            self._answers[_name(attention), number] = answer
             measured.append(
                 _Measured(
                     error=meter.error,
@@ -307,7 +307,7 @@ class TraceEvaluator:
         """Real sparse generation, scored by the task. The error is not measured: the generated tokens diverge from the dense
         answer, so it would add little to that of rung 2."""
         entry = self.samples[number]
-        names = [(repr(attention.config), number) for attention in attentions]
+        names = [(_name(attention), number) for attention in attentions]
         unknown = {name: way for name, way in zip(names, attentions, strict=True) if name not in self._answers}
         if unknown:  # their rung 2 was found in a journal
             found = answer_many(
@@ -327,6 +327,11 @@ class TraceEvaluator:
             score = self.task.score(answered, entry.sample).get(self.task.metric)
             measured.append(_Measured(density=answer.density, kv_fraction=answer.kv_fraction, score=score))
         return measured
+
+
+def _name(attention: ResearchAttention) -> str:
+    """Equal for equal configurations."""
+    return fingerprint(attention.config.to_dict())
 
 
 def _by_column(densities: torch.Tensor, table: list[list[float]] | None) -> list[list[float]] | None:

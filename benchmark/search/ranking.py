@@ -139,13 +139,17 @@ def error_of(figures: Evaluation) -> float:
 
 
 def _likely(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials without those whose head budgets make the dense answers less likely than the even ones that they scale do, where
-    a forced forward of both has shown it."""
-    nll = {trial.number: trial.rungs[2].reference_nll for trial in trials if 2 in trial.rungs}
+    """The trials with even budgets, and those with head budgets that leave the dense answers as likely as the even ones that they
+    scale do, by a forced forward of both."""
+    forced = {trial.number: trial.rungs[2] for trial in trials if 2 in trial.rungs}
 
     def keeps(trial: Trial) -> bool:
-        even, own = None if trial.table is None else nll.get(trial.table.base), nll.get(trial.number)
-        return even is None or own is None or own <= even + LESS_LIKELY
+        if trial.table is None:
+            return True
+        own, even = forced.get(trial.number), forced.get(trial.table.base)
+        if own is None or even is None:
+            return False
+        return (own.reference_nll or 0.0) <= (even.reference_nll or 0.0) + LESS_LIKELY
 
     return [trial for trial in trials if keeps(trial)]
 

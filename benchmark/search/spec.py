@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmark.search.space import CombinationSpace
-from benchmark.search.trial import Level, Progress
+from benchmark.search.trial import FIT_VERSION, Level, Progress
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.fingerprints import dependency_digests, weights_stamp
 from benchmark.storage.results import fingerprint, result_key
@@ -16,8 +16,6 @@ from sparse_attention_hub.errors import UserError
 
 #: Increased when the meaning of a search's files changes, so that older results are not reused.
 FORMAT = 4
-#: Increased when head budgets are fitted or chosen in another way. Searches without them (--head-budgets off) keep their identity.
-FIT_VERSION = 2
 
 
 @dataclass(frozen=True)

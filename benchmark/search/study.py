@@ -1,10 +1,10 @@
 """One study: the search over one (model, task, masker combination), for all its budgets at once. Imports no Ray and no model.
 
 The rungs: every configuration is replayed on a few rows and layers (rung 0); those near the best of a level, at most a tenth,
-are promoted to the full replay (1); of these at most six finalists are confirmed by a forced forward (2) and by real generation
-with the task's own score (3). One configuration that is much better than all others is promoted alone. After the full replays,
-head budgets are fitted for the best configuration of each level. With them it is one more finalist: as many of the even ones
-are left out as are needed to confirm all finalists in one pass, but the best of no level.
+are promoted to the full replay (1); of these at most six finalists, or one for each level, are confirmed by a forced forward (2)
+and by real generation with the task's own score (3). One configuration that is much better than all others is promoted alone.
+After the full replays, head budgets are fitted for the best configuration of each level. With them it is one more finalist: as
+many of the even ones are left out as are needed to confirm all finalists in one pass, but the best of no level.
 
 A forced forward may measure a higher density than the replay, so that a finalist no longer fits its level. Therefore each
 level may confirm up to three more configurations: while its confirmed ones have a clearly larger replayed error than an
@@ -28,7 +28,7 @@ from typing import Any
 from benchmark.search.proposals import BATCH, Proposals
 from benchmark.search.ranking import Ranking, alive, error_of
 from benchmark.search.space import CombinationSpace
-from benchmark.search.trial import RUNGS, Evaluator, Level, Progress, plain_params
+from benchmark.search.trial import FIT_VERSION, RUNGS, Evaluator, Level, Progress, plain_params
 from benchmark.storage.records import BudgetOn, read_lines, to_json
 from benchmark.storage.results import Journal
 from benchmark.storage.search_records import (
@@ -113,7 +113,7 @@ class Study:
                     self._known[record.key] = record
             if line.fit is not None and line.fit.transient:
                 self._retried.add(line.fit.key)
-            elif line.fit is not None:
+            elif line.fit is not None and line.fit.limit in (None, self.timeout):
                 self._known_fits[line.fit.key] = line.fit
             self._broke.update(line.broke)
 
@@ -162,7 +162,7 @@ class Study:
         replayed = alive(promoted, 1)
         uneven = yield from self._uneven(replayed)
         # One pass of the model over all finalists: those with head budgets take the room of second best ones.
-        limit = min(MAX_FINALISTS, max(BATCH - len(uneven), len(self.levels)))
+        limit = max(len(self.levels), min(MAX_FINALISTS, BATCH - len(uneven)))
         yield from self._ascend(self.ranking.promote(replayed, 1, limit) + uneven, (2, 3))
         for _ in range(MAX_REFILLS):
             yield from self._ascend(self.ranking.refills(self.trials), (1, 2, 3))
@@ -227,13 +227,13 @@ class Study:
     def _fit(self, bases: list[Trial]) -> FitRecord:
         """Head budgets for each of these trials, from the journal where possible."""
         by = self.head_budgets
-        key = json.dumps(["fit", by, [_canonical(trial.params) for trial in bases], self.evaluator.key])
+        key = json.dumps(["fit", FIT_VERSION, by, [_canonical(trial.params) for trial in bases], self.evaluator.key])
         if key in self._known_fits:
             self.known_seconds += self._known_fits[key].seconds
             return self._known_fits[key]
         started = time.perf_counter()
         tables: list[FittedTable | None] = [None] * len(bases)
-        problem, transient = None, False
+        problem, limit, transient = None, None, False
         if self._broke[key]:
             problem = "broke its device"
         else:
@@ -245,12 +245,14 @@ class Study:
                 ]
             except UserError:
                 raise
+            except TimeLimitError:
+                limit, problem = self.timeout, f"took longer than --search-timeout {self.timeout:g} s for each level: raise it"
             except Exception as error:
                 self._check_device(error, [key])
                 problem = f"{type(error).__name__}: {quoted(error, 500)}"
                 transient = is_transient(error) and key not in self._retried
         seconds = time.perf_counter() - started
-        fit = FitRecord(key=key, tables=tables, error_message=problem, transient=transient, seconds=seconds)
+        fit = FitRecord(key=key, tables=tables, error_message=problem, limit=limit, transient=transient, seconds=seconds)
         self.journal.append(to_json(StudyLine(fit=fit)))
         return fit
 
@@ -347,8 +349,9 @@ class Study:
         return self.ranking.best(self.trials)
 
     def best_even(self) -> dict[str, Best]:
-        """Level -> its best trial without a table, for the levels that a table was fitted for."""
+        """Level -> its best trial without a table, for the levels that a table was fitted for or is the best of."""
         levels = {trial.table.level for trial in self.trials if trial.table is not None}
+        levels |= {best.level for best in self.best() if self.trials[best.trial].table is not None}
         even = [trial for trial in self.trials if trial.table is None]
         return {best.level: best for best in self.ranking.best(even) if best.level in levels}
 
@@ -365,17 +368,14 @@ class Study:
         return f"nothing found for {', '.join(level.name for level in self.levels)}: {first}"
 
     def progress(self, stage: str) -> Progress:
-        measured = alive(self.trials, 0)
+        error = {best.level: error_of(self.trials[best.trial].last) for best in self.best() if best.meets_budget}
         return Progress(
             stage,
             trials=len(self.trials),
             known=self.known_trials,
             failed=sum(trial.status != "completed" for trial in self.trials),
             rungs=tuple(sum(rung in trial.rungs for trial in self.trials) for rung in range(len(RUNGS))),
-            best={
-                level.name: min((error_of(t.last) for t in measured if self.ranking.fits(t.last, level)), default=None)
-                for level in self.levels
-            },
+            best={level.name: error.get(level.name) for level in self.levels},
         )
 
 

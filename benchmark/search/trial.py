@@ -15,6 +15,8 @@ from sparse_attention_hub import ResearchAttentionConfig
 if TYPE_CHECKING:
     from sparse_attention_hub.head_budgets import FittedBudgets
 
+#: Increased when head budgets are fitted or chosen in another way: fits in journals are not reused, nor results that may have them.
+FIT_VERSION = 3
 RUNGS = ("replay of some rows and layers", "full replay", "forced forward", "generation")
 
 
@@ -53,7 +55,7 @@ class Progress:
     """State of a study.
 
     stage: what it is doing. trials: how many there are, None before the search; known: how many of them an earlier start
-    evaluated; failed: how many failed or timed out; rungs: trials evaluated on each rung. best: level -> smallest error within
+    evaluated; failed: how many failed or timed out; rungs: trials evaluated on each rung. best: level -> error of its best within
     its budget. announce: print the stage even where progress is a bar.
     """
 

@@ -141,11 +141,13 @@ class EvaluationRecord(Record):
 
 
 class FitRecord(Record):
-    """A fit of head budgets in a study's journal: a table, or None, for each trial that it was tried for; or why it failed."""
+    """A fit of head budgets in a study's journal: a table, or None, for each trial that it was tried for; or why it failed.
+    limit: the timeout that it exceeded."""
 
     key: str
     tables: list[FittedTable | None]
     error_message: Text | None
+    limit: float | None = None
     transient: bool
     seconds: Figure
 

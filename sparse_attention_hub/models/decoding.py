@@ -51,7 +51,7 @@ def decode(
     predictions: list[tuple[Tensor, Tensor]] = []
     forks: dict[int, Row] = {}
     while True:
-        check_finite(logits, batch.rows)
+        check_finite(logits, batch)
         chosen = logits[:, -1].argmax(dim=-1)
         place, choices = len(predictions), chosen.tolist()
         forced = count if place < len(given) else 0  # rows; forks come after them
@@ -111,14 +111,14 @@ def predicted(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(losses), logits.argmax(dim=-1) == target
 
 
-def check_finite(logits: Tensor, rows: Sequence[Row]) -> None:
-    """NonFiniteError if a row of logits (rows, n, V) has NaN or infinite numbers."""
+def check_finite(logits: Tensor, batch: Lockstep) -> None:
+    """NonFiniteError if a row of a step's logits (rows, n, V) has NaN or infinite numbers."""
     finite = logits.isfinite().flatten(1).all(1).tolist()
     if all(finite):
         return
-    row = rows[finite.index(False)]
+    row = batch.rows[finite.index(False)]
     names = "dense" if row.memory is None else repr([type(masker.config).__name__ for masker in row.memory.attention.maskers])
     raise NonFiniteError(
-        f"logits are not finite under {names} attention after {len(row.tokens)} tokens: check the weights for NaN; if the dtype is "
+        f"logits are not finite under {names} attention after {batch.step} tokens: check the weights for NaN; if the dtype is "
         "float16, take bfloat16 or float32"
     )

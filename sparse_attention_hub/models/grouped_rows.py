@@ -16,7 +16,7 @@ from ..mask import Mask
 from ..maskers.call_cache import once
 from .cache import SharedPrefixLayer
 from .rules import Rule
-from .switch import SparseMeans
+from .switch import SparseMeans, plus
 
 
 def can_group(backend: str, queries: Tensor, layer: SharedPrefixLayer, rule: Rule) -> bool:
@@ -77,7 +77,7 @@ class GroupedRows:
         return found
 
     def add_selectors(self, row: int, share: float | Tensor) -> None:
-        self._selectors[row] = self._selectors.get(row, 0.0) + share
+        self._selectors[row] = plus(self._selectors.get(row, 0.0), share, 1)
 
     def finish(self, means: Sequence[SparseMeans], keys: int) -> None:
         """The step is done: give each row of the batch its densities and shares of KV bytes."""

@@ -190,13 +190,13 @@ def forced_many(
         if stepwise:
             predictions, _ = decode(batch, logits, len(answer_ids), given=answer_ids)
             return forced_of(rows, predictions)
-        check_finite(logits, rows)
+        check_finite(logits, batch)
         target = torch.tensor(answer_ids, device=lm.device)
         predictions = [predicted(logits, target[:1])]
         if len(answer_ids) > 1:
             batch.step += 1
             logits = batch.forward(target[:-1].expand(len(rows), -1), len(answer_ids) - 1)
-            check_finite(logits, rows)
+            check_finite(logits, batch)
             predictions.append(predicted(logits, target[1:]))
         return forced_of(rows, predictions)
 
@@ -218,8 +218,16 @@ def forced_and_answered(
 
     A row is both until it would choose another token than the answer's. There it forks: the fork answers on its own, unrecorded.
     """
-    tokens = max(len(answer_ids), max_new_tokens)
-    with _asked(lm, prefilled, question_ids, attentions, tokens, sparse_from, seed, recorders, forks=True) as (batch, logits):
+    ended = bool(answer_ids) and answer_ids[-1] in lm.eos_token_ids
+    if len(answer_ids) > max_new_tokens or (len(answer_ids) < max_new_tokens and not ended):
+        raise ValueError(
+            f"answer_ids must end with EOS or be max_new_tokens ({max_new_tokens}) long, got {len(answer_ids)} tokens without EOS: "
+            "take an answer that was generated"
+        )
+    with _asked(lm, prefilled, question_ids, attentions, max_new_tokens, sparse_from, seed, recorders, forks=True) as (
+        batch,
+        logits,
+    ):
         rows = batch.rows
         predictions, forks = decode(batch, logits, max_new_tokens, given=answer_ids, forking=True)
     for row in rows:

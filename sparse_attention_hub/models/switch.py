@@ -65,8 +65,8 @@ class SparseMeans:
     def add(self, result: AttentionResult, rows: int) -> None:
         """Add the result of one layer, itself a mean over `rows` query rows."""
         self._rows += rows
-        self._density = _plus(self._density, result.density_share, rows)
-        self._kv_fraction = _plus(self._kv_fraction, result.kv_share, rows)
+        self._density = plus(self._density, result.density_share, rows)
+        self._kv_fraction = plus(self._kv_fraction, result.kv_share, rows)
 
     def add_later(self, densities: Tensor, kv_fractions: Tensor, place: int, layers: int, selectors: float | Tensor) -> None:
         """Add one query row's sums over layers, at a place of tensors that several answers share. selectors: summed, and not in the
@@ -74,15 +74,15 @@ class SparseMeans:
         self._later = self._later or []
         self._later.append((densities, kv_fractions, place))
         self._rows += layers
-        self._selectors = self._selectors + selectors
+        self._selectors = plus(self._selectors, selectors, 1)
 
     def _collect(self) -> None:
         """Sum what `add_later` was given."""
         if self._later:
             densities, kv_fractions, places = zip(*self._later, strict=True)
             for name, shares in (("_density", densities), ("_kv_fraction", kv_fractions)):
-                each = [share[place] for share, place in zip(shares, places, strict=True)]
-                setattr(self, name, _plus(getattr(self, name), torch.stack(each).sum(), 1))
+                each = [share[place].to(shares[0].device) for share, place in zip(shares, places, strict=True)]
+                setattr(self, name, plus(getattr(self, name), torch.stack(each).sum(), 1))
             self._later = None
 
     @property
@@ -96,7 +96,7 @@ class SparseMeans:
         return (float(self._kv_fraction) + float(self._selectors)) / self._rows if self._rows else None
 
 
-def _plus(total: float | Tensor, share: float | Tensor, rows: int) -> float | Tensor:
+def plus(total: float | Tensor, share: float | Tensor, rows: int) -> float | Tensor:
     """The sum, on the device of the total: layers may be on several."""
     if isinstance(total, Tensor) and isinstance(share, Tensor):
         return torch.add(total, share.to(total.device), alpha=rows)

@@ -60,7 +60,7 @@ def test_numbers_of_a_later_token_that_are_not_finite_are_no_answer(llama: Langu
     with pytest.raises(NonFiniteError, match="after 1 tokens"):
         answer(llama, prefilled, question, way, 5)
     for stepwise in (False, True):
-        with pytest.raises(NonFiniteError):
+        with pytest.raises(NonFiniteError, match="after 1 tokens"):
             forced(llama, prefilled, question, [token, *tokens(4)], way, stepwise=stepwise)
 
 

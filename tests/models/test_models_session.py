@@ -333,6 +333,12 @@ def test_rows_whose_codes_are_equal_learn_the_context_together(llama: LanguageMo
         assert answer(llama, prefill(llama, CONTEXT, 40), QUESTION, way, NEW).token_ids == given.token_ids
 
 
+@pytest.mark.parametrize("given", [[], tokens(5), tokens(13)])
+def test_forced_and_answered_takes_answers_that_were_generated(llama: LanguageModel, given: list[int]) -> None:
+    with pytest.raises(ValueError, match=f"got {len(given)} tokens without EOS: take an answer that was generated"):
+        forced_and_answered(llama, prefill(llama, CONTEXT, 40), QUESTION, given, few_keys(), 12)
+
+
 def test_forks_of_a_state_go_on_by_themselves() -> None:
     state = MaskerState()
     state.fitted, state.fit_length = True, 8

@@ -10,6 +10,7 @@ import pytest
 from benchmark.storage.results import Journal
 from benchmark.storage.search_records import Evaluation
 from benchmark.workers.errors import BrokenDeviceError
+from benchmark.workers.limits import TimeLimitError
 from sparse_attention_hub import ResearchAttentionConfig
 from sparse_attention_hub.head_budgets import FittedBudgets
 from tests.search.test_study import FormulaEvaluator, make_study, run
@@ -126,6 +127,72 @@ def test_all_finalists_are_confirmed_in_one_pass_with_the_best_of_each_level(tmp
     tables = [trial for trial in study.trials if trial.table is not None]
     assert len(tables) == 4 and {trial.table.base for trial in tables} == {best.trial for best in off.best()}
     assert all(study.trials[trial.table.base].reached == trial.reached == 3 for trial in tables)
+
+
+def test_each_of_seven_levels_has_an_even_finalist(tmp_path: Path) -> None:
+    evaluator = Uneven(replayed=0.5, forced=0.5, nll=5.0)
+    study = run(uneven_study(tmp_path / "j", evaluator, budgets=(5, 10, 15, 20, 25, 30, 50)))
+    tables = [trial for trial in study.trials if trial.table is not None]
+    assert [count for rung, count in evaluator.calls if rung == 2][:2] == [8, 6], "seven even ones, then seven tables"
+    assert len(tables) == 7 and all(study.trials[trial.table.base].reached == 3 for trial in tables)
+    assert all(best.confirmed and study.trials[best.trial].table is None for best in study.best())
+
+
+def test_a_table_whose_even_budgets_are_not_confirmed_does_not_win(tmp_path: Path) -> None:
+    class EvenFails(Uneven):
+        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+            found = super().figures(config, rung)
+            return found.model_copy(update={"error": None}) if rung == 2 and config.head_budgets is None else found
+
+        def evaluate(self, configs: list[ResearchAttentionConfig], rung: int, timeout: float) -> list[Evaluation | None]:
+            return [
+                found if found and (found.error is not None or rung == 3) else None
+                for found in super().evaluate(configs, rung, timeout)
+            ]
+
+    study = run(uneven_study(tmp_path / "j", EvenFails()))
+    assert any(trial.table is not None and trial.reached == 3 for trial in study.trials)
+    assert study.best() and all(study.trials[best.trial].table is None for best in study.best())
+
+
+def test_a_table_that_wins_two_levels_is_compared_with_even_budgets_at_both(tmp_path: Path) -> None:
+    class Saturated(Uneven):
+        def figures(self, config: ResearchAttentionConfig, rung: int) -> Evaluation:
+            found = super().figures(config, rung)
+            return found.model_copy(update={"density": min(found.density, 0.3)})
+
+    study = run(uneven_study(tmp_path / "j", Saturated(), budgets=(40, 50)))
+    assert len({best.trial for best in study.best()}) == 1 and study.trials[study.best()[0].trial].table is not None
+    assert study.best_even().keys() == {best.level for best in study.best()}
+
+
+def test_the_line_of_a_study_shows_the_errors_of_its_best(tmp_path: Path) -> None:
+    study = uneven_study(tmp_path / "j", Uneven(replayed=0.5, forced=0.5, nll=0.52))
+    *_, last = study.run()
+    assert last.best == {best.level: study.trials[best.trial].last.error for best in study.best()}
+
+
+def test_another_way_of_fitting_fits_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again, other = Uneven(), Uneven(), Uneven()
+    run(uneven_study(tmp_path / "j", first))
+    run(uneven_study(tmp_path / "j", again))
+    monkeypatch.setattr("benchmark.search.study.FIT_VERSION", -1)
+    run(uneven_study(tmp_path / "j", other))
+    assert (len(first.fits), len(again.fits), len(other.fits)) == (1, 0, 1)
+
+
+def test_a_fit_that_took_too_long_is_tried_again_with_more_time(tmp_path: Path) -> None:
+    class Slow(Uneven):
+        def fit_head_budgets(self, *_: Any) -> list[FittedBudgets | None]:
+            raise TimeLimitError
+
+    study = run(uneven_study(tmp_path / "j", Slow(), timeout=60.0))
+    (failed,) = [trial for trial in study.trials if trial.status == "failed"]
+    assert failed.error_message == "fitting head budgets: took longer than --search-timeout 60 s for each level: raise it"
+    for timeout, fits in ((60.0, 0), (900.0, 1)):
+        evaluator = Uneven()
+        run(uneven_study(tmp_path / "j", evaluator, timeout=timeout))
+        assert len(evaluator.fits) == fits
 
 
 def test_a_search_with_tables_resumes_and_ends_the_same(tmp_path: Path) -> None:
