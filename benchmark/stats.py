@@ -49,13 +49,6 @@ def mean_interval(values: Sequence[float], low: float = 0.0, high: float = 1.0, 
     return low + (high - low) * float(first), low + (high - low) * float(last)
 
 
-def difference_interval(
-    differences: Sequence[float], low: float = -1.0, high: float = 1.0, level: float = LEVEL
-) -> tuple[float, float]:
-    """`mean_interval` of paired differences of scores."""
-    return mean_interval(differences, low, high, level)
-
-
 def _least_mean(data: np.ndarray, error: float) -> float:
     """The smallest mean m that the sorted data in [0, 1] do not refute.
 
@@ -115,7 +108,7 @@ def compare_paired(
     better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     return Difference(
         difference=math.fsum(differences) / len(differences),
-        interval=difference_interval(differences, level=level) if bounded else _student_interval(differences, level),
+        interval=mean_interval(differences, -1.0, level=level) if bounded else _student_interval(differences, level),
         n=len(shared),
         better=better,
         worse=worse,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmark.stats import compare_paired, difference_interval, group_interval, mean, mean_interval, sign_test
+from benchmark.stats import compare_paired, group_interval, mean, mean_interval, sign_test
 
 
 def test_mean_of_nothing_is_missing() -> None:
@@ -55,7 +55,7 @@ def test_intervals_are_functions_of_the_values_alone() -> None:
     assert mean_interval(values) == mean_interval(values[::-1]) == mean_interval(values)
     low, high = mean_interval([1.0, 1.0, 1.0])
     assert high == 1.0 and low == pytest.approx(0.025 ** (1 / 3))
-    low, high = difference_interval([0.0, 0.0, 0.0])
+    low, high = mean_interval([0.0, 0.0, 0.0], -1.0)
     assert low < -0.3 and high > 0.3, "three equal samples show little"
     assert mean_interval([0.5])[0] < 0.1 and mean_interval([0.5])[1] > 0.9
     narrow, wide = mean_interval(values, level=0.5), mean_interval(values, level=0.99)

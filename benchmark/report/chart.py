@@ -186,6 +186,20 @@ def _svg(figure: Figure, attributes: str) -> str:
     return text.replace("<svg", f"<svg {attributes}", 1)
 
 
+def panel_grid(
+    count: int, columns: int, size: tuple[float, float], extra: float, share: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels, at most `columns` in a row. size: of a panel, in inches; extra: height of title and legend;
+    share: the axes."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(5.6, size[0] * columns), size[1] * rows + extra), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat)
+    for panel in panels[count:]:
+        panel.set_visible(False)
+    return figure, panels[:count]
+
+
 def density_axis(panel: Axes, densities: Sequence[float]) -> None:
     """A log scale with ticks in percent around these densities, at least a factor of 4.8 wide so that it holds several."""
     positive = [density for density in densities if density > 0] or [1.0]

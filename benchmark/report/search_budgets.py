@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from benchmark.report.chart import panel_grid
 from benchmark.report.search_run import Run, Study
 from benchmark.report.search_tables import by_task, section
 from benchmark.report.table import number, percent, shorten
@@ -76,11 +77,8 @@ def budget_maps(run: Run, model: str) -> Iterator[Figure]:
     shown = [fitted for fitted in fitted_levels(run) if fitted.study.model == model and fitted.shares]
     for start in range(0, len(shown), PANELS):
         page = shown[start : start + PANELS]
-        columns = min(3, len(page))
-        rows = -(-len(page) // columns)
-        figure = Figure(figsize=(max(5.6, 3.9 * columns), 2.5 * rows + 0.8), layout="constrained")
-        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for fitted, panel in zip(page, panels, strict=False):
+        figure, panels = panel_grid(len(page), 3, (3.9, 2.5), 0.8)
+        for fitted, panel in zip(page, panels, strict=True):
             columnwise = [[100 * share for share in head] for head in zip(*fitted.shares, strict=True)]
             image = panel.imshow(columnwise, aspect="auto", origin="lower", cmap="viridis", interpolation="nearest")
             figure.colorbar(image, ax=panel, label="density (%)")
@@ -89,7 +87,5 @@ def budget_maps(run: Run, model: str) -> Iterator[Figure]:
             panel.set_xlabel("layer")
             panel.set_ylabel(fitted.table.by.replace("_", " ") if len(columnwise) > 1 else "")
             panel.set_yticks(range(len(columnwise)) if len(columnwise) <= 8 else [0, len(columnwise) - 1])
-        for panel in panels[len(page) :]:
-            panel.set_visible(False)
         figure.suptitle(f"Head budgets: density of each layer and head (full replay)\n{model}", fontsize=10.5)
         yield figure

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from benchmark.report.chart import look
+from benchmark.report.chart import look, panel_grid
 from benchmark.report.search_run import Run, Study, budget_label
 from benchmark.report.table import shorten
 
@@ -47,15 +47,10 @@ def methods_figure(run: Run, model: str) -> Figure | None:
     shown = {kind: found for kind, found in by_kind.items() if found}
     if sum(map(len, shown.values())) < LEAST or len(budgets) < 2:
         return None
-    columns = min(2, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(6.6 * columns, 3.4 * rows + 0.8), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
-    for panel, (kind, found) in zip(panels, shown.items(), strict=False):
+    figure, panels = panel_grid(len(shown), 2, (6.6, 3.4), 0.8, share=True)
+    for panel, (kind, found) in zip(panels, shown.items(), strict=True):
         _draw(panel, run, found, budgets)
         panel.set_title(KINDS[kind])
-    for panel in list(panels)[len(shown) :]:
-        panel.set_visible(False)
     tasks = len({study.task for study in studies})
     over = f", mean over {tasks} tasks" if tasks > 1 else ""
     figure.suptitle(f"Best error of each budget{over}, methods by kind\n{model}", fontsize=10.5)

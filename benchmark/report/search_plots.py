@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from benchmark.report.chart import COLOURS, STYLE, density_axis, look
+from benchmark.report.chart import COLOURS, STYLE, density_axis, look, panel_grid
 from benchmark.report.search_budgets import budget_maps
 from benchmark.report.search_kinds import methods_figure
 from benchmark.report.search_run import Run, Study, budget_label
@@ -85,15 +85,10 @@ def _figures(run: Run, effects: dict[int, list[Effect]]) -> Iterator[tuple[str, 
 
 def _panels(run: Run, model: str, tasks: list[str], title: str, draw: Callable[[Axes, Run, list[Study]], None]) -> Figure:
     """One panel per task, at most three in a row."""
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure = Figure(figsize=(max(5.6, 3.7 * columns), 3.0 * rows + 1.3), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for task, panel in zip(tasks, panels, strict=False):
+    figure, panels = panel_grid(len(tasks), 3, (3.7, 3.0), 1.3)
+    for task, panel in zip(tasks, panels, strict=True):
         draw(panel, run, run.of(model, task))
         panel.set_title(shorten(task, 40), pad=18 if draw is _error_density else 6)
-    for panel in panels:  # those left in the last row
-        panel.set_visible(False)
     _finish(figure, run, f"{title}\n{model}", trials=draw is _error_density, bars=draw is _best_error)
     return figure
 

@@ -202,7 +202,6 @@ def measure(options: argparse.Namespace) -> Figures:
 def main(argv: list[str] | None = None) -> int:
     parser = search_parser(__doc__, task="niah_single_1 and fwe", requests=3)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="context lengths (1024 4096)")
-    parser.add_argument("--tokens", type=int, default=20, help="new tokens at most (default: %(default)s)")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES[:2]), help="masker families")
     parser.add_argument("--searches", action=argparse.BooleanOptionalAction, default=True, help="time whole searches")
     options = parser.parse_args(argv)

@@ -185,7 +185,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--length", type=int, help=f"context length in tokens (default: {default_length})")
     parser.add_argument("--pool", type=int, default=24, help="samples that requests are chosen from (default: %(default)s)")
     parser.add_argument("--configs", type=int, default=40, help="random configurations per family (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=20, help="new tokens at most (default: %(default)s)")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="masker families (all)")
     parser.add_argument("--seed", type=int, default=1000, help="of requests and configurations (default: %(default)s)")
     options = parser.parse_args(argv)

@@ -147,8 +147,7 @@ def measure(options: argparse.Namespace) -> Figures:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = setup.search_parser(__doc__, task="niah_single_1", requests=2)
-    parser.add_argument("--tokens", type=int, default=8, help="new tokens at most (default: %(default)s)")
+    parser = setup.search_parser(__doc__, task="niah_single_1", requests=2, tokens=8)
     parser.add_argument("--length", type=int, default=1024, help="context length in tokens (default: %(default)s)")
     parser.add_argument("--combinations", nargs="+", default=list(COMBINATIONS), help="masker families (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="searches per combination (default: %(default)s)")

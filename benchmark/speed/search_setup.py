@@ -20,11 +20,12 @@ LEVELS = (5, 10, 25, 50)
 BATCH = 8
 
 
-def search_parser(docstring: str | None, *, task: str, requests: int) -> argparse.ArgumentParser:
+def search_parser(docstring: str | None, *, task: str, requests: int, tokens: int = 20) -> argparse.ArgumentParser:
     parser = new_parser(docstring)
     parser.add_argument("--model", default=MODEL, help="model id (default: %(default)s)")
     parser.add_argument("--task", help=f"task (default: ruler/LENGTH/{task})")
     parser.add_argument("--requests", type=int, default=requests, help="recorded requests (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=tokens, help="new tokens at most (default: %(default)s)")
     return parser
 
 

@@ -245,7 +245,6 @@ def measure(options: argparse.Namespace) -> Figures:
 def main(argv: list[str] | None = None) -> int:
     parser = setup.search_parser(__doc__, task="niah_single_1", requests=5)
     parser.add_argument("--length", type=int, default=4096, help="context length in tokens (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=20, help="new tokens at most (default: %(default)s)")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), help="masker families; the first is searched")
     parser.add_argument("--trials", type=int, nargs="*", default=[100], help="trials of each whole search (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="of configurations and searches (default: %(default)s)")

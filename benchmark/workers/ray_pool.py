@@ -65,9 +65,6 @@ class RayPool:
         if actor is not None:
             self._drop(slot, actor)
 
-    def pids(self) -> list[int]:
-        return [self._ray.get(actor.pid.remote()) for actor in self._actors.values()]
-
     def kill(self) -> None:
         self._stopping.set()
         for slot in list(self._actors):

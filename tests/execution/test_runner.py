@@ -976,9 +976,9 @@ def test_the_same_jobs_run_as_ray_actors_and_survive_a_kill(
     def kill_one(self: Any) -> None:
         watch(self)
         if not killed and isinstance(self.pool, RayPool) and list(self.base.rglob("actor-*.jsonl")):
-            pids = self.pool.pids()
-            os.kill(pids[0], signal.SIGKILL)
-            killed.append(pids[0])
+            actor = next(iter(self.pool._actors.values()))
+            killed.append(self.pool._ray.get(actor.pid.remote()))
+            os.kill(killed[0], signal.SIGKILL)
 
     monkeypatch.setattr(execution._Run, "_watch", kill_one)
     settings = make_settings(max_requests=8, ray_address="local", max_concurrent_benchmarks=2)

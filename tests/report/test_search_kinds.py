@@ -8,6 +8,7 @@ import pytest
 
 from benchmark.raytune.analyze_trials import main
 from benchmark.raytune.run_full_benchmark import get_all_sparse_configs
+from benchmark.report.chart import panel_grid
 from benchmark.report.search_kinds import EVICTIONS, LEAST, SAMPLERS, kind_of
 from sparse_attention_hub.maskers.base import _REGISTRY
 from sparse_attention_hub.maskers.eviction import Eviction
@@ -29,6 +30,11 @@ def test_kinds_of_combinations() -> None:
     assert kind_of(["LocalMaskerConfig", "SnapKVConfig"]) == "eviction"
     assert kind_of(["OracleTopKConfig"]) == "oracle"
     assert kind_of(["OracleTopKConfig", "AdaptiveSamplingMaskerConfig"]) == "sampling"
+
+
+def test_a_panel_that_is_left_over_is_hidden() -> None:
+    figure, panels = panel_grid(3, 2, (3.0, 2.0), 1.0)
+    assert len(panels) == 3 and [panel.get_visible() for panel in figure.axes] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("count", [LEAST - 1, LEAST])
