@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue
 
 from benchmark.execution.messages import Request, failure
-from benchmark.execution.prompts import make_prompt, sample_hash
+from benchmark.execution.prompts import make_prompt, sample_request
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.benchmark_records import Answer, AnswerStatus, FoundBy, JournalSettings, SampleLine
 from benchmark.storage.fingerprints import config_key, lacks_a_file, same_parameters, weights_stamp
@@ -26,8 +26,7 @@ from benchmark.storage.records import parse_record, shared_fields, to_json, writ
 from benchmark.storage.rerun import ForcedRun
 from benchmark.storage.results import Journal, fingerprint, safe_name
 from benchmark.tasks import get_task
-from benchmark.tasks.base import Sample, SampleRequest, Task, UserError, answer_seed
-from benchmark.tasks.limits import fitted
+from benchmark.tasks.base import Sample, Task, UserError, answer_seed
 from sparse_attention_hub.models.prompts import opens_thinking
 
 if TYPE_CHECKING:
@@ -183,16 +182,7 @@ class UnitRun:
     def prepare(self, tokenizer: Any) -> list[str]:
         """Make the samples and read the journals. Returns notes for the user. Raises UserError if data are missing, samples of
         the task's length do not fit, or --rescore finds nothing to score."""
-        request = SampleRequest(
-            tokenizer=tokenizer,
-            split="test",
-            seed=self.settings.seed,
-            max_samples=self.settings.max_requests,
-            max_context_length=self.settings.max_context_length,
-            data_dir=self.settings.data_dir,
-            trust_remote_code=self.settings.trust_remote_code,
-        )
-        request = fitted(request, self.task, self.unit.model)
+        request = sample_request(tokenizer, self.task, self.unit.model, self.settings)
         samples = self.task.samples(request)
         if not samples:
             raise UserError(f"{self.unit.task}: there are no samples to benchmark")
@@ -201,8 +191,9 @@ class UnitRun:
         self.samples = samples
         self.opens_thinking = self.task.use_chat_template and opens_thinking(tokenizer)
         self.limits = [max(1, min(sample.max_new_tokens, self.settings.max_new_tokens)) for sample in samples]
+        longest, templated = request.max_context_length, self.task.use_chat_template
         self.hashes = [
-            self._hash(sample, limit, tokenizer, request.max_context_length)
+            make_prompt(sample, tokenizer, self.settings, longest=longest, limit=limit, use_chat_template=templated)[1]
             for sample, limit in zip(samples, self.limits, strict=True)
         ]
         notes = self._open_journal()
@@ -223,17 +214,6 @@ class UnitRun:
             )
         self.prepared = True
         return notes
-
-    def _hash(self, sample: Sample, limit: int, tokenizer: Any, longest: int) -> str:
-        prompt = make_prompt(
-            sample,
-            tokenizer,
-            self.settings,
-            longest=longest,
-            limit=limit,
-            use_chat_template=self.task.use_chat_template,
-        )
-        return sample_hash(sample, prompt, tokenizer, limit)
 
     def _open_journal(self) -> list[str]:
         notes = []

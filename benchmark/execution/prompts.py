@@ -6,22 +6,37 @@ from typing import Any
 
 from benchmark.settings import Settings
 from benchmark.storage.results import fingerprint
-from benchmark.tasks.base import Prompt, Sample, build_prompt
-from benchmark.tasks.limits import naming
+from benchmark.tasks.base import Prompt, Sample, SampleRequest, Task, build_prompt
+from benchmark.tasks.limits import fitted, naming
 from sparse_attention_hub.models.prompts import encode_continuation
+
+
+def sample_request(tokenizer: Any, task: Task, model: str, settings: Settings) -> SampleRequest:
+    """The test samples of a task, no longer than the model takes. ContextTooShortError as `fitted`."""
+    request = SampleRequest(
+        tokenizer,
+        seed=settings.seed,
+        max_samples=settings.max_requests,
+        max_context_length=settings.max_context_length,
+        data_dir=settings.data_dir,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return fitted(request, task, model)
 
 
 def make_prompt(
     sample: Sample, tokenizer: Any, settings: Settings, *, longest: int, limit: int, use_chat_template: bool
-) -> Prompt | Exception:
-    """The prompt, or why there is none. longest: tokens at most, answer included; limit: of the answer."""
+) -> tuple[Prompt | Exception, str]:
+    """(the prompt, or why there is none; `sample_hash`). longest: tokens at most, answer included; limit: of the answer."""
+    prompt: Prompt | Exception
     try:
         with naming("--max-context-length", settings.max_context_length, longest):
-            return build_prompt(
+            prompt = build_prompt(
                 sample, tokenizer, max_context_length=longest, max_new_tokens=limit, use_chat_template=use_chat_template
             )
     except Exception as error:
-        return error
+        prompt = error
+    return prompt, sample_hash(sample, prompt, tokenizer, limit)
 
 
 def sample_hash(sample: Sample, prompt: Prompt | Exception, tokenizer: Any, limit: int) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from benchmark.execution.answer_sample import LoadedModel, Prefix, answer_sample
 from benchmark.execution.messages import Request, failure
-from benchmark.execution.prompts import make_prompt, sample_hash
+from benchmark.execution.prompts import make_prompt
 from benchmark.plugins import load_plugins
 from benchmark.settings import Settings
 from benchmark.storage.benchmark_records import SampleLine, WorkerStatus
@@ -196,19 +196,13 @@ def _attention(config: ResearchAttentionConfig | None, settings: Settings, lm: L
 
 
 def _prompt(request: Request, batch: Batch, lm: LanguageModel) -> Prompt | Exception:
-    longest = batch.settings.max_context_length
+    settings, longest = batch.settings, batch.settings.max_context_length
     if lm.max_positions is not None:
         longest = min(longest, lm.max_positions)
-    sample, tokenizer = request.sample, lm.tokenizer
-    prompt = make_prompt(
-        sample,
-        tokenizer,
-        batch.settings,
-        longest=longest,
-        limit=request.limit,
-        use_chat_template=batch.use_chat_template,
+    prompt, digest = make_prompt(
+        request.sample, lm.tokenizer, settings, longest=longest, limit=request.limit, use_chat_template=batch.use_chat_template
     )
-    if isinstance(prompt, Prompt) and sample_hash(sample, prompt, tokenizer, request.limit) != request.sample_hash:
+    if isinstance(prompt, Prompt) and digest != request.sample_hash:
         return UserError(
             "the worker encodes this prompt or its reference otherwise than the program that started it: use one version of "
             "transformers and tokenizers, and the same model files, on all machines, and start the run again"

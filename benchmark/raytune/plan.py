@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from benchmark.command_line import check_folder, flag_of
+from benchmark.execution.prompts import sample_request
 from benchmark.settings import Settings, SparseConfig
 from benchmark.storage.results import safe_name
 from benchmark.tasks import expand_task, get_task
-from benchmark.tasks.base import ContextTooShortError, SampleRequest, build_prompt
-from benchmark.tasks.limits import fitted, longest_prompt, naming
+from benchmark.tasks.base import ContextTooShortError, build_prompt
+from benchmark.tasks.limits import longest_prompt, naming
 from benchmark.workers.pools import plan_slots, visible_gpus
 from sparse_attention_hub.errors import UserError, quoted
 from sparse_attention_hub.models.prompts import knows_thinking, set_thinking
@@ -240,15 +241,7 @@ def _check_trace_budget(budget: float, tokens: dict[tuple[str, str], int], setti
 def _check_one_prompt(name: str, model: str, tokenizer: Any, settings: Settings) -> None:
     """Check that the first test sample's prompt fits --max-context-length and the model's positions."""
     task = get_task(name)
-    request = SampleRequest(
-        tokenizer=tokenizer,
-        seed=settings.seed,
-        max_samples=1,
-        max_context_length=settings.max_context_length,
-        data_dir=settings.data_dir,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    request = fitted(request, task, model)
+    request = sample_request(tokenizer, task, model, replace(settings, max_requests=1))
     with naming("--max-context-length", settings.max_context_length, request.max_context_length):
         for sample in task.samples(request)[:1]:
             build_prompt(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmark.search.trial import RUNGS, objective_value, plain_params
 from benchmark.settings import Settings, hyperparameters
 from benchmark.storage.fingerprints import weights_stamp
-from benchmark.storage.records import AttentionRecord, EvenBudgets, write_record
+from benchmark.storage.records import AttentionRecord, EvenBudgets, shared_fields, write_record
 from benchmark.storage.results import environment, result_key, write_text
 from benchmark.storage.search_records import (
     Best,
@@ -74,29 +74,20 @@ def _best_config(best: Best, work: StudyWork, study: Study, evaluator: TraceEval
         dense_answer_nll=None if forced is None else forced.reference_nll,
         replay_error=trial.at_most(1).error,
     )
-    provenance = SearchProvenance(
-        identity=work.identity,
-        seed=settings.seed,
-        sparse_from=settings.sparse_from,
-        thinking=settings.thinking,
-        head_budgets=settings.head_budgets,
-        objective=settings.objective,
-        dtype=str(evaluator.lm.dtype),
-        device=str(evaluator.lm.device),
-        attention_backend=settings.attention_backend,
-        dense_backend=evaluator.lm.dense_backend,
-        weights=weights_stamp(spec.model),
-        max_context_length=settings.search_max_context_length,
-        max_new_tokens=settings.search_max_new_tokens,
-        num_samples=settings.num_samples,
-        samples=[entry.sample.sample_id for entry in evaluator.samples],
-        truncated_samples=sum(entry.prompt.truncated_tokens > 0 for entry in evaluator.samples),
-        traces=[trace.key for trace in evaluator.traces],
-        layers=evaluator.layers,
-        versions=environment(),
-    )
-    error = trial.last.error
-    assert error is not None
+    measured = {
+        "identity": work.identity,
+        "dtype": str(evaluator.lm.dtype),
+        "device": str(evaluator.lm.device),
+        "dense_backend": evaluator.lm.dense_backend,
+        "weights": weights_stamp(spec.model),
+        "max_context_length": settings.search_max_context_length,
+        "max_new_tokens": settings.search_max_new_tokens,
+        "samples": [entry.sample.sample_id for entry in evaluator.samples],
+        "truncated_samples": sum(entry.prompt.truncated_tokens > 0 for entry in evaluator.samples),
+        "traces": [trace.key for trace in evaluator.traces],
+        "layers": evaluator.layers,
+        "versions": environment(),
+    }
     return BestConfig(
         model=spec.model,
         task=spec.task,
@@ -107,35 +98,29 @@ def _best_config(best: Best, work: StudyWork, study: Study, evaluator: TraceEval
         budget=best.budget,
         budget_on=settings.budget_on,
         meets_budget=best.meets_budget,
-        error=error,
-        density=trial.last.density,
-        kv_fraction=trial.last.kv_fraction,
-        score=None if generated is None else generated.score,
-        even_budgets=None if even is None else _even_budgets(study.trials[even.trial], work.identity),
-        objective=objective_value(settings.objective, error, study.ranking.spent(trial.last)),
+        **_figures(trial),
+        even_budgets=None
+        if even is None
+        else EvenBudgets(trial_id=trial_id(work.identity, even.trial), **_figures(study.trials[even.trial])),
+        objective=objective_value(settings.objective, trial.last.error, study.ranking.spent(trial.last)),
         search_time=seconds,
         num_trials=len(study.trials),
         failed_trials=sum(trial.status != "completed" for trial in study.trials),
         transient_failures=sum(trial.transient for trial in study.trials),
         best_trial_id=trial_id(work.identity, best.trial),
         confirmation=confirmation,
-        provenance=provenance,
+        provenance=SearchProvenance(**shared_fields(SearchProvenance, settings) | measured),
     )
 
 
-def _even_budgets(trial: Trial, identity: str) -> EvenBudgets:
-    assert trial.last.error is not None
-    return EvenBudgets(
-        trial_id=trial_id(identity, trial.number),
-        error=trial.last.error,
-        density=trial.last.density,
-        kv_fraction=trial.last.kv_fraction,
-        score=trial.rungs[3].score if 3 in trial.rungs else None,
-    )
+def _figures(trial: Trial) -> dict[str, Any]:
+    """Error, density and KV bytes on the highest rung up to the forced forward, and the score of generation; None = not measured."""
+    last = trial.last if trial.rungs else None
+    figures = {name: getattr(last, name, None) for name in ("error", "density", "kv_fraction")}
+    return figures | {"score": trial.rungs[3].score if 3 in trial.rungs else None}
 
 
 def _trial_row(trial: Trial, study: Study, identity: str) -> TrialRow:
-    last = trial.last if trial.rungs else None
     return TrialRow(
         trial_id=trial_id(identity, trial.number),
         config=trial.params,
@@ -145,10 +130,7 @@ def _trial_row(trial: Trial, study: Study, identity: str) -> TrialRow:
         error_message=trial.error_message,
         rung=trial.reached,
         pruned_at=trial.pruned_at,
-        error=None if last is None else last.error,
-        density=None if last is None else last.density,
-        kv_fraction=None if last is None else last.kv_fraction,
-        score=trial.rungs[3].score if 3 in trial.rungs else None,
+        **_figures(trial),
         figures=trial.rungs,
         seconds=trial.seconds,
     )
@@ -166,10 +148,7 @@ def _analysis_csv(study: Study, settings: Settings, identity: str) -> str:
                 "trial_id": trial_id(identity, trial.number),
                 "training_iteration": iterations,
                 "combined_score": last and objective_value(settings.objective, last.error, study.ranking.spent(last)),
-                "error": last and last.error,
-                "density": last and last.density,
-                "kv_fraction": last and last.kv_fraction,
-                "score": trial.rungs[3].score if 3 in trial.rungs else None,
+                **_figures(trial),
                 "rung": trial.reached,
                 "pruned_at": trial.pruned_at,
                 "head_budgets": trial.table and trial.table.by,

@@ -13,17 +13,15 @@ transformers.
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import dropwhile, islice
+from itertools import dropwhile
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from sparse_attention_hub.errors import UserError as UserError  # re-exported
 from sparse_attention_hub.errors import quoted
 from sparse_attention_hub.models.prompts import encode_continuation, render_chat
 
-T = TypeVar("T")
 Row = dict[str, Any]  # a row of a data file: column name -> value
 PromptParts = tuple[str, str, str]  # context, question, answer prefix
 Scores = dict[str, float]  # metric name -> 0..1
@@ -154,15 +152,6 @@ def answer_seed(seed: int, sample_id: str) -> int:
 def in_tuning_split(row_id: str) -> bool:
     """Whether a data set's row is for tuning: a fixed fifth of all rows, chosen by the hash of the row's id."""
     return hash64(row_id) < TUNING_SHARE * 2**64
-
-
-def take_split(rows: Iterable[T], request: SampleRequest, row_id: Callable[[T], str]) -> list[T]:
-    """The rows of the request's split, in order, at most `max_samples`.
-
-    Give rows that share a context the same id, so that no test question is asked on a context seen in tuning.
-    """
-    wanted = request.split == "tuning"
-    return list(islice((row for row in rows if in_tuning_split(row_id(row)) == wanted), request.max_samples))
 
 
 def _render(sample: Sample, tokenizer: Any, use_chat_template: bool) -> tuple[str, str, str]:

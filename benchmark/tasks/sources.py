@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
-from benchmark.tasks.base import PromptParts, Row, Sample, SampleRequest, Task, hash64, in_tuning_split, take_split
+from benchmark.tasks.base import PromptParts, Row, Sample, SampleRequest, Task, hash64, in_tuning_split
 from benchmark.tasks.data import DataMissingError, Source, data_file, load_rows, location, missing_data, warn_once
 from benchmark.tasks.values import as_texts
 from sparse_attention_hub.errors import UserError, quoted
@@ -65,7 +66,9 @@ class DataTask(Task):
         own = data_file(self.sources[0], request.data_dir)
         if own is not None:
             return self._own_samples(own, request)[: request.max_samples]
-        chosen = take_split(self.read(self.sources, request.data_dir), request, self.split_key)
+        wanted = request.split == "tuning"
+        found = (s for s in self.read(self.sources, request.data_dir) if in_tuning_split(self.split_key(s)) == wanted)
+        chosen = list(islice(found, request.max_samples))
         if not chosen and request.max_samples != 0:
             raise EmptySplitError(f"{self.name}: its data hold no rows of the {request.split} split")
         return chosen

@@ -15,7 +15,7 @@ import pytest
 
 from benchmark.execution.jobs import AnswerStore, config_key, make_batches
 from benchmark.execution.messages import Request
-from benchmark.execution.prompts import make_prompt, sample_hash
+from benchmark.execution.prompts import make_prompt
 from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
 from benchmark.report.table import closing_table
 from benchmark.settings import Settings
@@ -91,8 +91,7 @@ def test_hashes_notice_what_matters(tiny_model: str, make_settings: Make) -> Non
     tokenizer = load_tokenizer(tiny_model)
 
     def identity(sample: Sample, limit: int, longest: int = 60, templated: bool = False) -> str:
-        prompt = make_prompt(sample, tokenizer, make_settings(), longest=longest, limit=limit, use_chat_template=templated)
-        return sample_hash(sample, prompt, tokenizer, limit)
+        return make_prompt(sample, tokenizer, make_settings(), longest=longest, limit=limit, use_chat_template=templated)[1]
 
     sample = Sample("id", "t", "context", "question", "prefix", ["a", "b"], 10)
     base = identity(sample, 10)

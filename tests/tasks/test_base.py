@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 
 from benchmark.tasks.base import (
     Sample,
-    SampleRequest,
     UserError,
     build_prompt,
     in_tuning_split,
     prompt_length,
-    take_split,
 )
 
 FIRST_TUNING_ROWS = [1, 4, 10, 11, 14, 19, 22, 23, 29]  # of "row-0" to "row-29": they must never change
@@ -155,10 +153,6 @@ def test_the_tuning_split_is_a_fixed_fifth():
     tuning = {row for row in ids if in_tuning_split(row)}
     assert 0.18 < len(tuning) / len(ids) < 0.22
     assert [i for i in range(30) if in_tuning_split(f"row-{i}")] == FIRST_TUNING_ROWS
-    request = SampleRequest(FakeTokenizer(), split="tuning", max_samples=7)
-    assert take_split(ids, request, str) == [row for row in ids if row in tuning][:7]
-    rest = take_split(ids, SampleRequest(FakeTokenizer()), str)
-    assert not tuning & set(rest) and len(rest) + len(tuning) == len(ids)
 
 
 def test_importing_the_tasks_is_cheap():
