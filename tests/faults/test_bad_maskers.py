@@ -306,12 +306,12 @@ def test_the_program_searches_the_others_to_their_end(tiny_model: str, tmp_path:
     command = ["--plugin", "bad_plugin.py", "--phase", "1", "--models", tiny_model, "--tasks", "infinite_bench/passkey"]
     command += ["--configs", "sleeper_50pct", "killer_50pct", "sink_local_25pct", "--device", "cpu", "--num-samples", "1"]
     command += ["--search-max-requests", "1", "--search-max-context-length", "400", "--search-max-new-tokens", "2"]
-    code = run_full_benchmark.main([*command, "--search-timeout", "8"])
+    code = run_full_benchmark.main([*command, "--search-timeout", "20"])
     sys.stdout.flush(), sys.stderr.flush()
     printed = (tmp_path / "stdout").read_text()
     assert code == 1, printed + (tmp_path / "stderr").read_text()
     failed = {line.split(":")[0].split("_passkey_")[1]: line for line in printed.splitlines() if line.startswith("FAILED ")}
-    assert failed.keys() == {"sleeper", "killer"}
-    assert "took longer than 8 s" in failed["sleeper"] and "die" in failed["killer"]
+    assert failed.keys() == {"sleeper", "killer"}, failed
+    assert "took longer than 20 s" in failed["sleeper"] and "die" in failed["killer"]
     (run,) = (tmp_path / "optimal_configs").iterdir()
     assert len(list(run.glob("*_sink_local_25pct*"))) == 3 and not list(run.glob("*sleeper*"))
