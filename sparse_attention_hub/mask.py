@@ -60,7 +60,8 @@ class Mask:
     @staticmethod
     def empty(shape: Shape, device: torch.device | str = "cpu", kv_heads: int | None = None) -> Mask:
         """Nothing is attended. shape: (B, H, Q, N)."""
-        return Mask.from_range(0, 0, shape, device, kv_heads)
+        nothing = torch.empty((shape[0], 1, shape[2], 0), dtype=torch.int32, device=device)
+        return Mask(shape, kv_heads, lists=KeyLists(nothing, nothing.new_zeros(nothing.shape[:3])))
 
     @staticmethod
     def from_indices(indices: Tensor, shape: Shape, probability: Tensor | None = None, kv_heads: int | None = None) -> Mask:

@@ -48,11 +48,11 @@ def choose(
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     heads = max(scores.shape[1], mask.shared_heads, sizes.shape[1])
-    sizes = expand_heads(sizes.expand(-1, -1, rows), heads).clamp(max=keys)
     if most is None or sizes.device.type == "cpu":
         most = int(sizes.max()) if sizes.numel() else 0
     width = min(most, keys)
     if not uses_loops(scores):
+        sizes = expand_heads(sizes.expand(-1, -1, rows), heads).clamp(max=keys)
         even = sizes.device.type == "cpu" and bool((sizes == width).all())  # known without a wait for the device
         each = None if even else sizes.to(scores.device, non_blocking=True)
         return _choose_anywhere(scores, mask, heads, width, each, allowed)

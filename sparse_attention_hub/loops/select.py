@@ -68,7 +68,7 @@ def walk(order, lengths, taken, taken_counts, taken_p, sizes, drawn, lists, coun
 
 @compiled
 def choose(bits, flip, lowest, allowed, taken, taken_counts, sizes, lists, counts):
-    """The sizes (B, h, Q) highest keys of each row: lists (B, h, Q, K) in rising order. allowed: bool (B, Q, N), None = all.
+    """The sizes (B, h'', Q or 1) highest keys of each row: lists (B, h, Q, K) in rising order. allowed: bool (B, Q, N), None = all.
 
     bits (B, h', Q, N): scores as integers; flip: which bits to change in those below 0, so that they rise as the scores do.
     """
@@ -80,7 +80,8 @@ def choose(bits, flip, lowest, allowed, taken, taken_counts, sizes, lists, count
         for h in range(heads):
             i, k = h * bits.shape[1] // heads, h * taken.shape[1] // heads
             for q in range(rows):
-                own, out, size = bits[b, i, q], lists[b, h, q], sizes[b, h, q]
+                own, out = bits[b, i, q], lists[b, h, q]
+                size = min(keys, sizes[b, h * sizes.shape[1] // heads, q if sizes.shape[2] > 1 else 0])
                 for j in range(keys):
                     left[j] = own[j] if own[j] >= 0 else own[j] ^ flip
                 if allowed is not None:

@@ -89,10 +89,8 @@ class PageMasker(Masker[PagesConfigT]):
         page, keys = self.config.page_size, inputs.shape[3]
         complete = state.count(state.length)
         pages = -(-(keys - min(starts)) // page)
-        parts = [state.codes()] if complete else []
-        if pages > complete:
-            parts.append(self.summarise(inputs.keys, allowed, starts, complete, pages))
-        scores = self.score(inputs, torch.cat(parts, 2) if len(parts) > 1 else parts[0])
+        unfinished = self.summarise(inputs.keys, allowed, starts, complete, pages) if pages > complete else None
+        scores = self.score(inputs, state.codes(unfinished))
         if not inputs.layout.all_allowed:
             first = torch.tensor(starts).unsqueeze(-1).to(inputs.device, non_blocking=True)
             slots = first + torch.arange(pages * page, device=inputs.device)

@@ -61,11 +61,14 @@ class QuestTopKMasker(PageMasker[QuestTopKMaskerConfig]):
 
 def page_bounds(keys: Tensor, allowed: Tensor | None, starts: list[int], page: int, first: int, last: int, bits: int) -> Tensor:
     """Bounds of pages [first, last), rounded to `bits` bits: (B, Hkv, last - first, 2D), maxima and then minima, or packed."""
-    low, high = (cut_pages(keys, allowed, starts, page, first, last, fill) for fill in (-NEVER, NEVER))
-    minima, maxima = low.amin(3), high.amax(3)
-    # A page of padding alone has no bounds; it is never chosen, its zeros only keep the arithmetic finite.
-    empty = maxima == NEVER
-    minima, maxima = minima.masked_fill(empty, 0.0), maxima.masked_fill(empty, 0.0)
+    if allowed is None and last == first + 1 and len(set(starts)) == 1:  # a decode step's, which may be unfinished
+        minima, maxima = keys[:, :, starts[0] + first * page :][:, :, :page].aminmax(dim=2, keepdim=True)
+    else:
+        low, high = (cut_pages(keys, allowed, starts, page, first, last, fill) for fill in (-NEVER, NEVER))
+        minima, maxima = low.amin(3), high.amax(3)
+        # A page of padding alone has no bounds; it is never chosen, its zeros only keep the arithmetic finite.
+        empty = maxima == NEVER
+        minima, maxima = minima.masked_fill(empty, 0.0), maxima.masked_fill(empty, 0.0)
     if packs(keys, bits):
         return pack_levels(torch.stack([maxima, minima], -2), bits)
     return _in_order(pseudo_quantise(maxima, bits), pseudo_quantise(minima, bits))

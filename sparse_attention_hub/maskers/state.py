@@ -72,17 +72,22 @@ class MaskerState:
         """Codes that the first `length` keys have."""
         return max(0, length - self.offset) // self.keys_per_code
 
-    def codes(self) -> Tensor:
+    def codes(self, unfinished: Tensor | None = None) -> Tensor:
         """Codes of the first `length` keys, (B, Hkv, length, ...), or of their complete pages. Valid until the codes of a state
-        with the same source are asked for."""
+        with the same source are asked for. unfinished: codes that follow these and are not kept."""
         buffer, count = self._buffer, self.count(self.length)
-        assert buffer is not None
+        if buffer is None:
+            assert unfinished is not None
+            return unfinished
         if buffer.shared is not None:
             first = buffer.filled if buffer.owner is self._name else buffer.shared
             if count > first:
                 assert self._tail is not None
                 buffer.write(self._tail.codes[:, :, first - buffer.shared : count - buffer.shared], first)
             buffer.owner, buffer.filled = self._name, count
+        if unfinished is not None:  # written behind them, where the next codes will be: nothing is copied
+            buffer.write(unfinished, count)
+            count += unfinished.shape[2]
         return buffer.codes[:, :, :count]
 
     def append(self, codes: Tensor, length: int | None = None) -> None:

@@ -353,6 +353,24 @@ def test_forks_of_a_state_go_on_by_themselves() -> None:
     assert not state.fork(7).is_fitted and state.is_fitted
 
 
+def test_unfinished_codes_are_read_but_not_kept() -> None:
+    def codes(*values: float) -> torch.Tensor:
+        return torch.tensor(values).view(1, 1, -1, 1)
+
+    state = MaskerState()
+    assert state.codes(codes(7.0)).flatten().tolist() == [7.0]
+    state.fitted, state.fit_length = True, 3
+    state.append(codes(0.0, 1.0, 2.0))
+    forks = [state.fork(3), state.fork(3)]
+    for number, fork in enumerate(forks):
+        assert fork.codes(codes(5.0 + number)).flatten().tolist() == [0, 1, 2, 5 + number]
+        fork.append(codes(8.0 + number))
+    for number, fork in enumerate(forks):
+        assert fork.codes(codes(6.0)).flatten().tolist() == [0, 1, 2, 8 + number, 6]
+        assert fork.codes().flatten().tolist() == [0, 1, 2, 8 + number]
+    assert state.codes().flatten().tolist() == [0, 1, 2]
+
+
 def test_a_failure_inside_leaves_the_prefill_usable(llama: LanguageModel) -> None:
     way = few_keys()[1]
     prefilled = prefill(llama, CONTEXT, 40)
