@@ -147,7 +147,9 @@ def read_method(best: BestConfig, model: Model, path: Path) -> Method:
     configs = ResearchAttentionConfig.from_file(path).masker_configs
     searched = getattr(torch, best.provenance.dtype.removeprefix("torch."), torch.float32)
     here = {2: torch.bfloat16, 4: torch.float32}[model.itemsize]
-    before, after = (sum(selector_share(c, model, best.model, dtype) for c in configs) for dtype in (searched, here))
+    # One that narrows reads of the keys that it is given alone: what it read counts with them.
+    selectors = [config for config in configs if not masker_class(config).narrows]
+    before, after = (sum(selector_share(c, model, best.model, dtype) for c in selectors) for dtype in (searched, here))
     return Method(
         keys=max(0.0, best.kv_fraction - before),
         selector=after,

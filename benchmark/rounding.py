@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmark.command_line import Parser, folder, run_command
 from sparse_attention_hub.errors import UserError
@@ -38,22 +39,33 @@ def main(arguments: list[str] | None = None) -> int:
         "--ray-results-dir", type=folder, default="ray_results", metavar="DIR", help="where traces are (%(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    options = parser.parse_args(arguments)
-    return run_command(lambda: print_tables(options.files, options.ray_results_dir, options.device))
+    parser.add_argument("--data-dir", type=folder, metavar="DIR", help="data of your own, as in the search")
+    parser.add_argument("--plugin", nargs="+", default=[], metavar="FILE", help="plugins of the search")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code of the model's repository")
+    options = vars(parser.parse_args(arguments))
+    files, results = options.pop("files"), options.pop("ray_results_dir")
+    return run_command(lambda: print_tables(files, results, **options))
 
 
-def print_tables(files: list[Path], results: Path, device: str = "auto") -> int:
-    """Print a table for each file, as Markdown. Returns the exit code."""
+def print_tables(files: list[Path], results: Path, plugin: Sequence[str] = (), **options: Any) -> int:
+    """Print a table for each file, as Markdown. options: fields of Settings. Returns the exit code."""
+    from benchmark.plugins import load_plugins
     from benchmark.storage.records import read_record
     from benchmark.storage.search_records import BestConfig
 
+    load_plugins(plugin)
     bests = [read_record(file, BestConfig, "give a best configuration of a search") for file in files]
     variants = [page_variants(file) for file in files]
     evaluator: TraceEvaluator | None = None
     for best, configs in zip(bests, variants, strict=True):
-        settings = search_settings(best, results, device)
+        settings = search_settings(best, results, **options)
         if evaluator is None or evaluator.settings != settings:
             evaluator = _evaluator(settings, evaluator)
+        if [entry.sample.sample_id for entry in evaluator.samples] != best.provenance.samples:
+            raise UserError(
+                f"{best.masker_name} was searched on other samples of {best.task} than there are now: give the search's --data-dir, "
+                "or search again"
+            )
         print(table(best, evaluator, configs), flush=True)
     return 0
 
@@ -79,8 +91,8 @@ def page_variants(file: Path) -> dict[tuple[int, str] | None, ResearchAttentionC
     }
 
 
-def search_settings(best: BestConfig, results: Path, device: str) -> Settings:
-    """The settings under which a configuration was searched, as far as they determine its samples and figures."""
+def search_settings(best: BestConfig, results: Path, **options: Any) -> Settings:
+    """The settings under which a configuration was searched, as far as they determine its samples and figures. options: others."""
     from benchmark.settings import Settings
 
     found = best.provenance
@@ -90,7 +102,7 @@ def search_settings(best: BestConfig, results: Path, device: str) -> Settings:
         seed=found.seed,
         sparse_from="decode" if found.sparse_from == "decode" else "question",
         thinking=found.thinking,  # type: ignore[arg-type]
-        device=device,
+        **options,
         dtype=found.dtype.removeprefix("torch."),
         dense_backend=found.dense_backend,
         attention_backend=found.attention_backend,
@@ -108,7 +120,13 @@ def _evaluator(settings: Settings, earlier: TraceEvaluator | None) -> TraceEvalu
     (model,), (task,) = settings.models, settings.tasks
     lm = earlier.lm if earlier and earlier.settings.models == settings.models else None
     if lm is None or str(lm.dtype).removeprefix("torch.") != settings.dtype:
-        lm = load_model(model, device=settings.device, dtype=settings.dtype, dense_backend=settings.dense_backend)
+        lm = load_model(
+            model,
+            device=settings.device,
+            dtype=settings.dtype,
+            dense_backend=settings.dense_backend,
+            trust_remote_code=settings.trust_remote_code,
+        )
     return TraceEvaluator(lm, task, settings, settings.ray_results_dir.resolve() / "traces")
 
 

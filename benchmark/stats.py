@@ -85,7 +85,10 @@ def group_interval(tasks: Sequence[Sequence[float]], low: float = 0.0, high: flo
     counts = {len(values) for values in tasks}
     if len(counts) == 1 and all(value in (low, high) for values in tasks for value in values):
         return mean_interval([value for values in tasks for value in values], low, high)
-    rounds = [[float(np.mean(part)) for part in np.array_split(values, min(counts))] for values in tasks]
+    mixed = np.random.default_rng(0)  # a round has samples of any part of a task, in whatever order these are given
+    rounds = [
+        [float(np.mean(part)) for part in np.array_split(mixed.permutation(np.sort(values)), min(counts))] for values in tasks
+    ]
     return mean_interval(np.clip(np.mean(rounds, axis=0), low, high).tolist(), low, high)
 
 

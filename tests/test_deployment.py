@@ -26,7 +26,7 @@ def short(folder: Path, **changes: Any) -> Path:
     """The sample search's top-k with one tuning sample of 320 tokens and a short answer, so that it runs in seconds."""
     record = json.loads(TOP_K.read_text()) | changes
     record["task"] = "ruler/512/niah_single_1"
-    record["provenance"] |= {"samples": ["one"], "max_new_tokens": 4, "max_context_length": 320}
+    record["provenance"] |= {"samples": ["ruler/512/niah_single_1:tuning-0@320"], "max_new_tokens": 4, "max_context_length": 320}
     path = folder / "found_10pct.json"
     write_json(path, record)
     return path
@@ -49,6 +49,15 @@ def test_the_table_of_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str
         alone, shared = figures[f"{size} keys", "kv head"], figures[f"{size} keys", "layer"]
         assert alone[0] <= shared[0], "one table for all heads reads more"
     assert found[1] == pytest.approx(figures["1 keys", "kv head"][1], abs=0.11), "a group's keys are read once, either way"
+
+
+def test_other_samples_than_those_of_the_search_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = short(tmp_path)
+    record = json.loads(file.read_text())
+    record["provenance"]["samples"] = ["another"]
+    write_json(file, record)
+    assert rounding.main([str(file), "--ray-results-dir", str(tmp_path / "ray"), "--device", "cpu"]) == 2
+    assert "was searched on other samples of ruler/512/niah_single_1 than there are now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -153,6 +162,19 @@ def test_what_selectors_read_is_known_without_the_model(
     assert (found.selectors, found.oracle) == (1, kind.startswith("Oracle"))
     assert 0 < found.selector < 0.6 and (share is None or found.selector == pytest.approx(share))
     assert 0 < found.keys < 0.7
+
+
+def test_what_narrows_reads_of_the_keys_that_it_was_given(tmp_path: Path) -> None:
+    from benchmark.storage.records import read_record
+    from benchmark.storage.search_records import BestConfig
+
+    quest = {"type": "QuestTopKMaskerConfig", "params": {"heavy_size": 0.2, "page_size": 16}}
+    twilight = {"type": "TwilightConfig", "params": {"top_p": 0.9}}
+    file = short(tmp_path, sparse_config={"masker_configs": [quest, twilight]}, kv_fraction=0.125)
+    found = cost.read_method(
+        read_record(file, BestConfig, ""), cost.read_model("embedded/SmolLM2-135M-Instruct", "bfloat16"), file
+    )
+    assert found.selector == pytest.approx(1 / 16) and found.keys == pytest.approx(0.125 - 1 / 16)
 
 
 def test_the_estimate_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,6 +124,12 @@ def test_intervals_of_a_group_cover_the_mean_over_its_tasks(case: str) -> None:
     assert inside / repeats >= 0.94
 
 
+def test_the_order_of_samples_does_not_move_a_groups_interval() -> None:
+    ordered = [[1.0] * 150 + [0.0] * 150, [1.0] * 400 + [0.0] * 100]
+    low, high = group_interval(ordered)
+    assert low < 0.65 < high and group_interval([values[::-1] for values in ordered]) == (low, high)
+
+
 def test_a_group_of_right_answers_counts_all_samples() -> None:
     low, high = group_interval([[1.0] * 3] * 13)
     assert high == 1.0 and low == mean_interval([1.0] * 39)[0] > 0.9

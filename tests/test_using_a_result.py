@@ -102,6 +102,36 @@ def test_the_newest_run_is_not_that_of_the_latest_local_time(tmp_path: Path) -> 
     assert found == tmp_path / "run_20240314_200000" / "a.json"
 
 
+def test_other_protocols_budgets_and_weights_are_not_mixed(tmp_path: Path) -> None:
+    def write(
+        run: str, name: str, error: float, *, protocol: str = "question", on: str = "density", weights: Any = None
+    ) -> Path:
+        record = {
+            "model": "m",
+            "task": "t",
+            "masker_name": f"{name}_10pct",
+            "budget": 0.1,
+            "meets_budget": True,
+            "error": error,
+        }
+        more = {"sparse_config": {"masker_configs": []}, "budget_on": on}
+        path = tmp_path / run / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record | more | {"provenance": {"sparse_from": protocol, "weights": weights}}))
+        return path
+
+    first, second = "run_20260101_000000", "run_20260102_000000"
+    decode = write(first, "a", 0.01, protocol="decode")
+    kv = write(first, "b", 0.02, on="kv")
+    write(first, "c", 0.03, weights=[["old", 1, 1]])
+    newest = write(second, "d", 0.2, weights=[["new", 1, 2]])
+    where = {"model": "m", "task": "t", "budget": 0.1}
+    assert best_config(tmp_path, **where) == newest
+    assert (
+        best_config(tmp_path, **where, sparse_from="decode") == decode and best_config(tmp_path, **where, budget_on="kv") == kv
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

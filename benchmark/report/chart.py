@@ -24,7 +24,7 @@ Style = dict[Any, Any]  # matplotlib's settings have no common type
 Dash = Literal["-", "--", ":", "-."]
 #: Okabe and Ito's, which people with any colour vision can tell apart (https://jfly.uni-koeln.de/color/).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES: tuple[Dash, ...] = ("-", "--", ":", "-.")
 STYLE: Style = {
     "font.family": "DejaVu Sans",
@@ -69,7 +69,7 @@ _DENSE_BAND: Style = {"facecolor": _COLOURS["dense"], "edgecolor": "none", "alph
 
 def look(combinations: list[str], combination: str) -> tuple[str, str, Dash]:
     """Colour, marker and dash of one of these combinations, the same in every plot of a run."""
-    index = combinations.index(combination)
+    index = combinations.index(combination)  # 7 colours and 6 markers make 42 pairs
     return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], DASHES[index // len(COLOURS) % len(DASHES)]
 
 
@@ -172,7 +172,7 @@ def legend(names: Sequence[str], has_dense: bool) -> list[tuple[str, str]]:
 
 def _look(index: int) -> tuple[str, str]:
     """Colour and marker of a combination: 7 colours and 6 markers make 42 pairs."""
-    return _COLOURS[f"c{index % 7}"], MARKERS[index % 6]
+    return _COLOURS[f"c{index % 7}"], MARKERS[index % len(MARKERS)]
 
 
 def _svg(figure: Figure, attributes: str) -> str:
@@ -207,7 +207,7 @@ def density_axis(panel: Axes, densities: Sequence[float]) -> None:
     reach = max(2.2, 1.3 * math.sqrt(high / low))
     middle = math.sqrt(low * high)
     panel.set_xscale("log")
-    panel.set_xlim(middle / reach, min(middle * reach, 1.15))
+    panel.set_xlim(middle / reach, min(middle * reach, max(1.15, 1.1 * high)))
     panel.xaxis.set_major_locator(FixedLocator([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))

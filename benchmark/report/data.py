@@ -22,6 +22,8 @@ from sparse_attention_hub.errors import UserError, quoted
 
 #: A method saves reads at a budget if it reads at most this many times the budget in bytes, selector included.
 BYTES_SLACK = 2.0
+#: A row is recommended if it answered at least this share of the samples that the fullest row answered.
+ENOUGH = 0.95
 #: Those of configurations without --levels.
 _USUAL_BUDGETS = {0.05, 0.1, 0.25, 0.5}
 _ADVICE = "left out; run Phase 2 again"
@@ -57,9 +59,16 @@ class ResultRow:
         return self.config.versions.get("engine") or "1"
 
     @property
-    def basis(self) -> tuple[str, str]:
-        """What rows must share to be compared: the samples and the engine's version."""
-        return self.config.samples_hash, self.engine
+    def basis(self) -> tuple[str, ...]:
+        """What rows of one report must share to be compared: samples, engine, weights, precision, seed."""
+        settings = self.config.settings
+        return (
+            self.config.samples_hash,
+            self.engine,
+            str(settings.get("weights")),
+            str(settings.get("dtype")),
+            str(self.config.seed),
+        )
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -89,8 +98,8 @@ class ResultRow:
 
 @dataclass
 class Group:
-    """The rows of one (model, task, protocol), whose budgets are all on one thing (--budget-on). others: rows on other samples or
-    of another engine version, which are compared with nothing."""
+    """The rows of one (model, task, protocol), whose budgets are all on one thing (--budget-on). others: rows on other
+    samples, of other weights and so on (`ResultRow.basis`), which are compared with nothing."""
 
     model: str
     task: str
@@ -101,8 +110,9 @@ class Group:
 
     def what_differs(self, other: ResultRow) -> str:
         """Why a row of `others` is compared with nothing."""
-        same_samples = other.config.samples_hash == self.rows[0].config.samples_hash
-        return f"engine version {other.engine}" if same_samples else "other samples"
+        _, engine, _, dtype, seed = other.basis
+        names = ("other samples", f"engine version {engine}", "other weights", f"dtype {dtype}", f"seed {seed}")
+        return next(name for name, a, b in zip(names, other.basis, self.rows[0].basis, strict=True) if a != b)
 
     @property
     def dense(self) -> ResultRow | None:
@@ -271,11 +281,14 @@ def _read_scores(path: Path, metric: str) -> dict[str, float]:
 
 
 def choose(group: Group, budget: float) -> Choice | None:
-    """What to use at a budget, of the sparse rows whose measured density fits it: the best score wins, then the smallest
+    """What to use at a budget, of the sparse rows whose measured density fits it and that answered nearly as many samples as the
+    fullest of them (failures may be the hardest samples): the best score wins, then the smallest
     reference_nll, then the lowest density. None if no row fits."""
-    fits = sorted((row for row in group.rows if row.fits(budget)), key=_preference)
+    fits = [row for row in group.rows if row.fits(budget)]
     if not fits:
         return None
+    most = max(len(row.scores) for row in fits)
+    fits = sorted((row for row in fits if len(row.scores) >= ENOUGH * most), key=_preference)
     light = [row for row in fits if row.saves_reads(budget)]
     runner_up = light[1] if len(light) > 1 else None
     margin = compare_paired(light[0].scores, runner_up.scores, level=_shared_level(light)) if runner_up else None
@@ -375,7 +388,7 @@ def compare_trees(first: Tree, second: Tree) -> list[Pair]:
         comparison, changed = None, []
         if a and b:
             changed = [name for name in _SETTINGS if getattr(a.config, name) != getattr(b.config, name)]
-            if a.basis == b.basis:
+            if (a.config.samples_hash, a.engine) == (b.config.samples_hash, b.engine):
                 comparison = compare_paired(b.scores, a.scores, bounded=_bounded(a, b))
         pairs.append(Pair(key, a, b, comparison, changed))
     return pairs

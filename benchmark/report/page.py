@@ -86,7 +86,10 @@ def comparison_page(first: Tree, second: Tree) -> str:
         changed=sorted({name for entry in entries for name in entry["changed"]}),
         paired=paired,
         certain=sum(
-            bool(found.interval) and not found.interval[0] <= 0 <= found.interval[1] and (found.p_value or 1) <= SIGNIFICANT
+            bool(found.interval)
+            and not found.interval[0] <= 0 <= found.interval[1]
+            and found.p_value is not None
+            and found.p_value <= SIGNIFICANT
             for found in paired
         ),
         figures=[("density", percent), ("error", number), ("reference_nll", number)],
@@ -148,7 +151,9 @@ def _confidence(pick: Pick) -> str:
     n = paired.n if paired else pick.row.metrics.samples.ok
     samples = f"{n} sample{'s' * (n != 1)}"
     few = f" {samples} are few: run more (--max-requests)." if n < FEW_SAMPLES else ""
-    if not paired or not paired.interval:
+    if paired is None:
+        return f"How sure: not compared with dense attention, which was not run on these {samples}.{few}"
+    if not paired.interval:
         return f"How sure: {samples} scored under both, too few for an interval.{few if n > 1 else ''}"
     low, high = paired.interval
     better, worse = paired.better, paired.worse
@@ -161,7 +166,7 @@ def _confidence(pick: Pick) -> str:
             f"How sure: every sample scored as under dense attention ({counts}); up to {unseen:.0%} of all samples could still "
             f"score differently.{chosen}{few}"
         )
-    p_value = min(1.0, (paired.p_value or 1.0) * among)
+    p_value = min(1.0, (1.0 if paired.p_value is None else paired.p_value) * among)
     found = "no difference is shown"
     if p_value <= SIGNIFICANT and high < 0:
         found = "the cost is real, its interval excludes 0"

@@ -38,7 +38,7 @@ def kind_of(maskers: Sequence[str]) -> str:
 
 def methods_figure(run: Run, model: str) -> Figure | None:
     """None with few combinations, or without budgets."""
-    studies = [study for study in run.studies if study.model == model]
+    studies = [study for study in run.studies if study.model == model and any(level.budget for level in study.levels)]
     budgets = [budget for budget in run.budgets if budget]
     by_kind: dict[str, dict[str, list[Study]]] = {kind: {} for kind in KINDS}
     for study in studies:

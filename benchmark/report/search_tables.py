@@ -14,6 +14,7 @@ import pandas as pd
 from benchmark.report.search_run import Run, Study, budget_label
 from benchmark.report.table import WIDTH, number, percent, shorten
 from benchmark.storage.records import SPENT
+from benchmark.storage.results import fingerprint
 from benchmark.storage.search_records import FORCED, BestConfig
 
 MIN_TRIALS = 6  # with fewer no importance is computed
@@ -316,18 +317,25 @@ def compare_table(first: Run, second: Run, rows: list[dict[str, Any]]) -> str:
 def _differences(first: Run, second: Run) -> dict[str, tuple[str | None, str | None]]:
     """Settings and package versions that differ between two searches: name -> (first, second)."""
     names = (
-        "seed", "sparse_from", "objective", "dtype", "device", "max_context_length", "max_new_tokens", "num_samples",
+        "seed", "sparse_from", "objective", "dtype", "device", "max_context_length", "max_new_tokens", "num_samples", "samples",
+        "thinking", "head_budgets", "weights",
     )  # fmt: skip
 
     def settings(run: Run) -> dict[str, str]:
         records = [level.provenance for study in run.studies for level in study.levels]
-        values = {name: {repr(getattr(record, name)) for record in records} for name in names}
+        values = {name: {_short(getattr(record, name)) for record in records} for name in names}
+        values["budget_on"] = {level.budget_on for study in run.studies for level in study.levels}
         for package in sorted({package for record in records for package in record.versions}):
             values[package] = {str(record.versions.get(package)) for record in records}
         return {name: ", ".join(sorted(found)) for name, found in values.items()}
 
     a, b = settings(first), settings(second)
     return {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
+
+
+def _short(value: object) -> str:
+    """A setting as text; of a list, which is long, its length and hash."""
+    return f"{len(value)} ({fingerprint(value)[:8]})" if isinstance(value, list) else repr(value)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------

@@ -55,18 +55,19 @@ def show(options: argparse.Namespace) -> None:
         if options.index >= len(samples):
             raise UserError(f"--index {options.index}: {task.name} has {len(samples)} samples here")
         sample = samples[options.index]
+        answer = min(sample.max_new_tokens, options.max_new_tokens)
         prompt = build_prompt(
             sample,
             tokenizer,
             max_context_length=request.max_context_length,
-            max_new_tokens=sample.max_new_tokens,
+            max_new_tokens=answer,
             use_chat_template=task.use_chat_template,
         )
     print(printable(tokenizer.decode(prompt.context_ids + prompt.question_ids, skip_special_tokens=False)))
     total = len(prompt.context_ids) + len(prompt.question_ids)
     print(
         f"\n--- {sample.sample_id}: {len(prompt.context_ids)} context + {len(prompt.question_ids)} question tokens = {total}, "
-        f"cut {prompt.truncated_tokens}, answer up to {sample.max_new_tokens} tokens; references: {sample.references}",
+        f"cut {prompt.truncated_tokens}, answer up to {answer} tokens; references: {sample.references}",
         file=sys.stderr,
     )
     if len(selection.names) > 1:
@@ -88,6 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     shown.add_argument("--seed", type=int, default=0)
     shown.add_argument("--split", choices=("test", "tuning"), default="test")
     shown.add_argument("--max-context-length", type=int, default=64000)
+    shown.add_argument(
+        "--max-new-tokens", type=int, default=200, help="an answer's tokens at most, as in Phase 2 (%(default)s)"
+    )
     shown.add_argument("--data-dir", type=Path)
     options = parser.parse_args(arguments)
 

@@ -60,7 +60,8 @@ class DataTask(Task):
         if column is None:
             raise ValueError(f"a column 'answers', 'output' or 'answer' is missing (there are {quoted(list(row))})")
         answers = as_texts(row[column], f"column {column!r}")
-        return self.make_sample(row.get("_id") or row.get("id") or identity, prompt, answers, columns=row)
+        named = next((row[name] for name in ("_id", "id") if row.get(name) not in (None, "")), identity)
+        return self.make_sample(named, prompt, answers, columns=row)
 
     def samples(self, request: SampleRequest) -> list[Sample]:
         own = data_file(self.sources[0], request.data_dir)

@@ -32,7 +32,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is inst
 
 def write_row(base: Path, task: str, name: str, scores: list[float], dense: list[float] | None, **changes: Any) -> Path:
     """A result folder as Phase 2 writes it. changes: density, kv_fraction, nll, budget, samples_hash, failures, sparse_from,
-    engine, maskers (their types), metrics (its fields)."""
+    engine, maskers (their types), metrics (its fields), settings."""
     folder = base / safe_name(MODEL) / name / safe_name(task)
     folder.mkdir(parents=True)
     density = changes.get("density", 1.0)
@@ -81,7 +81,7 @@ def write_row(base: Path, task: str, name: str, scores: list[float], dense: list
         "budget": changes.get("budget"),
         "hash": "h",
         "samples": [],
-        "settings": {},
+        "settings": changes.get("settings", {}),
         "samples_hash": changes.get("samples_hash", "s"),
         "sparse_from": changes.get("sparse_from", "question"),
         "seed": 3,
@@ -303,12 +303,45 @@ def test_other_samples_and_protocols_are_not_mixed(results: Path) -> None:
     write_row(results, "ruler/4096/vt", "other_10pct", [1.0] * 9, [1.0] * 9, density=0.02, samples_hash="t")
     write_row(results, "ruler/4096/vt", "decode_10pct", [1.0] * 30, [1.0] * 30, density=0.02, sparse_from="decode")
     write_row(results, "ruler/4096/vt", "older_10pct", [1.0] * 30, [1.0] * 30, density=0.02, engine="0")
+    retrained = {"weights": [["model.safetensors", 1, 2]]}
+    write_row(results, "ruler/4096/vt", "before_10pct", [1.0] * 30, [1.0] * 30, density=0.02, settings=retrained)
+    write_row(results, "ruler/4096/vt", "half_10pct", [1.0] * 30, [1.0] * 30, density=0.02, settings={"dtype": "bfloat16"})
     groups = read_tree(results).groups
     assert [group.sparse_from for group in groups] == ["decode", "question"]
     told = {row.name: groups[1].what_differs(row) for row in groups[1].others}
-    assert told == {"other_10pct": "other samples", "older_10pct": "engine version 0"}
+    assert told == {
+        "other_10pct": "other samples", "older_10pct": "engine version 0", "before_10pct": "other weights",
+        "half_10pct": "dtype bfloat16",
+    }  # fmt: skip
     found = choose(groups[1], 0.1)
     assert found is not None and found.best is not None and found.best.row.name == "random_10pct"
+
+
+def test_what_failed_on_most_samples_is_not_what_to_use(tmp_path: Path) -> None:
+    failures = [{"sample_id": str(i), "status": "failed", "problem": "out of memory"} for i in range(45)]
+    write_row(tmp_path, "t/a", "dense", [0.6] * 50, None)
+    write_row(tmp_path, "t/a", "bad_10pct", [1.0] * 5, [0.6] * 50, density=0.05, budget=0.1, failures=failures)
+    write_row(tmp_path, "t/a", "good_10pct", [0.6] * 48, [0.6] * 50, density=0.05, budget=0.1, failures=failures[:2])
+    found = choose(read_tree(tmp_path).groups[0], 0.1)
+    assert found is not None and found.best is not None and found.best.row.name == "good_10pct" and found.best.candidates == 1
+
+
+def test_a_p_value_that_is_0_is_not_none(tmp_path: Path) -> None:
+    many = 1200
+    write_row(tmp_path / "a", "t/a", "dense", [1.0] * many, None)
+    write_row(tmp_path / "a", "t/a", "x_10pct", [0.1] * many, [1.0] * many, density=0.05, budget=0.1)
+    assert "the cost is real, its interval excludes 0 (0 better, 1200 worse, 0 equal of 1200 samples, p = 0)" in words(
+        write_report(tmp_path / "a")
+    )
+    write_row(tmp_path / "b", "t/a", "x_10pct", [0.9] * many, [1.0] * many, density=0.05, budget=0.1)
+    page = words(write_comparison(tmp_path / "a", tmp_path / "b"))
+    assert "in 1 of them the interval of the difference excludes 0" in page
+
+
+def test_without_dense_nothing_is_compared_with_it(tmp_path: Path) -> None:
+    write_row(tmp_path, "t/a", "x_10pct", [0.5] * 40, [0.5] * 40, density=0.05, budget=0.1)
+    page = words(write_report(tmp_path))
+    assert "How sure: not compared with dense attention" in page and "too few" not in page
 
 
 def test_the_page_names_the_choice_and_its_certainty(results: Path) -> None:

@@ -60,3 +60,15 @@ def test_the_plot_is_drawn_for_many_combinations(count: int, tmp_path: Path) -> 
     out = tmp_path / "out"
     assert main(["--optimal-configs-dir", str(tmp_path / "optimal_configs"), "--output-dir", str(out)]) == 0
     assert (out / "methods.png").is_file() == (count == LEAST)
+
+
+def test_a_configuration_without_a_budget_has_no_line(tmp_path: Path) -> None:
+    run = tmp_path / "optimal_configs" / "run_20240101_000000"
+    for number in range(LEAST):
+        for level in (5, 10):
+            best = best_config(model=MODEL, task="t/a", masker_name=f"way{number}_{level}pct", budget=level / 100)
+            write_level(run, best, make_trials(f"way{number}", 0.5))
+    write_level(run, best_config(model=MODEL, task="t/a", masker_name="free", budget=None), make_trials("free", 0.5))
+    out = tmp_path / "out"
+    assert main(["--optimal-configs-dir", str(run.parent), "--output-dir", str(out)]) == 0
+    assert (out / "methods.png").is_file()
