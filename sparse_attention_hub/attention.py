@@ -46,7 +46,9 @@ class ResearchAttentionConfig:
     fixed: bool = False
 
     def __post_init__(self) -> None:
-        """ValueError for layers that are not numbers from 0 on, or a table that is not one."""
+        """TypeError for anything but a list of maskers; ValueError for layers that are not numbers from 0 on, or no table."""
+        if not isinstance(self.masker_configs, list | tuple):
+            raise TypeError(f"masker_configs must be a list of MaskerConfigs, got {type(self.masker_configs).__name__}")
         self.dense_layers = sorted({check_int("dense_layers", layer, 0) for layer in self.dense_layers})
         if self.head_budgets is not None:
             self.head_budgets = check_head_budgets(self.head_budgets)
@@ -225,9 +227,13 @@ class ResearchAttention:
         lm: fills in the model's own files where the configuration leaves them out (DoubleSparsity's channels, HashAttention's
         weights). UserError if they are needed and missing, or if the file's head budgets were fitted for another model.
         """
+        if lm is not None and not hasattr(lm, "complete"):
+            raise TypeError(
+                f"lm must be a LanguageModel, as load_model returns, got {type(lm).__name__}: LanguageModel.wrap makes one"
+            )
         config = ResearchAttentionConfig.from_file(path)
         if config.head_budgets is not None and lm is not None:
-            fitted_for = str(read_json(path).get("model", lm.id))
+            fitted_for = str(read_json(path).get("model") or lm.id)
             if Path(fitted_for).name != Path(lm.id).name:
                 raise UserError(f"{path}: head_budgets were fitted for {fitted_for}, this model is {lm.id}: search with it")
         try:

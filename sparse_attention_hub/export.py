@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .attention import ResearchAttentionConfig
 
 SCHEMA, VERSION = "sparse-attention-hub/policy", 1
+#: Fields of maskers that are sizes in keys, or fractions of all keys.
+SIZES = ("heavy_size", "sink_size", "window_size", "sampling_rate", "init_offset", "local_offset")
 #: Decode steps in the page tables: the last tokens of the text.
 STEPS = 8
 _LEAST_TOKENS = 64
@@ -116,7 +118,9 @@ def why_no_pages(config: ResearchAttentionConfig) -> str | None:
     if _samples(config):
         return f"sampling weights: {type(last).__name__} weights keys by 1/p, and a page table has no weights"
     if not isinstance(last, RoundToPagesConfig):
-        return "token granularity: it chooses single keys, or pages of each query head's own; --page-size 16 rounds the choice"
+        return (
+            "token granularity: it is not rounded to pages that an engine's tables can hold; --page-size 16 rounds the choice"
+        )
     if last.share == "head":
         return "head granularity: each query head has pages of its own; take share='kv_head' or 'layer' in RoundToPagesConfig"
     return None
@@ -149,11 +153,11 @@ def policy(file: Path, record: dict[str, Any], config: ResearchAttentionConfig, 
 
 
 def _masker(config: Any, context: int) -> dict[str, Any]:
-    """A masker's type and parameters, and each of its sizes in tokens: fields of type `int | float`, see docs/numbers.md."""
+    """A masker's type and parameters, and each of its sizes in tokens, see docs/numbers.md."""
     from .maskers.base import config_to_dict
 
     written = config_to_dict(config)
-    names = [field.name for field in dataclasses.fields(config) if str(field.type) == "int | float"]
+    names = [field.name for field in dataclasses.fields(config) if field.name in SIZES]
     return written | {"tokens": {name: _tokens(written["params"][name], context) for name in names}}
 
 

@@ -78,7 +78,9 @@ def page_tables(mask: Mask, page_size: int) -> PageTables:
 
     UserError unless each row attends to whole pages, as far as it may see them, that the query heads of a group share.
     """
-    _, heads, rows, keys = mask.shape
+    batch, heads, rows, keys = mask.shape
+    if batch != 1:
+        raise UserError(f"page tables are of one item, the mask has {batch}: make one of each")
     flags = expand_heads(mask.chosen(), heads)[0].view(mask.kv_heads, -1, rows, keys)
     chosen = flags[:, 0].transpose(0, 1).reshape(-1, keys)
     pages = _pages(chosen, page_size)
@@ -91,6 +93,8 @@ def page_tables(mask: Mask, page_size: int) -> PageTables:
             f"configuration with RoundToPagesConfig({page_size})"
         )
     counts = pages.sum(-1)
+    if bool((counts == 0).any()):
+        raise UserError("a row attends to no key, which a page table cannot say")
     ends = counts.cumsum(0)
     indices = pages.nonzero()[:, 1]
     last = seen - indices[ends - 1] * page_size

@@ -75,9 +75,9 @@ def hash_attention(budget: int | float = 1 / 16) -> Preset:
 def pq_cache(budget: float = 0.2) -> Preset:
     """PQCache, LongBench with a fifth of the keys: half of them recent, half chosen by 2 sub-vectors of 6 bits; 32 sinks (the
     authors' run_mistral.sh). The question is prefilled."""
-    check_size("budget", budget)
-    edges: list[MaskerConfig] = [hub.SinkMaskerConfig(32), hub.LocalMaskerConfig(budget / 2)]
-    maskers = [*edges, hub.PQCacheConfig(budget / 2, 2, 6, kmeans_iter=25, init_offset=32, metric="euclidean")]
+    half = _half(budget)
+    edges: list[MaskerConfig] = [hub.SinkMaskerConfig(32), hub.LocalMaskerConfig(half)]
+    maskers = [*edges, hub.PQCacheConfig(half, 2, 6, kmeans_iter=25, init_offset=32, metric="euclidean")]
     return _preset("pq_cache", f"{budget:g}", "2407.12820", maskers, "decode")
 
 
@@ -155,8 +155,8 @@ def snapkv(budget: int = 1024) -> Preset:
 
 def h2o(budget: float = 0.2) -> Preset:
     """H2O: a fifth of the keys, half heavy hitters and half recent. The paper is sparse from the first token on."""
-    check_size("budget", budget)
-    maskers = [hub.LocalMaskerConfig(budget / 2), hub.H2OConfig(budget / 2)]
+    half = _half(budget)
+    maskers = [hub.LocalMaskerConfig(half), hub.H2OConfig(half)]
     return _preset("h2o", budget, "2306.14048", maskers, "question")
 
 
@@ -198,3 +198,8 @@ def _preset(
 
 def _tokens(budget: int, least: int = 1) -> int:
     return check_int("budget (tokens)", budget, least)
+
+
+def _half(budget: int | float) -> int | float:
+    """Half of a budget in tokens, at least two, or of a fraction."""
+    return check_int("budget (tokens)", budget, 2) // 2 if isinstance(check_size("budget", budget), int) else budget / 2

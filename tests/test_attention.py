@@ -9,6 +9,7 @@ from torch import Tensor
 from sparse_attention_hub import (
     AdaptiveSamplingMaskerConfig,
     CausalMaskerConfig,
+    LandmarksConfig,
     LocalMaskerConfig,
     MagicPigConfig,
     MaskerConfig,
@@ -374,3 +375,32 @@ def test_calls_that_share_their_positions_give_what_each_gives_alone(rows: int, 
                 assert torch.equal(shared.output, alone.output)
                 assert torch.equal(shared.mask.inclusion_probability(), alone.mask.inclusion_probability())
                 assert (shared.density, shared.kv_fraction) == (alone.density, alone.kv_fraction)
+
+
+@pytest.mark.parametrize("selector", [OracleTopKConfig(0.2), QuestTopKMaskerConfig(0.2, 8), RandomSamplingMaskerConfig(0.2)])
+def test_rows_of_padding_at_the_end_change_no_other_row(selector: MaskerConfig) -> None:
+    attention = ResearchAttention(ResearchAttentionConfig([SinkMaskerConfig(0.05), LocalMaskerConfig(0.1), selector]))
+    queries, keys, values = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 60, 16), torch.randn(2, 2, 60, 16)
+    causal = torch.ones(6, 60, dtype=torch.bool).tril(54).expand(2, 1, 6, 60).clone()
+    causal[..., 58:] = False
+    whole = attention(queries[:, :, :4], keys[:, :, :58], values[:, :, :58], causal[:, :, :4, :58])
+    blank = causal.clone()
+    blank[:, :, 4:] = False
+    padded = attention(queries, keys, values, blank)
+    assert torch.allclose(padded.output[:, :4], whole.output, atol=1e-6)
+    assert padded.density == pytest.approx(whole.density) and padded.dead_rows == 4
+
+
+def test_adaptive_sampling_behind_shared_lists_with_a_budget_per_query_head() -> None:
+    table = [[0.5 + 0.25 * head for head in range(8)]]
+    maskers = [LandmarksConfig(16, 8), AdaptiveSamplingMaskerConfig(0.1, 0.3, 0.3, 0, 0)]
+    attention = ResearchAttention(ResearchAttentionConfig(maskers, head_budgets=table))
+    result = attention(torch.randn(1, 8, 1, 16), torch.randn(1, 2, 90, 16), torch.randn(1, 2, 90, 16))
+    assert 0 < result.density < 1
+
+
+def test_slips_are_one_clear_line() -> None:
+    with pytest.raises(TypeError, match="masker_configs must be a list of MaskerConfigs, got OracleTopKConfig"):
+        ResearchAttentionConfig(OracleTopKConfig(0.1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="lm must be a LanguageModel, as load_model returns, got int"):
+        ResearchAttention.from_file("found.json", 3)  # type: ignore[arg-type]

@@ -26,7 +26,11 @@ def short(folder: Path, **changes: Any) -> Path:
     """The sample search's top-k with one tuning sample of 320 tokens and a short answer, so that it runs in seconds."""
     record = json.loads(TOP_K.read_text()) | changes
     record["task"] = "ruler/512/niah_single_1"
-    record["provenance"] |= {"samples": ["ruler/512/niah_single_1:tuning-0@320"], "max_new_tokens": 4, "max_context_length": 320}
+    record["provenance"] |= {
+        "samples": ["ruler/512/niah_single_1:tuning-0@320"],
+        "max_new_tokens": 4,
+        "max_context_length": 320,
+    }
     path = folder / "found_10pct.json"
     write_json(path, record)
     return path

@@ -73,8 +73,8 @@ def test_sizes_and_tables_of_what_a_configuration_holds(tmp_path: Path) -> None:
     found = export(tmp_path / "to", file, "--context", 100)
     assert [entry["tokens"] for entry in found["maskers"]] == [
         {"sink_size": 100},
-        {"heavy_size": 1},
-        {"base_rate_sampling": 50, "init_offset": 0, "local_offset": 0},
+        {"heavy_size": 1, "init_offset": 4},
+        {"init_offset": 0, "local_offset": 0},
     ]
     assert found["dense_layers"] == [0, 1] and found["head_budgets"] == config["head_budgets"]
     assert found["figures"]["measured_by"] is None and found["figures"]["error"] is None

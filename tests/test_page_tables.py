@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_attention_hub import (
     LocalMaskerConfig,
+    Mask,
     OracleTopKConfig,
     QuestTopKMaskerConfig,
     RandomSamplingMaskerConfig,
@@ -142,3 +143,10 @@ def test_another_file_is_one_line(content: bytes | None, tmp_path: Path) -> None
     with pytest.raises(UserError, match="holds no page tables") as caught:
         read_page_tables(path)
     assert "\n" not in str(caught.value)
+
+
+def test_batches_and_empty_rows_are_refused() -> None:
+    with pytest.raises(UserError, match="page tables are of one item, the mask has 2"):
+        page_tables(Mask.empty((2, 4, 1, 32), kv_heads=2), 8)
+    with pytest.raises(UserError, match="a row attends to no key"):
+        page_tables(Mask.empty((1, 4, 1, 32), kv_heads=2), 8)

@@ -120,3 +120,11 @@ def test_they_are_listed_and_planned(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["--debug", "--dry-run", "--configs", "dense", "preset:quest", "preset:twilight"]) == 0
     printed = capsys.readouterr().out
     assert "preset_quest_1024 (no budget): 0 parameters" in printed
+
+
+@pytest.mark.parametrize("paper", ["h2o", "pq_cache"])
+def test_half_of_a_budget_in_tokens_is_tokens(paper: str) -> None:
+    sizes = [size for masker in preset(paper, budget=1024).config.masker_configs for size in vars(masker).values()]
+    assert sizes.count(512) == 2
+    with pytest.raises((UserError, ValueError), match="budget .tokens. must be an integer >= 2"):
+        preset(paper, budget=1)

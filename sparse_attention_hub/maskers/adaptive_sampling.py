@@ -114,7 +114,7 @@ def _estimates(inputs: AttentionInputs, mask: Mask, base: Mask, both: Mask, exac
     top = inputs.highest() if exact else torch.maximum(static, scores.amax(-1))
     top = top.masked_fill(top == NEVER, 0.0)
     samples, counts = (scores - top.unsqueeze(-1)).exp_(), expand_heads(base.counts(), heads)
-    rest = expand_heads(inputs.left(mask) - base.counts(), heads)
+    rest = expand_heads(inputs.left(mask), heads) - counts
     if exact:
         outside = expand_heads(both.residual(inputs.allowed), heads)
         mean, variance, _ = _moments((inputs.scores() - top.unsqueeze(-1)).exp() * outside, outside, rest)

@@ -75,7 +75,7 @@ class Eviction(Masker[ConfigT]):
             self._rank(keys, allowed, state.summary or ContextSummary(frozenset(), keys.shape[2]), state)
 
     def _rank(self, keys: Tensor, allowed: Tensor, summary: ContextSummary, state: MaskerState) -> None:
-        length = min(end_of_allowed(allowed), summary.length)
+        length = min(end_of_allowed(allowed.any(0, keepdim=True)), summary.length)  # where the longest item ends
         keys, allowed = keys[:, :, :length], allowed[:, :length]
         keys = keys.float().masked_fill(~allowed[:, None, :, None], 0.0)
         scores = self.importance(keys, allowed, summary).masked_fill(~allowed.unsqueeze(1), NEVER)

@@ -59,15 +59,22 @@ class Layout:
 
     @cached_property
     def known_keys(self) -> Tensor | None:
-        """Keys that codes may be made of, those that the last row of the call may attend to: bool (B, N), None = all."""
-        return None if self.mask is None or self.all_allowed else self.allowed[:, 0, -1]
+        """Keys that codes may be made of, those that an item's last row may attend to: bool (B, N), None = all."""
+        return None if self.mask is None or self.all_allowed else self._last
+
+    @cached_property
+    def _last(self) -> Tensor:
+        """What the last row of each item may attend to, of its rows that have keys (those of padding may have none): bool (B, N)."""
+        has_keys = (self.row_lengths > 0).flip(-1).to(torch.uint8)
+        place = self.shape[2] - 1 - has_keys.argmax(-1)
+        return self.allowed[torch.arange(self.shape[0], device=self.device), 0, place]
 
     @cached_property
     def n_allowed(self) -> list[int]:
-        """N of each item: the allowed keys of its last query row. Fractional sizes are fractions of it."""
+        """N of each item: the allowed keys of its last query row that has any. Fractional sizes are fractions of it."""
         if self.mask is None:
             return [self.shape[3]] * self.shape[0]
-        return self.allowed[:, 0, -1].sum(-1).tolist()
+        return self._last.sum(-1).tolist()
 
     @cached_property
     def totals(self) -> Tensor:

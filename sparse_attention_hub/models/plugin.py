@@ -83,12 +83,13 @@ def _is_causal(mask: Tensor, allowed: Tensor, first: int, end: int) -> bool:
 class SparseSession(SparseMeans):
     """Counts attention calls inside `sparse_attention`: all, sparse ones, and those of layers with a sliding
     window, which stay dense. density and kv_fraction: means over items, sparse layers and query rows, None
-    before the first sparse call."""
+    before the first sparse call. Rows that `generate` feeds an item behind its EOS, while others continue, are in them."""
 
     attention: ResearchAttention
     seeds: int | Sequence[int]
     dense_prefill: bool
     make_observer: Callable[[], Observer]
+    context_length: int | None = None
     calls: int = 0
     sparse_calls: int = 0
     windowed_calls: int = 0
@@ -120,6 +121,8 @@ class SparseSession(SparseMeans):
         if not rule.limited and (view is None or view.mask is not mask):  # all layers of a pass share one mask
             view = self._view = _View(mask, batch=queries.shape[0], length=queries.shape[2])
         if rule.limited or view is None or (view.prefill and self.dense_prefill):
+            for i in range(len(queries)):  # a new text begins
+                self._items.pop((module.layer_idx, i), None)
             if self.attention.observes and view is not None and not rule.limited:
                 self._observe(view, module.layer_idx, queries, keys, values, scaling, rule)
             if rule.scores:
@@ -153,18 +156,23 @@ class SparseSession(SparseMeans):
             self._prefills[layer_idx, i] = observer.summaries[layer_idx], inputs.keys[0, :, :, 0].clone()
 
     def _item(self, i: int, layer_idx: int, keys: Tensor, past: int) -> _Item:
-        """The item's state after `past` keys: rewound after a crop, new for another text or a moved beam."""
+        """The item's state after `past` keys: rewound to those that it knows, after a crop or where a beam moved; new for another
+        text."""
         item = self._items.get((layer_idx, i))
         known = keys[0, :, :past, 0]
-        if item is not None and item.fitted <= past <= item.seen.shape[1] and torch.equal(known, item.seen[:, :past]):
-            item.state.rewind(past)
-            return item
-        item = _Item(self.attention.new_state(), known, past)
+        if item is not None:
+            length = min(past, item.seen.shape[1])
+            alike = int((known[:, :length] == item.seen[:, :length]).all(0).long().cumprod(0).sum())
+            if item.fitted <= alike and (item.fitted > 0 or alike == past):
+                item.state.rewind(alike)
+                return item
+        fitted = past if self.context_length is None else min(past, self.context_length)
+        item = _Item(self.attention.new_state(), known, fitted)
         if past > 0:
             summary, seen = self._prefills.get((layer_idx, i), (None, known))
             if summary is not None and torch.equal(known, seen):
                 item.state.observe(layer_idx, summary)
-            self.attention.prepare(keys[:, :, :past], layer_idx, item.state)
+            self.attention.prepare(keys[:, :, :fitted], layer_idx, item.state)
         self._items[(layer_idx, i)] = item
         return item
 
@@ -197,19 +205,32 @@ _ATTENTION = SessionAttention(PLUGIN, "inside `with sparse_attention(...)` only,
 
 @contextmanager
 def sparse_attention(
-    model: Any, attention: ResearchAttention, *, seed: int | Sequence[int] = 0, dense_prefill: bool = True
+    model: Any,
+    attention: ResearchAttention,
+    *,
+    seed: int | Sequence[int] = 0,
+    dense_prefill: bool = True,
+    context_length: int | None = None,
 ) -> Iterator[SparseSession]:
     """Switch a transformers model (or a LanguageModel) to sparse attention inside the `with`.
 
-    seed: one for all items of a batch, or one per item. dense_prefill=False: sparse from the first token.
+    seed: one for all items of a batch, or one per item. dense_prefill=False: sparse from the first token. context_length: what a
+    method learns of a text as a whole, it learns of so many of its first tokens; None = of all that are prefilled densely. With a
+    context's length, `generate` on context and question answers as the benchmark does under --sparse-from decode.
     UserError for a model whose attention is not supported or cannot be switched.
     """
+    if not isinstance(attention, ResearchAttention):
+        raise TypeError(
+            f"attention must be a ResearchAttention, got {type(attention).__name__}: ResearchAttention(config) makes one"
+        )
+    if context_length is not None and context_length < 1:
+        raise ValueError(f"context_length must be >= 1, got {context_length}")
     target = model.model if isinstance(model, LanguageModel) else model
     kind = type(target).__name__
     check_supported(target, getattr(target, "name_or_path", "") or kind)
     seeds = int(seed) if isinstance(seed, numbers.Integral) else [int(one) for one in seed]  # type: ignore[union-attr]
     attention.config.check_layers(target.config.get_text_config(decoder=True).num_hidden_layers)
-    session = SparseSession(attention, seeds, dense_prefill, lambda: Observer(target, attention.observes))
+    session = SparseSession(attention, seeds, dense_prefill, lambda: Observer(target, attention.observes), context_length)
     problem = session.make_observer().problem
     if problem is not None:
         raise UserError(problem)

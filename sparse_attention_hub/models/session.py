@@ -254,6 +254,8 @@ def _asked(
         raise UserError(f"sparse_from must be 'question' or 'decode', got {sparse_from!r}")
     if not question_ids:
         raise UserError("the question has no tokens: an answer needs at least one to start from")
+    if isinstance(attentions, ResearchAttention):
+        raise TypeError("attentions must be a list, got one ResearchAttention: put it in brackets")
     if not attentions:
         raise ValueError("no attention to answer under: give at least one (None is dense)")
     if answer_tokens < 1:

@@ -234,3 +234,16 @@ def test_a_rewind_below_the_context_forgets_what_was_seen() -> None:
 def test_bad_configs(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         hub.SnapKVConfig(**({"heavy_size": 64} | fields))
+
+
+def test_right_padded_contexts_are_ranked_to_their_own_ends() -> None:
+    """Each item keeps a tenth of its own context, whatever the other's length."""
+    keys, lengths = torch.randn(2, 2, 200, 16), torch.tensor([50, 200])
+    allowed = torch.arange(200) < lengths.unsqueeze(-1)
+    way = attention(hub.KnormConfig(0.1))
+    state = way.new_state()
+    way.prepare(keys, 0, state, allowed)
+    mask = torch.cat([allowed, torch.ones(2, 1, dtype=torch.bool)], 1)[:, None, None]
+    more = torch.cat([keys, torch.randn(2, 2, 1, 16)], 2)
+    result = way(torch.randn(2, 4, 1, 16), more, more, mask, state=state)
+    assert result.mask.counts()[:, 0, 0].tolist() == [5 + 1, 20 + 1]

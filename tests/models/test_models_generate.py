@@ -11,12 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, tokens
+from tiny_models import build, tokens, wrap
 from transformers import DynamicCache, TextIteratorStreamer, pipeline
 
-from sparse_attention_hub import ResearchAttention
+from sparse_attention_hub import (
+    H2OConfig,
+    KnormConfig,
+    LocalMaskerConfig,
+    ResearchAttention,
+    ResearchAttentionConfig,
+    SnapKVConfig,
+)
+from sparse_attention_hub.maskers.eviction import Eviction
 from sparse_attention_hub.maskers.pq_cache import PQCacheMasker
-from sparse_attention_hub.models import EMBEDDED_MODEL, load_tokenizer, sparse_attention
+from sparse_attention_hub.models import EMBEDDED_MODEL, answer_many, load_tokenizer, prefill, sparse_attention
 
 SINK, LOCAL = ("SinkMaskerConfig", {"sink_size": 2}), ("LocalMaskerConfig", {"window_size": 4})
 PQ = {"pq_group_factor": 4, "pq_bits": 3, "kmeans_iter": 3, "init_offset": 0, "metric": "euclidean"}
@@ -202,3 +210,40 @@ def test_streaming_from_a_thread_takes_the_context_along(speaker: Any, tokenizer
         text = "".join(streamer)
         thread.join()
     assert text and session.sparse_calls == 4 * 7
+
+
+@pytest.mark.parametrize("maskers", [[SnapKVConfig(0.1, 4, 3)], [LocalMaskerConfig(4), H2OConfig(0.1)], [KnormConfig(0.2)]])
+def test_with_the_contexts_length_a_prompt_is_answered_as_by_the_benchmark(maskers: list[Any]) -> None:
+    """Under `decode`, context and question are dense, and what is learned is learned of the context."""
+    lm, way = wrap(build("llama")), ResearchAttention(ResearchAttentionConfig(maskers))
+    context, question = tokens(80), tokens(9, 4)
+    prefilled = prefill(lm, context, 40, way.observes)
+    (expected,) = answer_many(lm, prefilled, question, [way], 8, sparse_from="decode")
+    with sparse_attention(lm, way, context_length=len(context)) as session:
+        found = lm.model.generate(torch.tensor([context + question]), **GREEDY)[0, len(context + question) :].tolist()
+    assert found == expected.token_ids and session.density == pytest.approx(expected.density)
+    with sparse_attention(lm, way) as session:  # learned of the question, too
+        lm.model.generate(torch.tensor([context + question]), **GREEDY)
+    assert session.density != pytest.approx(expected.density)
+
+
+def test_a_beam_that_moves_keeps_what_was_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[int] = []
+    rank = Eviction._rank
+    monkeypatch.setattr(Eviction, "_rank", lambda self, keys, *rest: (fits.append(keys.shape[2]), rank(self, keys, *rest))[1])
+    lm, way = wrap(build("llama")), ResearchAttention(ResearchAttentionConfig([KnormConfig(0.2)]))
+    with sparse_attention(lm, way):
+        lm.model.generate(torch.tensor([tokens(60)]), num_beams=3, **GREEDY)
+    assert fits == [60] * (3 * lm.num_layers), "one fit for each layer and beam, of the prompt"
+
+
+def test_what_is_no_attention_is_told() -> None:
+    config = ResearchAttentionConfig([KnormConfig(0.2)])
+    with (
+        pytest.raises(TypeError, match="got ResearchAttentionConfig: ResearchAttention.config. makes one"),
+        sparse_attention(build("llama"), config),
+    ):
+        pass
+    lm = wrap(build("llama"))
+    with pytest.raises(TypeError, match="attentions must be a list"):
+        answer_many(lm, prefill(lm, tokens(20), 20), tokens(3), ResearchAttention(config), 4)  # type: ignore[arg-type]
