@@ -23,7 +23,7 @@ def load_plugins(names: Iterable[str]) -> list[ModuleType]:
 
     Every worker calls it before its first job. UserError for one that cannot be imported.
     """
-    return [_load(name) for name in names]
+    return [_load(name) for name in dict.fromkeys(names)]
 
 
 def _load(name: str) -> ModuleType:
@@ -33,16 +33,40 @@ def _load(name: str) -> ModuleType:
         if not file.is_file():
             raise UserError(f"--plugin {quoted(name)}: no such file")
         module = file.stem
+        _check_folder(name, file)
         _add_to_path(str(file.parent))
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # a plugin may raise anything
+    except (Exception, SystemExit) as error:  # a plugin may raise anything
         raise UserError(f"--plugin {quoted(name)}: cannot be imported ({type(error).__name__}: {quoted(error)})") from error
     if file is not None and Path(found.__file__ or "").resolve() != file:
         raise UserError(f"--plugin {quoted(name)}: another module is called {module!r} ({found.__file__}): rename the file")
     if hasattr(found, "make_tasks"):
-        register_benchmarks(found)
+        try:
+            register_benchmarks(found)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"--plugin {quoted(name)}: make_tasks() failed ({type(error).__name__}: {quoted(error)})"
+            ) from error
     return found
+
+
+def _check_folder(name: str, file: Path) -> None:
+    """UserError if modules beside the plugin would hide others of their names in the workers of a search, where the folder comes
+    first."""
+    for beside in sorted(file.parent.iterdir()):
+        module = beside.stem if beside.suffix == ".py" else beside.name if (beside / "__init__.py").is_file() else None
+        own = (
+            module in ("benchmark", "sparse_attention_hub")
+            and beside != Path(sys.modules[module].__file__ or "").resolve().parent
+        )
+        if beside != file and (own or module in sys.stdlib_module_names - {"test"}):
+            raise UserError(
+                f"--plugin {quoted(name)}: {beside.name} beside it would hide another module of its name in the search's workers: "
+                "rename it, or keep the plugin in a folder of its own"
+            )
 
 
 def _add_to_path(folder: str) -> None:

@@ -60,6 +60,7 @@ class Recorded:
     position: tuple[Path, int]
     key: str
     has_micro: bool
+    time: float
 
 
 class AnswerStore:
@@ -95,7 +96,7 @@ class AnswerStore:
         known = self._answers.get(digest, {})
         if key not in known and key in self._fallback:
             alike = [found for other, found in known.items() if same_parameters(other, key) and found.answer.ok]
-            return alike[-1] if alike else None
+            return max(alike, key=lambda found: found.time, default=None)
         return known.get(key)
 
     def is_answered(self, digest: str, key: str) -> bool:
@@ -131,7 +132,7 @@ class AnswerStore:
             has_micro, answer.micro = bool(answer.micro), []
             # An answer is kept; a failure is replaced by the result of a later try.
             if key not in known or not known[key].answer.ok:
-                known[key] = Recorded(answer, (path, offset), key, has_micro)
+                known[key] = Recorded(answer, (path, offset), key, has_micro, line.time or 0.0)
         line.answers = {}
         if line.prefill_seconds is not None or line.sample_hash not in self.lines:
             self.lines[line.sample_hash] = line

@@ -45,6 +45,7 @@ class Schedule:
         self.workers = 1
         self._timeout, self._say = timeout, say
         self._loading_crashes: dict[str, int] = {}  # model -> in a row
+        self._answered: set[str] = set()  # models of which a batch came back
         self._lost_models: dict[str, str] = {}  # model -> why it cannot be run
 
     def next(self) -> tuple[QueuedBatch, float] | None:
@@ -66,17 +67,22 @@ class Schedule:
     def came_back(self, batch: QueuedBatch, *, stopped: bool) -> None:
         """A worker returned a batch. Its unanswered samples are queued again, unless the run is being stopped."""
         self._loading_crashes.pop(batch.run.unit.model, None)
+        self._answered.add(batch.run.unit.model)
         left = batch.run.remaining(batch.requests)
         if left and not stopped:
             self.queue.appendleft(QueuedBatch(batch.run, left))
 
     def failed(self, batch: QueuedBatch, error: BaseException) -> None:
         """The batch raised an error, which it would raise again."""
-        message = error_message(error)
+        message, model = error_message(error), batch.run.unit.model
         self._say(f"{batch.run.name}: {message}")
+        if isinstance(error, UserError) and model in self._answered:  # others have loaded it: this worker cannot
+            if left := batch.run.remaining(batch.requests):
+                self._crashed_loading(QueuedBatch(batch.run, left), message)
+            return
         # The model cannot be loaded, or this process has lost its device: no other batch of the model can be run either.
         if isinstance(error, UserError | BrokenDeviceError):
-            self._lost_models[batch.run.unit.model] = message
+            self._lost_models[model] = message
         batch.run.record_failure(batch.run.remaining(batch.requests), message, "failed")
 
     def crashed(self, batch: QueuedBatch, how: str, status: WorkerStatus | None) -> None:
@@ -94,6 +100,8 @@ class Schedule:
             return
         crashes += 1
         first, rest = left[:1], left[1:]
+        if rest:  # in front of other units: this one's time is running
+            self.queue.appendleft(QueuedBatch(run, rest))
         if crashes >= MAX_CRASHES:
             message = f"the worker ended {crashes} times on this sample, at last {how}"
             self._say(f"{run.name}: {first[0].sample.sample_id}: {message}")
@@ -101,8 +109,6 @@ class Schedule:
         else:
             # Where memory is short, the kernel may kill instead of refusing: the last try asks one configuration at a time.
             self.queue.appendleft(QueuedBatch(run, first, crashes, most=1 if crashes == MAX_CRASHES - 1 else None))
-        if rest:
-            self.queue.append(QueuedBatch(run, rest))
 
     def _crashed_loading(self, batch: QueuedBatch, how: str) -> None:
         """No sample was being answered."""

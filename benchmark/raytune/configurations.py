@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from benchmark.settings import Settings, SparseConfig, as_sparse_configs
+from benchmark.settings import DENSE, Settings, SparseConfig, as_sparse_configs
 from sparse_attention_hub.errors import UserError, quoted
 
 
@@ -60,7 +60,20 @@ def configs_of_plugin(plugin: ModuleType, levels: Sequence[float]) -> list[tuple
     make = getattr(plugin, "get_all_sparse_configs", None)
     if make is None:
         return []
-    return list(make(levels) if inspect.signature(make).parameters else make())
+    try:
+        found = list(make(levels) if inspect.signature(make).parameters else make())
+    except Exception as error:  # a plugin may raise anything
+        raise UserError(
+            f"{plugin.__name__}: get_all_sparse_configs() failed ({type(error).__name__}: {quoted(error)})"
+        ) from error
+    for entry in found:
+        if not isinstance(entry, tuple) or len(entry) != 3 or not isinstance(entry[0], str):
+            raise UserError(
+                f"{plugin.__name__}: a configuration is a (name, template, masker classes) triple, got {quoted(entry)}"
+            )
+        if (entry[1] is None) != (entry[0] == DENSE):
+            raise UserError(f"{plugin.__name__}: {quoted(entry[0])}: the configuration without a template is called {DENSE!r}")
+    return found
 
 
 def take_presets(options: argparse.Namespace) -> tuple[list[tuple[str, Any, Any]], list[str]]:
@@ -131,7 +144,7 @@ def choose_configs(entries: list[tuple[str, Any, Any]], wanted: list[str] | None
     names = [config.name for config in configs]
     chosen: set[str] = set()
     for pattern in wanted:
-        matches = fnmatch.filter(names, pattern)
+        matches = [pattern] if pattern in names else fnmatch.filter(names, pattern)
         if not matches:
             near = difflib.get_close_matches(pattern[:100], names, n=3, cutoff=0.4) or names[:5]
             raise UserError(

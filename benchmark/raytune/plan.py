@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 #: Flags that count something (tokens, seconds, ...): greater than 0 and at most MOST.
 COUNTS = [f.name for f in fields(Settings) if str(f.type).removesuffix(" | None") in ("int", "float") and f.name != "seed"]
 MOST = 10**9
+#: Workers of a machine at most.
+MOST_WORKERS = 1024
 CHOICES = {
     "objective": ("default", *(f"sparsity_{percent}" for percent in (5, 10, 15, 20, 25, 50))),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -60,6 +63,8 @@ def make_settings(options: argparse.Namespace, configuration: dict[str, Any]) ->
         value = getattr(settings, name)
         if value not in allowed:
             raise UserError(f"{flag_of(name)} must be one of {', '.join(allowed)}, got {quoted(value)}")
+    if (settings.max_concurrent_benchmarks or 1) > MOST_WORKERS:
+        raise UserError(f"--max-concurrent-benchmarks is at most {MOST_WORKERS}, got {settings.max_concurrent_benchmarks}")
     if settings.device == "sharded" and 1 in settings.phases:
         raise UserError(
             "--device sharded is for Phase 2: a search needs the model on one GPU; search with --phase 1 where it fits, then "
@@ -118,6 +123,8 @@ def check_models(settings: Settings) -> dict[str, Any]:
     """
     from sparse_attention_hub.models import check_model, check_place, load_tokenizer
 
+    if not re.fullmatch(r"auto|cpu|sharded|cuda(:\d+)?", settings.device):
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:N or sharded, got {quoted(settings.device)}")
     # The machines of a cluster have their own devices, and --rescore needs none.
     if not settings.ray_address and not settings.rescore:
         check_place(settings.device, settings.dtype, settings.dense_backend)
@@ -216,7 +223,7 @@ def check_samples(settings: Settings, tasks: list[str], tokenizers: dict[str, An
             missing[name] = str(error)
     if not usable:
         raise UserError("; ".join(dict.fromkeys(missing.values())))
-    keys = {pair: samples_key(samples) for pair, samples in tuned.items()}
+    keys = {pair: samples_key(samples, get_task(pair[1])) for pair, samples in tuned.items()}
     tokens = {
         pair: sum(len(s.prompt.context_ids) + len(s.prompt.question_ids) + s.max_new_tokens for s in samples)
         for pair, samples in tuned.items()

@@ -102,7 +102,7 @@ class TraceEvaluator:
             names = [f"{name}-{fingerprint(self.layers)[:8]}" for name in names]
         self._folders = [traces_dir / name for name in names]
         self.trace_bytes = bytes_per_layer * len(self.layers)
-        key = [names, samples_key(self.samples), settings.attention_backend]
+        key = [names, samples_key(self.samples, self.task), settings.attention_backend]
         self.key = fingerprint([*key, "kv"] if self._kv else key)  # with "kv" replays measure KV bytes, too
 
     def record(self, observe: frozenset[str] = frozenset()) -> Iterator[str]:

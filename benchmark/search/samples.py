@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmark.settings import Settings
+from benchmark.storage.fingerprints import code_of
 from benchmark.storage.results import fingerprint
 from benchmark.tasks import get_task
-from benchmark.tasks.base import Prompt, Sample, SampleRequest, answer_seed, build_prompt
+from benchmark.tasks.base import Prompt, Sample, SampleRequest, Task, answer_seed, build_prompt
 from benchmark.tasks.limits import within_model
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models.prompts import set_thinking
@@ -63,6 +64,7 @@ def tuning_samples(tokenizer: Any, task_name: str, settings: Settings) -> list[T
     return prepared
 
 
-def samples_key(samples: list[TuningSample]) -> str:
-    """A hash of the samples: prompts, references and all else that scoring uses, seeds."""
-    return fingerprint([repr(sample) for sample in samples])
+def samples_key(samples: list[TuningSample], task: Task) -> str:
+    """A hash of the samples: prompts, references and all else that scoring uses, seeds, and the code of a user's task."""
+    code = code_of(type(task))
+    return fingerprint([*(repr(sample) for sample in samples), *([] if code is None else [code])])

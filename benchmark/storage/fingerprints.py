@@ -57,8 +57,14 @@ def dependency_digests(config: ResearchAttentionConfig | None) -> list[list[str]
     return found
 
 
+def code_of(kind: type) -> str | None:
+    """A digest of the code of a user's class; None for one of this program's."""
+    source = None if _is_ours(kind) else _source(kind)
+    return None if source is None else _code_digest(source.read_bytes())
+
+
 def _is_ours(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "sparse_attention_hub"
+    return kind.__module__.partition(".")[0] in ("sparse_attention_hub", "benchmark")
 
 
 def weights_stamp(model: str) -> list[list[Any]] | None:

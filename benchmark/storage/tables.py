@@ -27,6 +27,7 @@ def table_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file that `table_text` made, also saved again by a spreadsheet: {column: text}."""
+    csv.field_size_limit(2**31 - 1)  # contexts of 32k tokens are longer than the default
     with path.open(newline="", encoding="utf-8-sig") as stream:
         header, *rows = ([_plain(text) for text in row] for row in csv.reader(stream))
         return [dict(zip(header, row, strict=True)) for row in rows]

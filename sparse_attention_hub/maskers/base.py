@@ -143,15 +143,26 @@ MaskerT = TypeVar("MaskerT", bound=type[Masker[Any]])
 
 
 def register_masker(config_class: type[MaskerConfig]) -> Callable[[MaskerT], MaskerT]:
-    """Class decorator: `@register_masker(MyConfig)` makes ResearchAttention build this masker for a MyConfig."""
+    """Class decorator: `@register_masker(MyConfig)` makes ResearchAttention build this masker for a MyConfig. ValueError for the
+    name of a configuration of the library, which files hold without its module."""
     if not (isinstance(config_class, type) and issubclass(config_class, MaskerConfig)):
         raise TypeError(f"register_masker needs a MaskerConfig class, got {config_class!r}")
+    for known in _REGISTRY:
+        if known.__name__ == config_class.__name__ and _is_ours(known) and not _is_ours(config_class):
+            raise ValueError(
+                f"there is a {known.__name__} in {known.__module__}: give {config_class.__module__}'s another name"
+            )
 
     def register(masker_class: MaskerT) -> MaskerT:
         _REGISTRY[config_class] = masker_class
         return masker_class
 
     return register
+
+
+def _is_ours(config_class: type) -> bool:
+    # `python -m` makes a second copy of a module, named __main__
+    return config_class.__module__.partition(".")[0] in (__name__.partition(".")[0], "__main__")
 
 
 def create_masker(config: MaskerConfig) -> Masker[Any]:

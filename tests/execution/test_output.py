@@ -21,6 +21,7 @@ from benchmark.report.table import closing_table
 from benchmark.settings import Settings
 from benchmark.storage.benchmark_records import Difference
 from benchmark.storage.results import Journal, fingerprint, safe_name, write_json, write_text
+from benchmark.storage.tables import read_table, table_text
 from benchmark.tasks.base import Sample, answer_seed
 from sparse_attention_hub.models import load_tokenizer
 from tests.toy import ToyTask, toy_configs
@@ -85,6 +86,31 @@ def test_the_store_reads_what_is_new_and_keeps_answers_over_failures(tmp_path: P
     assert found is not None and found.answer.predicted_answer == "second" and found.answer.micro == []
     assert store.find("other", "dense") is None and store.failures() == set()
     assert store.micro("h", "dense") == [[0, 0, 0.1, 0.2, 0.1, 5.0]]
+
+
+def test_of_answers_with_equal_parameters_the_latest_is_reused(tmp_path: Path) -> None:
+    """Whichever worker wrote it."""
+    for worker, (time, code, text) in enumerate([(2.0, "b", "newer"), (1.0, "a", "older")]):
+        answer = {"status": "ok", "predicted_answer": text}
+        line = {
+            "kind": "sample",
+            "sample_id": "s",
+            "sample_hash": "h",
+            "limit": 1,
+            "time": time,
+            "answers": {f"p-{code}": answer},
+        }
+        Journal(tmp_path / f"worker-{worker}.jsonl").append(line)
+    store = AnswerStore(tmp_path, ["p-c"])
+    store.poll()
+    found = store.find("h", "p-c")
+    assert found is not None and found.answer.predicted_answer == "newer"
+
+
+def test_long_fields_of_a_table_are_read(tmp_path: Path) -> None:
+    csv.field_size_limit(131072)
+    (tmp_path / "t.csv").write_text(table_text(["context"], [["x" * 200_000]]))
+    assert len(read_table(tmp_path / "t.csv")[0]["context"]) == 200_000
 
 
 def test_hashes_notice_what_matters(tiny_model: str, make_settings: Make) -> None:

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -28,10 +28,11 @@ import benchmark.execution.runner as execution
 import benchmark.execution.worker as worker
 from benchmark.execution.jobs import UnitRun
 from benchmark.execution.runner import BenchmarkUnit, run_benchmarks
+from benchmark.execution.scheduler import QueuedBatch, Schedule
 from benchmark.execution.worker import Batch, answer_batch
 from benchmark.settings import Settings, SparseConfig
 from benchmark.speed.toy import save_tiny_model
-from benchmark.storage.benchmark_records import SampleLine
+from benchmark.storage.benchmark_records import SampleLine, WorkerStatus
 from benchmark.storage.records import Failure, to_json
 from benchmark.storage.results import Journal, safe_name
 from benchmark.workers.pools import ProcessPools, Slot, WorkerDied, plan_slots
@@ -724,6 +725,23 @@ def test_workers_that_die_together_while_loading_are_not_the_models_fault(
     scripted(*["start"] * 16, "ok")
     outcome = run_benchmarks([toy_unit], make_settings(max_requests=20, max_new_tokens=2, max_concurrent_benchmarks=8))
     assert outcome.failures == []
+
+
+def test_a_worker_that_cannot_load_does_not_lose_the_model_for_others(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, scripted: Callable[..., None]
+) -> None:
+    scripted("ok", UserError("model 'x' does not fit into the GPU's memory"), "ok")
+    outcome = run_benchmarks([toy_unit], make_settings(max_requests=10))
+    assert outcome.failures == [] and len(ScriptedPool.made[-1].batches) > 2
+
+
+def test_the_rest_of_a_crashed_batch_comes_before_other_units() -> None:
+    unit, other = (cast(Any, SimpleNamespace(unit=SimpleNamespace(model="m"), remaining=tuple, name="n")) for _ in range(2))
+    requests = tuple(cast(Any, SimpleNamespace(sample=SimpleNamespace(sample_id=name))) for name in "abc")
+    schedule = Schedule(60.0, lambda text: None)
+    schedule.queue.append(QueuedBatch(other, ()))
+    schedule.crashed(QueuedBatch(unit, requests), "by SIGKILL", WorkerStatus(sample="a"))
+    assert [(batch.run is unit, len(batch.requests)) for batch in schedule.queue] == [(True, 1), (True, 2), (False, 0)]
 
 
 def test_a_model_that_cannot_be_loaded_fails_its_unit_and_no_other(

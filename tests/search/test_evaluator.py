@@ -21,6 +21,7 @@ from benchmark.search import evaluator as evaluation
 from benchmark.search.evaluator import TraceEvaluator
 from benchmark.search.samples import TuningSample, samples_key
 from benchmark.settings import Settings
+from benchmark.tasks import get_task
 from benchmark.tasks.base import Prompt, Sample
 from sparse_attention_hub import (
     H2OConfig,
@@ -34,6 +35,7 @@ from sparse_attention_hub import (
 from sparse_attention_hub.errors import UserError
 from sparse_attention_hub.models import LanguageModel, answer_many, prefill
 from sparse_attention_hub.models.session import sparse_layers
+from tests.toy import ToyTask
 
 CONFIGS = [
     ResearchAttentionConfig([SinkMaskerConfig(2), LocalMaskerConfig(4)]),
@@ -147,8 +149,10 @@ def test_the_key_of_samples_holds_all_that_they_are_scored_by() -> None:
         replace(one, sample=replace(one.sample, references=["8"])),
         replace(one, sample=replace(one.sample, label=3)),
     ]
-    assert samples_key([one]) == samples_key([sample(1, question=3)])
-    assert len({samples_key([entry]) for entry in [one, *others]}) == 6
+    task = get_task("ruler/512/niah_single_1")
+    assert samples_key([one], task) == samples_key([sample(1, question=3)], task)
+    assert len({samples_key([entry], task) for entry in [one, *others]}) == 6
+    assert samples_key([one], ToyTask()) != samples_key([one], task), "the code of a user's task scores"
 
 
 @pytest.mark.parametrize("both", [False, True])
