@@ -102,6 +102,9 @@ def write_unit(run: UnitRun, config_run: str | None) -> UnitResults:
         made_of = make_config(run, config, rows, config_run)
         if note := _move_aside(folder, made_of):
             written.notes.append(f"{run.name} {config.name}: {note}")
+        ran = {f"{row.line.dtype} on {row.line.dense_backend}" for row in rows if row.line and row.line.dtype}
+        if len(ran) > 1:  # "auto" was another one on another machine
+            written.notes.append(f"{run.name} {config.name}: some answers are {', others '.join(sorted(ran))}: give --dtype")
         write_text(folder / "raw_results.csv", raw_csv(run, rows))
         if config.config is not None:
             write_text(folder / "micro_metrics.jsonl", _micro_lines(run, config))

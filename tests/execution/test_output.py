@@ -237,3 +237,14 @@ def test_the_table_marks_what_needs_a_look(toy_unit: BenchmarkUnit, toy_task: To
     assert "_5pct" in table and "-0.125 [-0.25, -0.01] !" in table and "~?" in table
     summary.results = []
     assert closing_table(summary) == ""
+
+
+def test_answers_of_several_precisions_are_noted(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
+    """--dtype auto is another one on another machine, and the journal goes on."""
+    settings = make_settings(max_requests=2)
+    assert run_benchmarks([toy_unit], settings, in_process=True).notes == []
+    (journal,) = settings.benchmark_results_dir.rglob("worker-0.jsonl")
+    first, second = journal.read_text().splitlines()
+    journal.write_text(f"{first}\n{second.replace('float32', 'bfloat16', 1)}\n")
+    outcome = run_benchmarks([toy_unit], replace(settings, rescore=True), in_process=True)
+    assert any("some answers are bfloat16 on sdpa, others float32 on sdpa: give --dtype" in note for note in outcome.notes)
