@@ -70,8 +70,8 @@ def _check_folder(name: str, file: Path) -> None:
 
 
 def _add_to_path(folder: str) -> None:
-    """Modules in the folder can be imported here and in the worker processes, which read PYTHONPATH. It comes last, so that its
-    files hide no other module."""
+    """Modules in the folder can be imported here and in the worker processes, which read PYTHONPATH: there it comes before the
+    installed modules, see `_check_folder`."""
     if folder not in sys.path:
         sys.path.append(folder)
     known = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
