@@ -147,7 +147,7 @@ class _Run:
         problems = []
         for unit in self.units:
             try:
-                UnitRun(unit, self.settings, self.device_kind).prepare(self.tokenizers[unit.model])
+                self._unit_run(unit).prepare(self.tokenizers[unit.model])
                 return
             except UserError as error:
                 problems.append(str(error))
@@ -187,14 +187,23 @@ class _Run:
         elif not self.in_process and not settings.rescore:
             self.pool = ProcessPools(self.slots, self.log)
         self.schedule.workers = len(self.pool.slots)
-        self.runs = [UnitRun(unit, settings, self.device_kind) for unit in self.units]
+        self.runs = [self._unit_run(unit) for unit in self.units]
+        asked = [[to_json(run.shared), sorted(run.keys.items()), settings.max_requests] for run in self.runs]
+        self.marker = ForcedRun(self.base, "--force-benchmark", fingerprint(asked))
         if settings.force_benchmark and not settings.rescore:
-            asked = [[to_json(run.shared), sorted(run.keys.items()), settings.max_requests] for run in self.runs]
-            self.forced = ForcedRun(self.base, "--force-benchmark", fingerprint(asked))
+            self.forced = self.marker
             self.notes += self.forced.begin()
             for run in self.runs:
                 run.forced = self.forced
         self.to_prepare = deque(self.runs)
+
+    def _unit_run(self, unit: BenchmarkUnit) -> UnitRun:
+        """With --rescore and --device auto, of the other kind of device where only that one has answered."""
+        run = UnitRun(unit, self.settings, self.device_kind)
+        if self.settings.rescore and self.settings.device == "auto" and not run.folder.exists():
+            other = UnitRun(unit, self.settings, "cpu" if self.device_kind == "cuda" else "cuda")
+            return other if other.folder.exists() else run
+        return run
 
     def _loop(self) -> None:
         while True:
@@ -355,8 +364,8 @@ class _Run:
         return summary
 
     def _end(self) -> Summary:
-        if self.forced is not None and not self.interrupted:
-            self.forced.end()
+        if not self.interrupted and not self.settings.rescore:  # also where the flag was given to an earlier start alone
+            self.marker.end()
         if self.interrupted:
             print(f"\nStopped. Answers so far are kept in {self.base}; the same command resumes.", file=sys.stderr)
         return self._write_summary()

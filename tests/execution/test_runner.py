@@ -648,6 +648,40 @@ def test_an_interrupted_forced_run_resumes_and_the_next_one_reruns_all(
     assert len(counted) == 4
 
 
+def test_a_forced_run_that_ended_without_the_flag_has_ended(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any]
+) -> None:
+    settings, identities = make_settings(max_requests=1), list[str]()
+    kept = execution.ForcedRun
+
+    class Kept(kept):  # type: ignore[misc, valid-type]
+        def __init__(self, folder: Path, flag: str, identity: str) -> None:
+            super().__init__(folder, flag, identity)
+            identities.append(identity)
+
+    execution.ForcedRun = Kept  # type: ignore[misc]
+    try:
+        run_benchmarks([toy_unit], settings, in_process=True)
+    finally:
+        execution.ForcedRun = kept  # type: ignore[misc]
+    kept(settings.benchmark_results_dir, "--force-benchmark", identities[0]).begin()  # as a killed run leaves it
+    run_benchmarks([toy_unit], settings, in_process=True)
+    counted.clear()
+    run_benchmarks([toy_unit], replace(settings, force_benchmark=True), in_process=True)
+    assert len(counted) == 1, "the flag answers again"
+
+
+def test_rescoring_finds_the_answers_of_another_kind_of_device(
+    toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any]
+) -> None:
+    settings = make_settings(max_requests=1)
+    run_benchmarks([toy_unit], settings, in_process=True)
+    here, there = (UnitRun(toy_unit, settings, kind).folder for kind in ("cpu", "cuda"))
+    here.rename(there)
+    outcome = run_benchmarks([toy_unit], replace(settings, device="auto", rescore=True), in_process=True)
+    assert outcome.results[0].samples.ok == 1 and len(counted) == 1
+
+
 def test_a_new_version_is_noted_and_rescoring_finds_the_old_answers(
     toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make, counted: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
