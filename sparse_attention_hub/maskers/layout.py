@@ -45,7 +45,9 @@ class Layout:
     def allowed(self) -> Tensor:
         """bool (B, 1, Q, N): what the causal and padding masks permit."""
         batch, _, rows, keys = self.shape
-        if self.mask is None:
+        if self.mask is None and self.all_allowed:
+            allowed = torch.ones(keys, dtype=torch.bool, device=self.device)
+        elif self.mask is None:
             position = torch.arange(keys, device=self.device)
             allowed = position <= position[self._own].unsqueeze(-1)
         else:
@@ -209,9 +211,9 @@ class Layout:
 def resolve_size(size: int | float, totals: list[int], factors: Tensor | None = None) -> Tensor:
     """See Layout.resolve; totals: N of each item."""
     if isinstance(size, int):
-        return torch.tensor(totals).view(-1, 1, 1).clamp(max=size)
+        return torch.tensor([[[min(n, size)]] for n in totals])
     shares = [size] if factors is None else (size * factors).tolist()
-    return torch.tensor([[min(n, max(1, int(share * n))) for share in shares] for n in totals]).unsqueeze(-1)
+    return torch.tensor([[[min(n, max(1, int(share * n)))] for share in shares] for n in totals])
 
 
 def end_of_allowed(allowed: Tensor) -> int:
