@@ -161,8 +161,7 @@ class SparseSession(SparseMeans):
         item = self._items.get((layer_idx, i))
         known = keys[0, :, :past, 0]
         if item is not None:
-            length = min(past, item.seen.shape[1])
-            alike = int((known[:, :length] == item.seen[:, :length]).all(0).long().cumprod(0).sum())
+            alike = _alike(known, item.seen)
             if item.fitted <= alike and (item.fitted > 0 or alike == past):
                 item.state.rewind(alike)
                 return item
@@ -175,6 +174,13 @@ class SparseSession(SparseMeans):
             self.attention.prepare(keys[:, :, :fitted], layer_idx, item.state)
         self._items[(layer_idx, i)] = item
         return item
+
+
+def _alike(one: Tensor, other: Tensor) -> int:
+    """How many leading columns of two tensors (Hkv, n) are equal."""
+    length = min(one.shape[1], other.shape[1])
+    one, other = one[:, :length], other[:, :length]
+    return length if torch.equal(one, other) else int((one == other).all(0).long().cumprod(0).sum())
 
 
 def _inputs(
