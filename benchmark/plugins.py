@@ -56,7 +56,7 @@ def _load(name: str) -> ModuleType:
 def _check_folder(name: str, file: Path) -> None:
     """UserError if modules beside the plugin would hide others of their names in the workers of a search, where the folder comes
     first."""
-    for beside in sorted(file.parent.iterdir()):
+    for beside in sorted(file.parent.iterdir()) if os.access(file.parent, os.R_OK) else ():
         module = beside.stem if beside.suffix == ".py" else beside.name if (beside / "__init__.py").is_file() else None
         own = (
             module in ("benchmark", "sparse_attention_hub")
