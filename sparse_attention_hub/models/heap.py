@@ -23,7 +23,6 @@ def own_pages(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def trim_heap() -> None:
     """Return freed memory that the C library keeps: after a long context, up to a third of its KV cache. Takes milliseconds."""
-    with contextlib.suppress(
-        OSError, AttributeError, TypeError
-    ):  # malloc_trim is a function of glibc, CDLL(None) not of Windows
+    # malloc_trim is a function of glibc; Windows has no CDLL(None).
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

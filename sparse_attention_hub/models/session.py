@@ -224,10 +224,8 @@ def forced_and_answered(
             f"answer_ids must end with EOS or be max_new_tokens ({max_new_tokens}) long, got {len(answer_ids)} tokens without EOS: "
             "take an answer that was generated"
         )
-    with _asked(lm, prefilled, question_ids, attentions, max_new_tokens, sparse_from, seed, recorders, forks=True) as (
-        batch,
-        logits,
-    ):
+    asked = lm, prefilled, question_ids, attentions, max_new_tokens, sparse_from, seed, recorders
+    with _asked(*asked, forks=True) as (batch, logits):
         rows = batch.rows
         predictions, forks = decode(batch, logits, max_new_tokens, given=answer_ids, forking=True)
     for row in rows:
