@@ -228,9 +228,7 @@ class ResearchAttention:
         weights). UserError if they are needed and missing, or if the file's head budgets were fitted for another model.
         """
         if lm is not None and not hasattr(lm, "complete"):
-            raise TypeError(
-                f"lm must be a LanguageModel, as load_model returns, got {type(lm).__name__}: LanguageModel.wrap makes one"
-            )
+            raise TypeError(f"lm must be a LanguageModel, as load_model returns, got {type(lm).__name__}")
         config = ResearchAttentionConfig.from_file(path)
         if config.head_budgets is not None and lm is not None:
             fitted_for = str(read_json(path).get("model") or lm.id)

@@ -240,7 +240,7 @@ def test_the_table_marks_what_needs_a_look(toy_unit: BenchmarkUnit, toy_task: To
 
 
 def test_answers_of_several_precisions_are_noted(toy_unit: BenchmarkUnit, toy_task: ToyTask, make_settings: Make) -> None:
-    """--dtype auto is another one on another machine, and the journal goes on."""
+    """--dtype auto is another one on another machine, where the same journal grows."""
     settings = make_settings(max_requests=2)
     assert run_benchmarks([toy_unit], settings, in_process=True).notes == []
     (journal,) = settings.benchmark_results_dir.rglob("worker-0.jsonl")
