@@ -49,7 +49,7 @@ def best_config(
         name = str(record.get("masker_name"))
         level = record.get("budget")
         provenance = record.get("provenance") or {}
-        alike = (provenance.get("sparse_from", "question"), record.get("budget_on", "density")) == (sparse_from, budget_on)
+        alike = (provenance.get("sparse_from"), record.get("budget_on", "density")) == (sparse_from, budget_on)
         fits = alike and record.get("meets_budget") is True and isinstance(level, int | float) and level <= budget * (1 + 1e-9)
         wanted = masker is None or name == masker or name.rpartition("_")[0] == masker
         if record.get("model") == model and record.get("task") == task and fits and wanted and (oracles or not _oracle(record)):

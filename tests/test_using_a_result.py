@@ -62,20 +62,24 @@ def test_the_best_configuration_within_a_budget() -> None:
     assert isinstance(ResearchAttention.from_file(named), ResearchAttention)
 
 
+def write_found(
+    run: Path, name: str, error: float, *, protocol: str = "question", on: str = "density", weights: Any = None
+) -> Path:
+    """What `best_config` reads of a best configuration, for 10% of the model "m" on the task "t"."""
+    record = {"model": "m", "task": "t", "masker_name": f"{name}_10pct", "budget": 0.1, "meets_budget": True, "error": error}
+    more = {
+        "sparse_config": {"masker_configs": []},
+        "budget_on": on,
+        "provenance": {"sparse_from": protocol, "weights": weights},
+    }
+    run.mkdir(parents=True, exist_ok=True)
+    (run / f"{name}.json").write_text(json.dumps(record | more))
+    return run / f"{name}.json"
+
+
 def test_of_several_runs_the_newest_counts_and_the_sample_is_not_mixed_in(tmp_path: Path) -> None:
     def write(run: str, name: str, error: float) -> Path:
-        record = {
-            "model": "m",
-            "task": "t",
-            "masker_name": f"{name}_10pct",
-            "budget": 0.1,
-            "meets_budget": True,
-            "error": error,
-        }
-        path = tmp_path / run / f"m_t_{name}_10pct.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record | {"sparse_config": {"masker_configs": []}}))
-        return path
+        return write_found(tmp_path / run, name, error)
 
     def best() -> Path:
         return best_config(tmp_path, model="m", task="t", budget=0.1)
@@ -93,38 +97,19 @@ def test_of_several_runs_the_newest_counts_and_the_sample_is_not_mixed_in(tmp_pa
 
 def test_the_newest_run_is_not_that_of_the_latest_local_time(tmp_path: Path) -> None:
     """A search in Honolulu made after one in Tokyo has the earlier name."""
-    record = {"model": "m", "task": "t", "masker_name": "a_10pct", "budget": 0.1, "meets_budget": True, "error": 0.1}
     for run, created in (("run_20240315_143022", 1000.0), ("run_20240314_200000", 2000.0)):
-        (tmp_path / run).mkdir()
-        (tmp_path / run / "a.json").write_text(json.dumps(record | {"sparse_config": {"masker_configs": []}}))
+        write_found(tmp_path / run, "a", 0.1)
         (tmp_path / run / ".run.json").write_text(json.dumps({"created": created}))
     found = best_config(tmp_path, model="m", task="t", budget=0.1)
     assert found == tmp_path / "run_20240314_200000" / "a.json"
 
 
 def test_other_protocols_budgets_and_weights_are_not_mixed(tmp_path: Path) -> None:
-    def write(
-        run: str, name: str, error: float, *, protocol: str = "question", on: str = "density", weights: Any = None
-    ) -> Path:
-        record = {
-            "model": "m",
-            "task": "t",
-            "masker_name": f"{name}_10pct",
-            "budget": 0.1,
-            "meets_budget": True,
-            "error": error,
-        }
-        more = {"sparse_config": {"masker_configs": []}, "budget_on": on}
-        path = tmp_path / run / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(record | more | {"provenance": {"sparse_from": protocol, "weights": weights}}))
-        return path
-
-    first, second = "run_20260101_000000", "run_20260102_000000"
-    decode = write(first, "a", 0.01, protocol="decode")
-    kv = write(first, "b", 0.02, on="kv")
-    write(first, "c", 0.03, weights=[["old", 1, 1]])
-    newest = write(second, "d", 0.2, weights=[["new", 1, 2]])
+    first, second = tmp_path / "run_20260101_000000", tmp_path / "run_20260102_000000"
+    decode = write_found(first, "a", 0.01, protocol="decode")
+    kv = write_found(first, "b", 0.02, on="kv")
+    write_found(first, "c", 0.03, weights=[["old", 1, 1]])
+    newest = write_found(second, "d", 0.2, weights=[["new", 1, 2]])
     where = {"model": "m", "task": "t", "budget": 0.1}
     assert best_config(tmp_path, **where) == newest
     assert (

@@ -118,7 +118,7 @@ class Schedule:
         if crashes < max(MAX_LOADING_CRASHES, MAX_CRASHES * self.workers):
             self.queue.appendleft(batch)
             return
-        message = f"the worker ended {crashes} times in a row while loading the model, at last {how}"
+        message = f"{crashes} times in a row a worker failed while loading the model, at last {how}"
         self._lost_models[model] = message
         batch.run.record_failure(batch.requests, message, "failed")
 

@@ -141,15 +141,13 @@ def error_of(figures: Evaluation) -> float:
 def _likely(trials: Sequence[Trial]) -> list[Trial]:
     """The trials with even budgets, and those with head budgets that leave the dense answers as likely as the even ones that they
     scale do, by a forced forward of both."""
-    forced = {trial.number: trial.rungs[2] for trial in trials if 2 in trial.rungs}
+    nll = {trial.number: trial.rungs[2].reference_nll for trial in trials if 2 in trial.rungs}
 
     def keeps(trial: Trial) -> bool:
         if trial.table is None:
             return True
-        own, even = forced.get(trial.number), forced.get(trial.table.base)
-        if own is None or even is None:
-            return False
-        return (own.reference_nll or 0.0) <= (even.reference_nll or 0.0) + LESS_LIKELY
+        own, even = nll.get(trial.number), nll.get(trial.table.base)
+        return own is not None and even is not None and own <= even + LESS_LIKELY
 
     return [trial for trial in trials if keeps(trial)]
 
