@@ -664,8 +664,9 @@ def test_a_forced_run_that_ended_without_the_flag_has_ended(
         run_benchmarks([toy_unit], settings, in_process=True)
     finally:
         execution.ForcedRun = kept  # type: ignore[misc]
+    shutil.rmtree(settings.benchmark_results_dir)
     kept(settings.benchmark_results_dir, "--force-benchmark", identities[0]).begin()  # as a killed run leaves it
-    run_benchmarks([toy_unit], settings, in_process=True)
+    run_benchmarks([toy_unit], settings, in_process=True)  # answers what that run would have
     counted.clear()
     run_benchmarks([toy_unit], replace(settings, force_benchmark=True), in_process=True)
     assert len(counted) == 1, "the flag answers again"

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ import pytest
 from benchmark.raytune.analyze_trials import main
 from benchmark.report.search_plots import pareto_front
 from benchmark.report.search_run import choose_run, read_run
-from benchmark.report.search_tables import hyperparameter_effects, shorten
+from benchmark.report.search_tables import _differences, hyperparameter_effects, shorten
+from benchmark.storage.search_records import BestConfig
 from sparse_attention_hub.errors import UserError
 from tests.search.search_files import best_config, figures, trial, write_level
 
@@ -228,3 +230,14 @@ def test_help_is_quick() -> None:
     code = "import sys; from benchmark.raytune.analyze_trials import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'numpy', 'matplotlib', 'optuna', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+def test_searches_on_other_samples_or_weights_are_not_the_same() -> None:
+    def run(**provenance: object) -> Any:
+        level = BestConfig.model_validate(best_config(provenance=provenance))
+        return SimpleNamespace(studies=[SimpleNamespace(levels=[level])])
+
+    same = run(samples=["a", "b"], thinking="auto")
+    assert _differences(same, run(samples=["a", "b"], thinking="auto")) == {}
+    for changes in ({"samples": ["a", "c"]}, {"thinking": "off"}, {"head_budgets": "head"}, {"weights": [["w", 1, 2]]}):
+        assert _differences(same, run(**{"samples": ["a", "b"], "thinking": "auto"} | changes)).keys() == changes.keys()

@@ -56,6 +56,8 @@ BAD = {
     "unknown config run": (["--phase", "2", "--config-run", "run_20240315_143022"], "run_20240315_143022"),
     "nothing searched": (["--phase", "2"], "--phase 1"),
     "no GPU": (["--device", "cuda:7"], "cuda:7"),
+    "no device of a cluster": (["--device", "nonsense", "--ray-address", "local"], "--device must be auto, cpu, cuda"),
+    "a million workers": (["--max-concurrent-benchmarks", "1000000"], "--max-concurrent-benchmarks is at most 1024"),
     "no GPU for the kernels": (["--device", "cpu", "--attention-backend", "triton"], "--attention-backend triton"),
     "search over shards": (["--device", "sharded"], "--phase 2 --device sharded"),
     "no sparse row": (["--sparse-from", "decode", "--search-max-new-tokens", "1"], "--search-max-new-tokens 1"),

@@ -8,7 +8,7 @@ import pytest
 
 from benchmark.raytune.analyze_trials import main
 from benchmark.raytune.run_full_benchmark import get_all_sparse_configs
-from benchmark.report.chart import panel_grid
+from benchmark.report.chart import density_axis, panel_grid
 from benchmark.report.search_kinds import EVICTIONS, LEAST, SAMPLERS, kind_of
 from sparse_attention_hub.maskers.base import _REGISTRY
 from sparse_attention_hub.maskers.eviction import Eviction
@@ -72,3 +72,9 @@ def test_a_configuration_without_a_budget_has_no_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["--optimal-configs-dir", str(run.parent), "--output-dir", str(out)]) == 0
     assert (out / "methods.png").is_file()
+
+
+def test_what_reads_more_than_dense_is_within_the_axis() -> None:
+    (panel,) = panel_grid(1, 1, (3.0, 2.0), 1.0)[1]
+    density_axis(panel, [0.1, 1.3])
+    assert panel.get_xlim()[1] > 1.3

@@ -152,6 +152,9 @@ def test_show_prints_what_the_model_sees(capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out.startswith("Memorize and track the chain(s)") and out.rstrip("\n").endswith("they are: ")
     assert "references: [" in err and "cut 0" in err and len(err.strip().splitlines()) == 1
+    assert "answer up to 30 tokens" in err
+    assert command.main(["show", "ruler/1500/vt", "--model", "any", "--max-new-tokens", "7"]) == 0
+    assert "answer up to 7 tokens" in capsys.readouterr().err, "as long as Phase 2 lets it be"
 
 
 def test_show_says_that_a_group_is_more_than_its_first_task(capsys, monkeypatch):

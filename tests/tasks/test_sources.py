@@ -13,6 +13,7 @@ from benchmark_data import DATA, both_splits, read_rows, samples, write_rows
 
 from benchmark.tasks import available_tasks, data, get_task, score_prediction
 from benchmark.tasks.base import Sample
+from benchmark.tasks.sources import DataTask
 from benchmark.tasks.values import as_texts, parse_literal, parse_text
 from sparse_attention_hub.errors import UserError
 
@@ -170,3 +171,9 @@ def test_every_task_over_data_takes_a_tuning_file(tmp_path: Path) -> None:
         write_rows(tmp_path, name, rows[:1])
         assert len(samples(name, write_rows(tmp_path, f"{name}.tuning", rows[-1:]))) == 1
         assert len(samples(name, tmp_path, split="tuning")) >= 1
+
+
+def test_a_row_may_be_called_0() -> None:
+    rows = [{"id": number, "question": "q", "answers": ["a"]} for number in (1, 0)]
+    task = get_task("longbench/qasper")
+    assert [DataTask.make(task, "place", row, ("c", "q", "")).sample_id.rpartition(":")[2] for row in rows] == ["1", "0"]
