@@ -8,7 +8,7 @@ from typing import Any
 from benchmark.tasks import metrics
 from benchmark.tasks.base import PromptParts, Sample, Scores, Task, TaskDescription, UserError
 from benchmark.tasks.data import Row, Source
-from benchmark.tasks.sources import PROMPT_COLUMNS, DataTask, Form
+from benchmark.tasks.sources import PROMPT_COLUMNS, DataTask, Form, own_id
 from benchmark.tasks.values import as_texts
 
 _PASSAGES = "Answer the question based on the given passages. Only give me the answer and do not output any other words."
@@ -186,7 +186,7 @@ class LongBenchTask(DataTask):
         classes = row.get("all_classes") or None
         if self.metric == "classification" and not classes:
             raise ValueError("column 'all_classes' is empty; it must name the classes")
-        return self.make_sample(row.get("_id") or identity, prompt, row["answers"], columns=row, all_classes=classes)
+        return self.make_sample(own_id(row, identity, "_id"), prompt, row["answers"], columns=row, all_classes=classes)
 
     def score_answer(self, prediction: str, references: Any, all_classes: list[str] | None = None) -> Scores:
         """The best score over the references; `all_classes` is needed for trec and lsht (UserError without)."""

@@ -42,6 +42,11 @@ class EmptySplitError(UserError):
     """All samples are in the other split."""
 
 
+def own_id(row: Row, identity: object, *columns: str) -> object:
+    """The first id that a row has in these columns, 0 included; else `identity`."""
+    return next((row[name] for name in columns if row.get(name) not in (None, "")), identity)
+
+
 class DataTask(Task):
     """A task over a data set. `sources`: copies of it; the first one that can be read is. `forms`: how its rows may look.
 
@@ -60,8 +65,7 @@ class DataTask(Task):
         if column is None:
             raise ValueError(f"a column 'answers', 'output' or 'answer' is missing (there are {quoted(list(row))})")
         answers = as_texts(row[column], f"column {column!r}")
-        named = next((row[name] for name in ("_id", "id") if row.get(name) not in (None, "")), identity)
-        return self.make_sample(named, prompt, answers, columns=row)
+        return self.make_sample(own_id(row, identity, "_id", "id"), prompt, answers, columns=row)
 
     def samples(self, request: SampleRequest) -> list[Sample]:
         own = data_file(self.sources[0], request.data_dir)

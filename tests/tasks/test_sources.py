@@ -174,6 +174,8 @@ def test_every_task_over_data_takes_a_tuning_file(tmp_path: Path) -> None:
 
 
 def test_a_row_may_be_called_0() -> None:
-    rows = [{"id": number, "question": "q", "answers": ["a"]} for number in (1, 0)]
+    rows = [{"_id": number, "answers": ["a"], "all_classes": None} for number in (1, 0, "")]
     task = get_task("longbench/qasper")
-    assert [DataTask.make(task, "place", row, ("c", "q", "")).sample_id.rpartition(":")[2] for row in rows] == ["1", "0"]
+    for make in (task.make, lambda *given: DataTask.make(task, *given)):
+        found = [make("place", row, ("c", "q", "")) for row in rows]
+        assert [sample.sample_id.rpartition(":")[2] for sample in found] == ["1", "0", "place"]
