@@ -217,6 +217,8 @@ class ResearchAttention:
         if sampling and sampling[0] != len(self.maskers) - 1:
             name = type(self.maskers[sampling[0]].config).__name__
             raise ValueError(f"a sampling masker must come last, got {name} at place {sampling[0] + 1}")
+        self._leading = list(itertools.takewhile(lambda masker: masker.by_position, self.maskers))
+        self._leading_name = tuple((type(masker), repr(masker.config)) for masker in self._leading)
         table = config.head_budgets
         self._factors = None if table is None else torch.tensor(table, dtype=torch.float64)
 
@@ -289,24 +291,22 @@ class ResearchAttention:
         maskers, inputs = self.maskers_of(inputs.layer_idx), self._with_budgets(inputs)
         if not maskers:
             return inputs.layout.everything(), {}
-        leading = list(itertools.takewhile(lambda masker: masker.by_position, maskers))
 
         def choose_by_position() -> Mask:
             mask = Mask.empty(inputs.shape, inputs.device, inputs.kv_heads)
-            for masker in leading:
+            for masker in self._leading:
                 mask = self._select(masker, inputs, mask)
             return mask
 
         factors = None if inputs.factors is None else tuple(inputs.factors.tolist())
-        key = (factors, *((type(masker), repr(masker.config)) for masker in leading))
-        mask = kept = once(inputs.layout.chosen, key, choose_by_position)
+        mask = kept = once(inputs.layout.chosen, (factors, self._leading_name), choose_by_position)
         narrowed: dict[int, Mask] = {}
-        for position, masker in enumerate(maskers[len(leading) :], len(leading)):
+        for position, masker in enumerate(maskers[len(self._leading) :], len(self._leading)):
             entry = None if state is None else state.entry(inputs.layer_idx, position)
             view = inputs.for_masker(entry)
             view.kept = kept
             if masker.narrows:  # without a selector before it, all keys
-                mask = narrowed[position] = mask if position > len(leading) else inputs.layout.everything()
+                mask = narrowed[position] = mask if position > len(self._leading) else inputs.layout.everything()
             mask = self._select(masker, view, mask)
         return mask, narrowed
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmark.speed.common import Figures, Step, take_turns
 from sparse_attention_hub import Mask
-from sparse_attention_hub.kernels import attend
+from sparse_attention_hub.kernels import attend, dot_all
+from sparse_attention_hub.kernels.reference import group_scores
 from sparse_attention_hub.loops.attend import AHEAD
 from sparse_attention_hub.loops.compiled import compiled, prefetch
 
@@ -22,7 +23,8 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 def measure_cpu(keys: int, rounds: int, kinds: Iterable[tuple[str, float]]) -> Figures:
     """Milliseconds per step, decoding one token of one request in one layer, and ratios of the dense steps to ours.
 
-    kinds: lists and density of each step ("own": a list per query head, "shared": one per kv head).
+    kinds: lists and density of each step ("own": a list per query head, "shared": one per kv head). code_speedup: scores of pages'
+    bounds by the loop that selectors use, against a matrix product.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -32,12 +34,18 @@ def measure_cpu(keys: int, rounds: int, kinds: Iterable[tuple[str, float]]) -> F
         "dense_sdpa": lambda: dense_fused(queries, *cache),
     }
     ours = {f"{lists}_{density:.0%}": list_step(queries, cache, lists, density, "cpu")[0] for lists, density in kinds}
-    seen = take_turns(dense | ours, rounds)
+    codes = tensors(1, keys // 16, torch.float32, "cpu", 2 * DIM)  # as many as Quest has for pages of 16 keys
+    scores: dict[str, Step] = {
+        "code_products": lambda: group_scores(codes[0], codes[1][0], 1.0),
+        "code_loop": lambda: dot_all(codes[0], codes[1][0], 1.0),
+    }
+    seen = take_turns(dense | ours | scores, rounds)
     torch.set_num_threads(threads)
     figures = {f"cpu_{name}_ms": 1e3 * median(times[name] for times in seen) for name in seen[0]}
     for name in ours:
         figures[f"cpu_{name}_speedup"] = median(times["dense_products"] / times[name] for times in seen)
         figures[f"cpu_{name}_over_sdpa"] = median(times["dense_sdpa"] / times[name] for times in seen)
+    figures["cpu_code_speedup"] = median(times["code_products"] / times["code_loop"] for times in seen)
     return figures
 
 
@@ -60,14 +68,14 @@ def measure_gpu(lengths: list[int], batch: int, density: float) -> Figures:
     return figures
 
 
-def tensors(batch: int, keys: int, dtype: torch.dtype, device: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Random queries (batch, HEADS, 1, DIM), keys and values (batch, KV_HEADS, keys, DIM)."""
+def tensors(batch: int, keys: int, dtype: torch.dtype, device: str, dim: int = DIM) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Random queries (batch, HEADS, 1, dim), keys and values (batch, KV_HEADS, keys, dim)."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
-    return normal(batch, HEADS, 1, DIM), (normal(batch, KV_HEADS, keys, DIM), normal(batch, KV_HEADS, keys, DIM))
+    return normal(batch, HEADS, 1, dim), (normal(batch, KV_HEADS, keys, dim), normal(batch, KV_HEADS, keys, dim))
 
 
 def dense_products(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..lists import as_arrays
 from ..loops.attend import attend as attend_loop
+from ..loops.attend import dot_all as dot_all_loop
 from ..loops.attend import dot_lists as dot_loop
 from ..loops.compiled import as_bits, in_threads
 from ..mask import Mask
@@ -28,7 +29,7 @@ def attend_cpu(call: Call) -> tuple[Tensor | None, Tensor]:
     """(output (B, Q, H, D) or None, log-sum-exp (B, H, Q)), float32 or wider."""
     values, (batch, heads, rows, total) = call.values, call.mask.shape
     lists, units = call.mask.lists(), _units(call.mask)
-    grouped, scale, cap = _grouped(call, units)
+    grouped, scale, cap = _grouped(call.queries, units, call.scaling, call.softcap or 0.0)
     key_rows, key_starts = _table(call.keys, units)
     value_rows, value_starts = (None, key_starts) if values is None else _table(values, units)
     width = 0 if values is None else values.shape[3]
@@ -77,11 +78,21 @@ def dot_cpu(call: Call) -> Tensor:
     """Logits of the mask's keys, in the order of its lists: float32 or wider (B, H, Q, K), -inf on padding."""
     batch, heads, rows, _ = call.mask.shape
     lists, units = call.mask.lists(), _units(call.mask)
-    grouped, scale, cap = _grouped(call, units)
+    grouped, scale, cap = _grouped(call.queries, units, call.scaling, call.softcap or 0.0)
     out = np.empty((batch, units, rows, heads // units, lists.indices.shape[3]), grouped.dtype)
     table = _table(call.keys, units)
     in_threads(dot_loop, batch * units * rows, _threads(call), grouped, *table, *as_arrays(lists[:2]), scale, cap, out)
     return torch.from_numpy(out).transpose(2, 3).reshape(batch, heads, rows, -1)
+
+
+def dot_all_cpu(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """`group_scores` of one query row: float32 or wider (B, H, 1, N)."""
+    (batch, heads), (units, total) = queries.shape[:2], keys.shape[1:3]
+    grouped, scale = _grouped(queries, units, scaling)
+    out = np.empty((batch, units, heads // units, total), grouped.dtype)
+    threads = 1 if keys.numel() < _ALONE else torch.get_num_threads()
+    in_threads(dot_all_loop, batch * units, threads, grouped, *_table(keys, units), scale, out)
+    return torch.from_numpy(out).view(batch, heads, 1, total)
 
 
 def _units(mask: Mask) -> int:
@@ -89,12 +100,12 @@ def _units(mask: Mask) -> int:
     return mask.kv_heads if mask.shared_heads in (1, mask.kv_heads) else mask.shape[1]
 
 
-def _grouped(call: Call, units: int) -> tuple[np.ndarray, np.generic, np.generic]:
-    """Queries as (B, h, Q, G, D), float32 or wider; scaling and softcap in their type."""
-    batch, heads, rows, dim = call.queries.shape
-    wide = call.queries.to(torch.promote_types(call.queries.dtype, torch.float32))
+def _grouped(queries: Tensor, units: int, *numbers: float) -> tuple[Any, ...]:
+    """Queries as (B, h, Q, G, D), float32 or wider; the numbers in their type."""
+    batch, heads, rows, dim = queries.shape
+    wide = queries.to(torch.promote_types(queries.dtype, torch.float32))
     grouped = wide.reshape(batch, units, heads // units, rows, dim).transpose(2, 3).contiguous().numpy()
-    return grouped, grouped.dtype.type(call.scaling), grouped.dtype.type(call.softcap or 0.0)
+    return grouped, *(grouped.dtype.type(number) for number in numbers)
 
 
 def _table(tensor: Tensor, units: int) -> tuple[np.ndarray, np.ndarray]:

@@ -140,3 +140,26 @@ def dot_lists(start, stop, queries, keys, key_starts, lists, counts, scaling, so
         _dot(
             queries[b, h, q], keys, key_starts[b, h], lists[b, held, q], counts[b, held, q], scaling, softcap, rows == 1, out[b, h, q]
         )  # fmt: skip
+
+
+@compiled
+def dot_all(start, stop, queries, keys, key_starts, scaling, out):
+    """Logits of all keys, of units of one query row: queries (B, h, 1, G, D), out (B, h, G, N). Four keys at a time, as `_dot`."""
+    _, units, _, group, dim = queries.shape
+    zero, total = scaling - scaling, out.shape[3]
+    for unit in range(start, stop):
+        b, h = unit // units, unit % units
+        first = key_starts[b, h]
+        for t in range(0, total, 4):  # the last keys are repeated up to four
+            t1, t2, t3 = min(t + 1, total - 1), min(t + 2, total - 1), min(t + 3, total - 1)
+            k0, k1, k2, k3 = keys[first + t], keys[first + t1], keys[first + t2], keys[first + t3]
+            for g in range(group):
+                x0 = x1 = x2 = x3 = zero
+                for d in range(dim):
+                    x = queries[b, h, 0, g, d]
+                    x0 += x * widen(k0[d])
+                    x1 += x * widen(k1[d])
+                    x2 += x * widen(k2[d])
+                    x3 += x * widen(k3[d])
+                out[b, h, g, t3], out[b, h, g, t2] = x3 * scaling, x2 * scaling
+                out[b, h, g, t1], out[b, h, g, t] = x1 * scaling, x0 * scaling

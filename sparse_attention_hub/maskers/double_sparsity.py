@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.reference import group_scores
+from ..kernels import dot_all
 from ..mask import Mask
 from ..search_space import Choice
 from .base import Masker, TopKConfig, check_file, check_int, register_masker
@@ -117,7 +117,7 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
         # Each head's channels stand in a block of their own, zeros in its neighbours': one matrix product scores the group.
         spread = own.new_zeros((batch, heads // group, group, rows, group, kept))
         spread.diagonal(dim1=2, dim2=4).copy_(own.view(batch, heads // group, group, rows, kept).permute(0, 1, 3, 4, 2))
-        return inputs.layout.biased(group_scores(spread.view(batch, heads, rows, group * kept), labels, kept**-0.5))
+        return inputs.layout.biased(dot_all(spread.view(batch, heads, rows, group * kept), labels, kept**-0.5))
 
 
 if __name__ == "__main__":

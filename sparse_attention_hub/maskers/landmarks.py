@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.reference import group_scores
+from ..kernels import dot_all
 from ..search_space import Choice
 from .base import draw_example, register_masker
 from .codes import group_shares
@@ -45,7 +45,7 @@ class LandmarksMasker(PageMasker[LandmarksConfig]):
         return (sums / counts.clamp(min=1)).to(keys.dtype)
 
     def score(self, inputs: AttentionInputs, summaries: Tensor) -> Tensor:
-        return group_scores(inputs.queries, summaries, inputs.scaling)
+        return dot_all(inputs.queries, summaries, inputs.scaling)
 
     def page_scores(self, inputs: AttentionInputs) -> tuple[list[int], Tensor]:
         starts, scores = super().page_scores(inputs)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.reference import group_scores
+from ..kernels import dot_all
 from ..lists import expand_heads
 from ..mask import Mask
 from ..search_space import Choice
@@ -93,7 +93,7 @@ class LokiMasker(Masker[LokiConfig]):
         """Approximate scores (B, H, Q, N), with the attention mask's bias."""
         _, codes = self.codes(inputs)
         queries = self._project(inputs.queries, inputs.layer_idx, inputs.kv_heads)
-        return inputs.layout.biased(group_scores(queries, codes, inputs.scaling))
+        return inputs.layout.biased(dot_all(queries, codes, inputs.scaling))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.reference import group_scores
+from ..kernels import dot_all
 from ..search_space import Choice
 from .base import check_int, draw_example, register_masker
 from .codes import pack_levels, packs, pseudo_quantise, unpack_levels
@@ -52,7 +52,7 @@ class QuestTopKMasker(PageMasker[QuestTopKMaskerConfig]):
         if packs(inputs.keys, self.config.label_bits):
             bounds = unpack_levels(summaries, 2, inputs.keys.shape[3], self.config.label_bits)
             summaries = _in_order(*bounds.unbind(-2))
-        return group_scores(signed, summaries, 1.0)
+        return dot_all(signed, summaries, 1.0)
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
         width = 8 * inputs.keys.element_size()
@@ -69,6 +69,8 @@ def page_bounds(keys: Tensor, allowed: Tensor | None, starts: list[int], page: i
         # A page of padding alone has no bounds; it is never chosen, its zeros only keep the arithmetic finite.
         empty = maxima == NEVER
         minima, maxima = minima.masked_fill(empty, 0.0), maxima.masked_fill(empty, 0.0)
+    if bits >= 16:
+        return torch.cat([maxima, minima], -1)
     if packs(keys, bits):
         return pack_levels(torch.stack([maxima, minima], -2), bits)
     return _in_order(pseudo_quantise(maxima, bits), pseudo_quantise(minima, bits))

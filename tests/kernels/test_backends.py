@@ -10,7 +10,7 @@ from cases import CASES, Case, answer, exactly, make_call
 from torch import Tensor
 
 from sparse_attention_hub import Mask
-from sparse_attention_hub.kernels import Known, attend, dot, log_mass
+from sparse_attention_hub.kernels import Known, attend, dot, dot_all, log_mass
 from sparse_attention_hub.kernels.reference import group_scores
 
 BACKENDS = ("cpu", "torch")
@@ -102,6 +102,19 @@ def test_logits_of_listed_keys(held: int, rows: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SPARSE_ATTENTION_HUB_BACKEND", "torch")
     torch.testing.assert_close(loops, dot(queries, keys, mask, 0.3, 0.7))
     torch.testing.assert_close(total, log_mass(queries, keys, mask, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kv_heads", "n"), [(1, 0), (2, 1), (8, 3), (2, 4), (4, 9), (2, 4100)])  # the last with two threads
+def test_logits_of_all_keys(kv_heads: int, n: int, dtype: torch.dtype) -> None:
+    """Of one row by a loop, keys in place in a longer buffer; of several by matrix products."""
+    queries, keys, _ = tensors(1, kv_heads, n + 5, dtype)
+    exact = group_scores(queries.double(), keys[:, :, 2 : n + 2].double(), 0.3)
+    found = dot_all(queries, keys[:, :, 2 : n + 2], 0.3)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    several = dot_all(queries.expand(-1, -1, 3, -1), keys[:, :, 2 : n + 2], 0.3)
+    torch.testing.assert_close(several.double(), exact.expand(-1, -1, 3, -1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
