@@ -67,20 +67,21 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
 
     is_sampling = True
     keeps_to_allowed = True
+    in_graphs = True
     score_bytes = (27, 11)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         if self.config.base_rate_sampling == 0:
             return mask
         if self.config.init_offset:
-            mask = mask.union(inputs.layout.first_keys(inputs.resolve(self.config.init_offset)))
+            mask = mask.union(inputs.layout.first_keys(*inputs.bounded(self.config.init_offset)))
         if self.config.local_offset:
-            mask = mask.union(inputs.layout.last_keys(inputs.resolve(self.config.local_offset)))
+            mask = mask.union(inputs.layout.last_keys(*inputs.bounded(self.config.local_offset)))
         left = inputs.left(mask)
         if left.device.type == "cpu" and int(left.max()) == 0:
             return mask
         wanted = inputs.share_of(left, self.config.base_rate_sampling).clamp(min=2)  # one sample has no spread
-        most = max(2, int(inputs.resolve(self.config.base_rate_sampling).max()))
+        most = max(2, inputs.bounded(self.config.base_rate_sampling)[1])
         base = inputs.draw(mask, wanted, certain=True, most=most)
         with_base = mask.union(base)
         return with_base.union(inputs.draw(with_base, self._budget(inputs, mask, base, with_base)))

@@ -66,6 +66,8 @@ class Masker(ABC, Generic[ConfigT]):
     #: True if `select` may also drop keys that selectors before it chose; those of `inputs.kept` stay. In a pipeline without a
     #: selector it is given all allowed keys.
     narrows = False
+    #: True if `select` also takes an OpenLayout, with which nothing waits for the device: then decode steps can be CUDA graphs.
+    in_graphs = False
     #: True if how many keys it chooses depends on the layer by design: a search does not judge it by a few layers.
     varies_by_layer = False
     #: Bytes that choosing holds at most for each head, query and key, on a GPU and by compiled loops, measured at 5 to 45% of the
@@ -112,7 +114,10 @@ class Masker(ABC, Generic[ConfigT]):
 
     def codes(self, inputs: AttentionInputs) -> tuple[Any, Tensor]:
         """(fitted, codes of all keys (B, Hkv, N, ...)), from inputs.state if there is one, else fitted on these keys."""
-        state = inputs.state if inputs.state is not None else MaskerState()
+        state, end = inputs.state if inputs.state is not None else MaskerState(), inputs.layout.length
+        if end is not None:
+            new = inputs.keys.index_select(2, end.view(1) - 1)
+            return state.fitted, state.put(self.encode(new, state.fitted, inputs.layer_idx), end.view(1) - 1, inputs.shape[3])
         self._extend(inputs.keys, inputs.layer_idx, state, inputs.layout.known_keys)
         codes, unfilled = state.codes(), inputs.keys[:, :, state.length :]
         if unfilled.shape[2]:

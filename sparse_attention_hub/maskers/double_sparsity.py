@@ -61,6 +61,7 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
     code_fields = ("sorted_channel_file", "group_factor", "label_bits", "channel_selection")
 
     def __init__(self, config: DoubleSparsityTopKMaskerConfig) -> None:

@@ -110,8 +110,12 @@ class AttentionInputs:
 
     def resolve(self, size: int | float) -> Tensor:
         """A size, int (tokens) or float (fraction of N), in tokens for each item and, under head budgets, each head:
-        int64 (B, h, 1) on the CPU, h = 1, kv heads or H."""
+        int64 (B, h, 1) on the CPU, in an open layout on its device; h = 1, kv heads or H."""
         return self.layout.resolve(size, self.factors)
+
+    def bounded(self, size: int | float) -> tuple[Tensor, int]:
+        """(`resolve`, the largest that it may be): the host must know how long lists can be."""
+        return self.resolve(size), self.layout.most(size, self.factors)
 
     def share_of(self, counts: Tensor, size: int | float) -> Tensor:
         """A size as a fraction of counts int64 (B, h, Q) instead of N; floored, 0 included."""
@@ -133,7 +137,8 @@ class AttentionInputs:
         if own and self.cache.keeps_order and self._may_walk(scores):
             return self._walk(self.order(), mask, self.resolve(size))
         allowed = None if own or self.layout.all_allowed else self.allowed
-        return self.mask(choose(scores, mask, self.resolve(size), allowed), mask)
+        sizes, most = self.bounded(size)
+        return self.mask(choose(scores, mask, sizes, allowed, most), mask)
 
     def choose_mass(self, mask: Mask, share: float) -> Mask:
         """The fewest keys, by falling score, that hold more than a share of the attention mass that `mask` left."""
@@ -148,7 +153,7 @@ class AttentionInputs:
         size: int (tokens), float (fraction of N), or int64 (B, h, Q), all at most `most` if that is given. certain: p = 1. Query
         heads of a group share the order.
         """
-        ranks, sizes = self.random_ranks(), size if isinstance(size, Tensor) else self.resolve(size)
+        ranks, (sizes, most) = self.random_ranks(), (size, most) if isinstance(size, Tensor) else self.bounded(size)
         unbounded = sizes.device.type != "cpu" and most is None
         if (self.cache.keeps_order or unbounded) and self._may_walk(ranks):
             order = once(self.cache.draws, "order", lambda: order_of(ranks, self.layout.row_lengths))

@@ -37,9 +37,12 @@ class Layout:
         end = shape[3] - rows_after
         self._own = slice(end - shape[2], end)  # positions of the queries, without a mask
         self.mask = None if attention_mask is None else attention_mask[..., : shape[3]]
+        #: How many keys there are, on the device, where the tensors have room for more: see open_layout.py.
+        self.length: Tensor | None = None
         #: What leading maskers chose that go by positions alone: made once for all calls of this layout.
         self.chosen: dict[Hashable, Mask] = {}
         self._sizes: dict[Hashable, Tensor] = {}
+        self._largest: dict[Hashable, int] = {}
 
     @cached_property
     def allowed(self) -> Tensor:
@@ -122,17 +125,18 @@ class Layout:
         bias = self.mask.float().expand(self.allowed.shape).masked_fill(~self.allowed, 0.0)
         return bias if bool(bias.any()) else None
 
-    def first_keys(self, sizes: Tensor) -> Mask:
-        """The first keys of each item, as far as a row may see them. sizes: int64 (B, h, 1), see `resolve`."""
+    def first_keys(self, sizes: Tensor, most: int | None = None) -> Mask:
+        """The first keys of each item, as far as a row may see them. sizes: int64 (B, h, 1), see `resolve`; most: no size is above
+        it, which the host must know where sizes are on the device."""
         if self.shape[2] == 1 and self.all_allowed and sizes.shape[1] == 1:  # one range of keys for all heads and items
             return Mask.from_range(0, int(sizes[0]), self.shape, self.device, self.kv_heads)
         limit = sizes.to(self.device, non_blocking=True).unsqueeze(-1)
         flags = (self.key_positions[:, None, None, :] < limit) & self.allowed
         return Mask.from_dense(flags, self.shape[1], self.kv_heads)
 
-    def last_keys(self, sizes: Tensor) -> Mask:
+    def last_keys(self, sizes: Tensor, most: int | None = None) -> Mask:
         """Of each row the most recent keys, its own included: those in (i - size, i] for a row at position i.
-        sizes: int64 (B, h, 1), see `resolve`."""
+        sizes, most: as in `first_keys`."""
         if self.shape[2] == 1 and self.all_allowed and sizes.shape[1] == 1:
             total = self.shape[3]
             return Mask.from_range(total - int(sizes[0]), total, self.shape, self.device, self.kv_heads)
@@ -168,6 +172,12 @@ class Layout:
         if factors is not None:
             return resolve_size(size, self.n_allowed, factors)
         return once(self._sizes, (type(size), size), lambda: resolve_size(size, self.n_allowed))
+
+    def most(self, size: int | float, factors: Tensor | None = None) -> int:
+        """The largest that `resolve` may give."""
+        if factors is not None:
+            return int(self.resolve(size, factors).max())
+        return once(self._largest, (type(size), size), lambda: int(self.resolve(size).max()))
 
     def share_of(self, counts: Tensor, size: int | float, factors: Tensor | None = None) -> Tensor:
         """The same as a fraction of counts int64 (B, h, Q), where they are, instead of N; floored, 0 included: int64 (B, h, Q)."""

@@ -28,11 +28,12 @@ class LocalMasker(Masker[LocalMaskerConfig]):
     """Row i attends to the keys in (i - window_size, i], exactly, however short the text is."""
 
     keeps_to_allowed = True
+    in_graphs = True
     score_bytes = (3, 2)
     by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        return mask.union(inputs.layout.last_keys(inputs.resolve(self.config.window_size)))
+        return mask.union(inputs.layout.last_keys(*inputs.bounded(self.config.window_size)))
 
 
 if __name__ == "__main__":

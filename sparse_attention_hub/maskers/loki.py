@@ -51,6 +51,7 @@ class LokiMasker(Masker[LokiConfig]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
     code_fields = ("axes_file", "components")
 
     def __init__(self, config: LokiConfig) -> None:

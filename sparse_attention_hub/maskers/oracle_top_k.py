@@ -17,6 +17,7 @@ class OracleTopK(Masker[OracleTopKConfig]):
     """Per query head and row, the `heavy_size` residual keys with the highest q.k. Reads every key."""
 
     keeps_to_allowed = True
+    in_graphs = True
     score_bytes = (24, 6)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

@@ -31,6 +31,7 @@ class OracleTopP(Masker[OracleTopPMaskerConfig]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
     score_bytes = (38, 16)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

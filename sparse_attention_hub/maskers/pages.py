@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.select import choose, expand_pages
+from ..kernels.select import choose, count_up, expand_pages
 from ..mask import Mask
 from .base import Masker, TopKConfig, check_int
 from .inputs import AttentionInputs
@@ -40,6 +40,7 @@ class PageMasker(Masker[PagesConfigT]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
     score_bytes = (17, 3)
     code_fields: tuple[str, ...] | None = ("page_size",)
     #: The fewest pages that are kept.
@@ -61,9 +62,10 @@ class PageMasker(Masker[PagesConfigT]):
         page = self.config.page_size
         starts, scores = self.shared(inputs, lambda: self.page_scores(inputs))
         pages = scores.shape[-1]
-        sizes = inputs.resolve(self.config.heavy_size)
+        sizes, most = inputs.bounded(self.config.heavy_size)
         kept = torch.where(sizes >= inputs.layout.totals, pages, (sizes // page).clamp(min=self.min_pages))
-        chosen = choose(scores, Mask.empty((*inputs.shape[:3], pages), inputs.device), kept)
+        most = pages if most >= inputs.shape[3] else max(self.min_pages, most // page)
+        chosen = choose(scores, Mask.empty((*inputs.shape[:3], pages), inputs.device), kept, most=most)
         return mask.union(inputs.mask(expand_pages(chosen, starts, page, inputs.allowed)))
 
     def prepare(self, keys: Tensor, layer_idx: int, state: MaskerState, allowed: Tensor | None = None) -> None:
@@ -83,6 +85,8 @@ class PageMasker(Masker[PagesConfigT]):
     def page_scores(self, inputs: AttentionInputs) -> tuple[list[int], Tensor]:
         """(first key of each item's first page, scores (B, H, Q, pages), -inf where nothing is allowed)."""
         state = inputs.state if inputs.state is not None else MaskerState()
+        if inputs.layout.length is not None:
+            return state.fitted, self._scores_with_room(inputs, state, inputs.layout.length)
         allowed = inputs.layout.known_keys
         self.prepare(inputs.keys, inputs.layer_idx, state, allowed)
         starts: list[int] = state.fitted
@@ -98,6 +102,18 @@ class PageMasker(Masker[PagesConfigT]):
             permitted = inputs.allowed.gather(-1, places) & (slots < keys)[:, None, None]
             scores = scores.masked_fill(~permitted.view(*permitted.shape[:3], pages, page).any(-1), NEVER)
         return starts, scores
+
+    def _scores_with_room(self, inputs: AttentionInputs, state: MaskerState, end: Tensor) -> Tensor:
+        """Scores of all pages that there is room for, -inf for those to come; see open_layout.py. The page of the last key is
+        summarised in every step, so a page that later steps leave is complete."""
+        page, keys, (start,) = self.config.page_size, inputs.shape[3], state.fitted
+        current = ((end - 1 - start) // page).view(1)
+        slots = start + current * page + count_up(page, inputs.device)
+        last = inputs.keys.index_select(2, slots.clamp(max=keys - 1))
+        summary = self.summarise(last, (slots < end).unsqueeze(0), [0], 0, 1)
+        pages = -(-(keys - start) // page)
+        scores = self.score(inputs, state.put(summary, current, pages))
+        return scores.masked_fill_(count_up(pages, inputs.device) > current, NEVER)
 
 
 def cut_pages(keys: Tensor, allowed: Tensor | None, starts: list[int], page: int, first: int, last: int, fill: float) -> Tensor:

@@ -70,6 +70,7 @@ class PQCacheMasker(Masker[PQCacheConfig]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
     code_fields = ("pq_group_factor", "pq_bits", "kmeans_iter", "init_offset", "metric", "seed")
 
     @property
@@ -81,8 +82,8 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         scores = self.shared(inputs, lambda: self._scores(inputs))
         whole = inputs.resolve(self.config.heavy_size) >= inputs.layout.totals
         # Keys inside the offset are not chosen, unless the budget is all keys.
-        offsets = inputs.resolve(self.config.init_offset).masked_fill(whole, 0)
-        closed = mask.union(inputs.layout.first_keys(offsets)) if bool(offsets.any()) else mask
+        offsets, most = inputs.bounded(self.config.init_offset)
+        closed = mask.union(inputs.layout.first_keys(offsets.masked_fill(whole, 0), most)) if most else mask
         return mask.union(inputs.choose_top(scores, closed, self.config.heavy_size))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:

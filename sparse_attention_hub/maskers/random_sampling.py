@@ -33,6 +33,7 @@ class RandomSamplingMasker(Masker[RandomSamplingMaskerConfig]):
 
     is_sampling = True
     keeps_to_allowed = True
+    in_graphs = True
     score_bytes = (20, 4)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

@@ -28,11 +28,12 @@ class SinkMasker(Masker[SinkMaskerConfig]):
     """Attends to the first `sink_size` allowed keys of every item, as far as causality lets a row see them."""
 
     keeps_to_allowed = True
+    in_graphs = True
     score_bytes = (3, 2)
     by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
-        return mask.union(inputs.layout.first_keys(inputs.resolve(self.config.sink_size)))
+        return mask.union(inputs.layout.first_keys(*inputs.bounded(self.config.sink_size)))
 
 
 if __name__ == "__main__":

@@ -25,14 +25,19 @@ class _Buffer:
         self.owner: object = None
         self.filled = 0
 
+    def reserve(self, length: int, held: int, like: Tensor | None = None) -> None:
+        """Room for `length` codes, a copy of the first `held` ones; the rest is 0, which is a code of any kind."""
+        like = self.codes if like is None else like
+        grown = like.new_zeros((*like.shape[:2], length, *like.shape[3:]))
+        grown[:, :, :held] = self.codes[:, :, :held]
+        self.codes = grown
+
     def write(self, codes: Tensor, first: int) -> None:
         """Put codes behind the `first` ones."""
         end = first + codes.shape[2]
         frozen = self.codes.is_inference() and not torch.is_inference_mode_enabled()
         if frozen or end > self.codes.shape[2]:
-            grown = codes.new_empty((*codes.shape[:2], end + max(64, first // 8), *codes.shape[3:]))
-            grown[:, :, :first] = self.codes[:, :, :first]
-            self.codes = grown
+            self.reserve(end + max(64, first // 8), first, codes)
         self.codes[:, :, first:end] = codes
 
 
@@ -89,6 +94,21 @@ class MaskerState:
             buffer.write(unfinished, count)
             count += unfinished.shape[2]
         return buffer.codes[:, :, :count]
+
+    def put(self, code: Tensor, place: Tensor, room: int) -> Tensor:
+        """Codes (B, Hkv, room, ...) with this one (B, Hkv, 1, ...) at a place that only the device knows, int64 (1,), of a fork's
+        own; what follows it is undefined. `length` stays: see open_layout.py."""
+        buffer = self._buffer
+        assert buffer is not None and buffer.shared is not None, "only forks have room"
+        self._tail = self._tail or _Buffer(code)
+        own = room - buffer.shared
+        for part, size, held in ((self._tail, own, self.count(self.length) - buffer.shared), (buffer, room, buffer.shared)):
+            if part.codes.shape[2] < size:
+                part.reserve(size, held)
+        self._tail.codes.index_copy_(2, place - buffer.shared, code)
+        buffer.codes[:, :, buffer.shared : room] = self._tail.codes[:, :, :own]
+        buffer.owner = None
+        return buffer.codes[:, :, :room]
 
     def append(self, codes: Tensor, length: int | None = None) -> None:
         """Add the next codes, (B, Hkv, n, ...). length: keys seen now, default one more for each code."""

@@ -35,6 +35,8 @@ class SharedPrefixLayer(DynamicLayer):
         self.forks = 0  # 0 = not forked
         self.tail_length = 0  # tokens of each fork after the shared ones
         self._tail_capacity = 0
+        #: Of forks whose tokens are counted on the device: all of them, int64 without dimensions. See `open`.
+        self.end: Tensor | None = None
         self._buffers: list[Tensor] = []  # keys and values
         self._tails: list[Tensor] = []  # keys and values (forks, Hkv, tail capacity, D)
 
@@ -49,6 +51,11 @@ class SharedPrefixLayer(DynamicLayer):
         """Store keys and values (rows, Hkv, Q, D): rows = 1, or one row per fork. `view` then has them."""
         if not self._buffers:
             self._allocate(key_states, value_states)
+        if self.end is not None:
+            place = (self.end - self.length).view(1)
+            for tail, new in zip(self._tails, (key_states, value_states), strict=True):
+                tail.index_copy_(2, place, new)
+            return
         rows, added = key_states.shape[0], key_states.shape[2]
         if rows != max(1, self.forks):
             raise ValueError(f"the cache serves {max(1, self.forks)} rows but got {rows}")
@@ -75,9 +82,9 @@ class SharedPrefixLayer(DynamicLayer):
 
     def view(self, fork: int) -> tuple[Tensor, Tensor]:
         """Keys and values (1, Hkv, N, D) of one fork, shared prefix and own tail, valid until the next call of `view`."""
-        total = self.get_seq_length()
+        total = self.length + self._own_length
         for buffer, tail in zip(self._buffers, self._tails, strict=False):  # unforked, there are no tails
-            buffer[0, :, self.length : total] = tail[fork, :, : self.tail_length]
+            buffer[0, :, self.length : total] = tail[fork, :, : self._own_length]
         keys, values = (buffer[:, :, :total] for buffer in self._buffers)
         return keys, values
 
@@ -88,12 +95,25 @@ class SharedPrefixLayer(DynamicLayer):
 
     def tails(self) -> tuple[Tensor, Tensor]:
         """Keys and values (forks, Hkv, tail length, D) of the forks' own tokens, views."""
-        keys, values = (tail[:, :, : self.tail_length] for tail in self._tails)
+        keys, values = (tail[:, :, : self._own_length] for tail in self._tails)
         return keys, values
+
+    def open(self, end: Tensor | None) -> None:
+        """From here on forks have room: keys and values of one token are stored at `end`, and views hold all slots of the tails, the
+        free ones too. None ends that. Then `tail_length` must be what was stored."""
+        if end is not None and self.end is None:
+            for tail in self._tails:
+                tail[:, :, self.tail_length :] = 0  # free slots are read, if only to be masked: there may be NaN
+        self.end = end
+
+    @property
+    def _own_length(self) -> int:
+        """Tokens of each fork's tail that views hold."""
+        return self.tail_length if self.end is None else min(self._tail_capacity, self.capacity - self.length)
 
     def fork(self, forks: int, tail_capacity: int) -> None:
         """Continue with `forks` independent rows, for at most tail_capacity tokens each; 0 drops all forks."""
-        self.forks, self.tail_length, self._tail_capacity = forks, 0, tail_capacity
+        self.forks, self.tail_length, self._tail_capacity, self.end = forks, 0, tail_capacity, None
         # Made for all layers at once and early: between the large temporary tensors of attention they would fragment the heap.
         self._tails = [
             buffer.new_empty((forks, buffer.shape[1], tail_capacity, buffer.shape[3])) for buffer in self._buffers if forks

@@ -7,6 +7,7 @@ kernel reads the shared prefix in place, and the keys that follow it from each r
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,22 @@ from .switch import SparseMeans, plus
 def can_group(backend: str, queries: Tensor, layer: SharedPrefixLayer, rule: Rule) -> bool:
     """Whether a sparse row of this backend may attend together with others. queries (forks, H, Q, D)."""
     return queries.shape[2] == 1 and layer.forks > 1 and not rule.latent and choose_backend(backend, queries) == "triton"
+
+
+class Totals(NamedTuple):
+    """What the rows of a step read, summed over so many layers. rows: their places in the batch; densities, kv_fractions: float64
+    (rows,), the latter without what choosing read: selectors, of each row."""
+
+    rows: tuple[int, ...]
+    layers: int
+    densities: Tensor
+    kv_fractions: Tensor
+    selectors: list[float | Tensor]
+
+    def add_to(self, means: Sequence[SparseMeans]) -> None:
+        """Give each row of the batch its own."""
+        for place, row in enumerate(self.rows):
+            means[row].add_later(self.densities, self.kv_fractions, place, self.layers, self.selectors[place])
 
 
 class GroupedRows:
@@ -58,7 +75,7 @@ class GroupedRows:
             certain = queries.new_ones((1, 1, 1, 1), dtype=torch.float32)
             each = [certain.expand_as(own.indices) if own.probability is None else own.probability for own in lists]
             probability = torch.cat([_by_group(own, group) for own in each], -1)
-        table, firsts = once(self._tables, (rows, widths, indices.device), lambda: _table(rows, widths, keys, indices.device))
+        table, firsts = once(self._tables, (rows, widths, keys, indices.device), lambda: _table(rows, widths, keys, indices.device))
         found = attend_forks(
             queries,
             layer.shared(),
@@ -79,17 +96,20 @@ class GroupedRows:
     def add_selectors(self, row: int, share: float | Tensor) -> None:
         self._selectors[row] = plus(self._selectors.get(row, 0.0), share, 1)
 
-    def finish(self, means: Sequence[SparseMeans], keys: int) -> None:
-        """The step is done: give each row of the batch its densities and shares of KV bytes."""
+    def totals(self, keys: int | Tensor) -> list[Totals]:
+        """Of the step that is done, by the rows that were called together. keys: how many each row had, maybe on the device."""
+        found = []
         for rows, layers in self._counts.items():
             device = layers[0][0].device
             chosen, distinct = (torch.stack([own.to(device) for own in parts]) for parts in zip(*layers, strict=True))
             densities = chosen.sum((0, 1, 2), dtype=torch.float64) / (chosen[0, ..., 0].numel() * keys)
             kv_fractions = distinct.sum((0, 1), dtype=torch.float64) / (distinct.shape[1] * keys)
-            for place, row in enumerate(rows):
-                means[row].add_later(densities, kv_fractions, place, len(layers), self._selectors.pop(row, 0.0))
+            selectors = [self._selectors.pop(row, 0.0) for row in rows]
+            found.append(Totals(rows, len(layers), densities, kv_fractions, selectors))
         self._counts.clear()
-        self._tables.clear()
+        if isinstance(keys, int):  # else the next step's are the same
+            self._tables.clear()
+        return found
 
 
 def _by_group(entries: Tensor, group: tuple[int, int]) -> Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..attention import AttentionResult, ResearchAttention
 from ..errors import UserError
-from ..maskers.call_cache import CallCache
+from ..maskers.call_cache import CallCache, once
 from ..maskers.inputs import AttentionInputs
 from ..maskers.layout import Layout
+from ..maskers.open_layout import OpenLayout
 from ..maskers.state import AttentionState
 from .dense import dense_rows
-from .grouped_rows import GroupedRows, can_group
+from .grouped_rows import GroupedRows, Totals, can_group
 from .load import LanguageModel
 from .observer import Observer
 from .rope import factors_of
@@ -100,6 +101,8 @@ class Lockstep:
         self._filling = False  # the current pass ends before the last layer's attention
         self._layouts: dict[Hashable, Layout] = {}  # shared by all rows and layers of one forward pass
         self._grouped = GroupedRows()
+        self.totals: list[Totals] = []  # of the last forward pass
+        self.end: Tensor | None = None  # where steps are open: tokens before the current one, see SharedPrefixLayer.open
 
     def elapsed(self) -> float:
         """Seconds since the batch was made."""
@@ -119,22 +122,43 @@ class Lockstep:
         """Put the keys and values of ids (rows, Q) into the cache; skip the rest of the last layer."""
         self._run(self.lm.model.base_model, ids, filling=not self.prefilled.cache.recurrent)
 
+    def open(self, end: Tensor | None) -> None:
+        """From here on, steps of one token run as they are for any number of tokens before it; None ends that."""
+        self.end = end
+        for layer in self.prefilled.cache.attention:
+            layer.open(end)
+
+    def step_open(self, ids: Tensor) -> Tensor:
+        """Logits (rows, 1, V) of ids (rows, 1), in an open step; `totals` are not added to the rows."""
+        assert self.end is not None
+        logits: Tensor = self._pass(self.lm.model, ids, logits_to_keep=1).logits
+        self.end += 1
+        return logits
+
+    def _run(self, module: Any, ids: Tensor, **options: Any) -> Any:
+        """`_pass`, and what it read is added to the rows."""
+        output = self._pass(module, ids, **options)
+        for totals in self.totals:
+            totals.add_to(self.rows)
+        return output
+
     @torch.no_grad()
-    def _run(self, module: Any, ids: Tensor, filling: bool = False, **options: Any) -> Any:
+    def _pass(self, module: Any, ids: Tensor, filling: bool = False, **options: Any) -> Any:
         """The module's output, None if filling. UserError if a layer did not use this attention."""
         cache, expected = self.prefilled.cache, len(self.prefilled.cache.attention)
         self._layouts.clear()
         self._called, self._filling, output = set(), filling, None
         if self.lm.takes_positions:  # a few models count from 0 in every pass
             held = cache.get_seq_length()
-            options["position_ids"] = torch.arange(held, held + ids.shape[1], device=ids.device)[None]
+            positions = torch.arange(held, held + ids.shape[1], device=ids.device) if self.end is None else self.end.view(1)
+            options["position_ids"] = positions[None]
         cache.defer(True)
         try:
             with _ATTENTION.used_by(self, self.lm.attention_configs), self.factors(), suppress(_Filled):
                 output = module(input_ids=ids, past_key_values=cache, use_cache=True, **options)
         finally:
             cache.defer(False)
-        self._grouped.finish(self.rows, cache.get_seq_length())
+        self.totals = self._grouped.totals(cache.get_seq_length() if self.end is None else self.end + 1)
         if len(self._called) != expected:
             raise UserError(
                 f"this model has {expected} attention layers but {len(self._called)} of them used the attention "
@@ -181,7 +205,8 @@ class Lockstep:
         for index, row in enumerate(self.rows):
             if row.memory is None or rule.limited:
                 keys, values = layer.view(index)
-                outputs[index].append(dense_rows(each[index], keys, values, scaling, rule))
+                allowed = None if self.end is None else self._open_layout(each[index], keys).allowed
+                outputs[index].append(dense_rows(each[index], keys, values, scaling, rule, allowed))
                 self._record(row, None, layer_idx, each[index], keys, values, scaling, rule)
         length, together = queries.shape[2], None
         if length == 1 < len(self.rows) and queries.device.type == "cpu":
@@ -264,8 +289,17 @@ class Lockstep:
     ) -> AttentionInputs:
         """The call of a sparse row's queries, which `after` others follow; its maskers are fitted."""
         self._prepare(memory, layer_idx, keys[:, :, : self.prefilled.context_length])
+        if self.end is not None:
+            self._open_layout(queries, keys)
         place = None, scaling, layer_idx, [self.seed], cache
         return AttentionInputs(queries, keys, values, *place, **rule.scores, latent=rule.latent, rows_after=after)
+
+    def _open_layout(self, queries: Tensor, keys: Tensor) -> Layout:
+        """That of an open step's calls, where AttentionInputs look for it."""
+        assert self.end is not None
+        place = (1, queries.shape[1], 1, keys.shape[2]), keys.shape[1], queries.device
+        end = self.end
+        return once(self._layouts, (*place, 0), lambda: OpenLayout(*place, end + 1))
 
     def _record(
         self,

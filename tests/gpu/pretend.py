@@ -13,6 +13,9 @@ computed on the CPU. Counted are
   host's memory or to it. (`torch.cuda.set_sync_debug_mode` warns of the same.)
 - operations: aten operations that start work on the device, by name. Views and uninitialised tensors start none.
 - launches of the Triton kernels, by name. A stand-in of each computes what the kernel computes, from the same arguments.
+
+A CUDA graph is recorded as on a GPU: what it holds is not done before it is replayed, and then with the same tensors and numbers. A
+replay counts as one operation. See recorded_graph.py.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from recorded_graph import RecordedGraph
 from stand_ins import merge, uniforms, walk_forks, walk_groups, walk_rows
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
@@ -64,6 +68,7 @@ class PretendedGPU:
         self.operations: Counter[str] = Counter()
         self.launches: Counter[str] = Counter()
         self._warns = False  # as torch.cuda.set_sync_debug_mode("warn")
+        self.recording: RecordedGraph | None = None
 
     def clear(self) -> None:
         for counter in (self.waits, self.operations, self.launches):
@@ -108,6 +113,8 @@ class PretendedGPU:
     def wait(self, kind: str) -> None:
         """Count a wait at the line of the project that caused it."""
         file, line = _place()
+        if self.recording is not None:
+            raise RuntimeError(f"operation not permitted when stream is capturing ({kind}, {file}:{line})")
         self.waits[f"{file}:{line} {kind}"] += 1
         if self._warns:
             warnings.warn_explicit(f"called a synchronizing CUDA operation ({kind})", UserWarning, file, line)
@@ -127,7 +134,20 @@ class PretendedGPU:
             "reset_peak_memory_stats": lambda device=None: None,
             **dict.fromkeys(("max_memory_allocated", "memory_allocated", "memory_reserved"), lambda device=None: 0),
             "set_sync_debug_mode": self._set_sync_debug_mode,
+            "CUDAGraph": lambda: RecordedGraph(self),
+            "graph": self._record,
         }
+
+    @contextmanager
+    def _record(self, graph: RecordedGraph) -> Iterator[None]:
+        """torch.cuda.graph"""
+        self.recording = graph
+        try:
+            yield
+        finally:
+            self.recording = None
+            with _unseen():
+                graph.end()
 
     def _set_sync_debug_mode(self, mode: str | int) -> None:
         self._warns = mode in ("warn", 1)
@@ -169,6 +189,8 @@ class _StandIn:
             assert all(is_on_device(tensor) for tensor in _tensors(arguments)), f"{self.name}: a tensor of the host"
             with _unseen():
                 self.compute(*arguments, **constants)
+                if self.gpu.recording is not None:
+                    self.gpu.recording.add_call(lambda: self.compute(*arguments, **constants))
 
         return launch
 
@@ -233,6 +255,8 @@ class _Claims(TorchFunctionMode):
         if not kwargs.get("non_blocking"):
             self.gpu.wait("copy to the device" if to_device else "copy to the host")
         self.gpu.operations["copy"] += 1
+        if self.gpu.recording is not None:
+            self.gpu.wait("copy between devices")
         with _unseen():
             moved = moved.detach().clone()
         return claim(moved) if to_device else moved
@@ -244,6 +268,8 @@ class _Claims(TorchFunctionMode):
         with _unseen():
             args = [own._materialize() if isinstance(own, CausalBias) else own for own in args]
             found: Tensor = claim(F.scaled_dot_product_attention(*args, **kwargs))
+            if self.gpu.recording is not None:
+                self.gpu.recording.add_call(lambda: found.copy_(F.scaled_dot_product_attention(*args, **kwargs)))
         return found
 
     def _refuse_both(self, name: str, given: list[Tensor]) -> None:
@@ -267,7 +293,12 @@ class _Operations(TorchDispatchMode):
             if found is not NotImplemented:
                 return found
         given = list(_tensors((args, kwargs)))
+        recording = self.gpu.recording if _CREATING[-1] or any(map(is_on_device, given)) else None
+        if recording is not None:
+            recording.before(function, args, kwargs or {})
         found = function(*args, **(kwargs or {}))
+        if recording is not None:
+            recording.add(function, args, kwargs or {}, found)
         if not (_CREATING[-1] or any(map(is_on_device, given))):
             return found
         name = function.overloadpacket.__name__

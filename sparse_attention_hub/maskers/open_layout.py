@@ -1,0 +1,74 @@
+"""The layout of a decode step that runs as it is for any number of keys: a CUDA graph of it serves all steps of an answer."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..kernels.select import count_up
+from ..lists import KeyLists
+from ..mask import Mask
+from .layout import NEVER, Layout
+
+
+class OpenLayout(Layout):
+    """One query row, the last of `length` keys, of one item without padding. Keys and values have room for N keys; how many there
+    are, only the device knows: a tensor without dimensions, int64. What depends on it is computed there, and lists are as long as
+    the largest N asks for.
+
+    Only maskers with `in_graphs` are given one.
+    """
+
+    all_allowed = False
+    known_keys = unusable = None
+
+    def __init__(self, shape: tuple[int, int, int, int], kv_heads: int, device: torch.device, length: Tensor) -> None:
+        super().__init__(shape, kv_heads, device)
+        self.length: Tensor = length
+        self.allowed = (count_up(shape[3], device) < length).view(1, 1, 1, -1)
+        self.totals = length.view(1, 1, 1)
+        self.row_lengths = length.view(1, 1)
+        self.row_positions = self.row_lengths - 1
+        self.last_allowed = self.totals - 1
+
+    def first_keys(self, sizes: Tensor, most: int | None = None) -> Mask:
+        assert most is not None
+        return self._range(count_up(most, self.device), torch.minimum(sizes, self.totals))
+
+    def last_keys(self, sizes: Tensor, most: int | None = None) -> Mask:
+        assert most is not None
+        return self._range(self.row_positions.view(1) - count_up(most, self.device), torch.minimum(sizes, self.totals))
+
+    def _range(self, keys: Tensor, counts: Tensor) -> Mask:
+        """The first of some keys (K,) in each head's list: counts int64 (1, h, 1)."""
+        places = count_up(keys.shape[0], self.device)
+        indices = torch.where(places < counts.unsqueeze(-1), keys, -1).int()
+        return Mask(self.shape, self.kv_heads, lists=KeyLists(indices, counts.int()))
+
+    def biased(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill_(~self.allowed, NEVER)
+
+    def share_of_allowed(self, counts: Tensor) -> float | Tensor:
+        return counts.sum(dtype=torch.float64) / (counts.numel() * self.length)
+
+    def resolve(self, size: int | float, factors: Tensor | None = None) -> Tensor:
+        """See Layout.resolve; on the device."""
+        if isinstance(size, int):
+            return self.totals.clamp(max=size)
+        shares: Tensor | float = size
+        if factors is not None:
+            shares = _on_device(tuple((size * factors).tolist()), self.device).view(1, -1, 1)
+        return torch.minimum((self.totals.double() * shares).long().clamp(min=1), self.totals)
+
+    def most(self, size: int | float, factors: Tensor | None = None) -> int:
+        share = size if factors is None or isinstance(size, int) else float((size * factors).max())
+        return min(self.shape[3], share if isinstance(share, int) else max(1, int(share * self.shape[3])))
+
+
+@lru_cache(maxsize=1024)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """A copy to a device, which a graph cannot hold, made once."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.float64, device=device)
