@@ -168,18 +168,12 @@ class AttentionResult:
     @cached_property
     def kv_share(self) -> float | Tensor:
         """`kv_fraction`, as density_share."""
-        inputs, mask, selectors = self._inputs, self.mask, self.selector_share
+        inputs, mask, selectors = self._inputs, self.mask, selector_share(self._inputs, self._selectors)
         if inputs.latent:
             mask = Mask(mask.shape, 1, lists=mask.lists())
             expanded = inputs.kv_heads * (inputs.keys.shape[3] + inputs.values.shape[3])
             selectors = min(1.0, selectors * expanded / inputs.latent)
         return inputs.layout.share_of_allowed(mask.group_counts()) + selectors
-
-    @property
-    def selector_share(self) -> float | Tensor:
-        """What choosing reads of `kv_share`."""
-        share_of = self._inputs.layout.share_of_allowed
-        return sum(share if kept is None else share * share_of(kept.group_counts()) for share, kept in self._selectors)
 
     @cached_property
     def dead_rows(self) -> int:
@@ -360,6 +354,12 @@ class ResearchAttention:
             keys, values = inputs.usable_keys, inputs.usable_values
         rule = {"softcap": inputs.softcap, "sinks": inputs.sinks, "known": known}
         return attend(inputs.queries, keys, values, mask, inputs.scaling, self.config.backend, **rule)  # type: ignore[arg-type]
+
+
+def selector_share(inputs: AttentionInputs, selectors: list[tuple[float, Mask | None]]) -> float | Tensor:
+    """What choosing reads of AttentionResult.kv_share. selectors: those of `choose_keys`."""
+    share_of = inputs.layout.share_of_allowed
+    return sum(share if kept is None else share * share_of(kept.group_counts()) for share, kept in selectors)
 
 
 def dense_attention(

@@ -131,9 +131,13 @@ def sortable(scores: Tensor) -> Tensor:
     return rising | count_up(scores.shape[-1], scores.device)
 
 
-@lru_cache(maxsize=16)
 def count_up(length: int, device: torch.device) -> Tensor:
-    """0, 1, 2, ... int64, made once for all layers of a step."""
+    """0, 1, 2, ... int64, made once for all layers and steps."""
+    return _numbers(1 << max(0, length - 1).bit_length(), device)[:length]
+
+
+@lru_cache(maxsize=64)
+def _numbers(length: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.arange(length, device=device)
 

@@ -17,6 +17,7 @@ class CausalMasker(Masker[CausalMaskerConfig]):
     """Alone it is dense attention; behind other maskers it changes nothing."""
 
     keeps_to_allowed = True
+    in_graphs = True
     by_position = True
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

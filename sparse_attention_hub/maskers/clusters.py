@@ -60,6 +60,7 @@ class ClustersMasker(Masker[ClustersConfig]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
     code_fields = ("cluster_size", "kmeans_iter", "seed")
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

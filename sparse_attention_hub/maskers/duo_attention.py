@@ -17,6 +17,7 @@ from ..mask import Mask
 from ..search_space import LogUniform
 from .base import Masker, MaskerConfig, check_file, check_number, register_masker
 from .inputs import AttentionInputs
+from .layout import on_device
 
 
 @dataclass
@@ -50,6 +51,7 @@ class DuoAttention(Masker[DuoAttentionConfig]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
     varies_by_layer = True
 
     def __init__(self, config: DuoAttentionConfig) -> None:
@@ -63,8 +65,8 @@ class DuoAttention(Masker[DuoAttentionConfig]):
         own = heads[inputs.layer_idx]
         if not own.any():
             return mask
-        own = own.to(inputs.device, non_blocking=True)
-        return mask.union(inputs.mask(own.view(1, -1, 1, 1) & inputs.allowed))
+        flags = on_device(tuple(map(int, own.tolist())), inputs.device).view(1, -1, 1, 1) > 0
+        return mask.union(inputs.mask(flags & inputs.allowed))
 
 
 def read_pattern(path: str) -> Tensor:

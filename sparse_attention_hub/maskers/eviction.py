@@ -8,13 +8,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.select import order_of
+from ..kernels.select import count_up, order_of
 from ..lists import KeyLists, expand_heads
 from ..mask import Mask
 from .base import Masker, TopKConfig
 from .context_summary import ContextSummary
 from .inputs import AttentionInputs
-from .layout import NEVER, end_of_allowed, resolve_size
+from .layout import NEVER, end_of_allowed, on_device, resolve_size
 from .state import MaskerState
 
 ConfigT = TypeVar("ConfigT", bound=TopKConfig)
@@ -42,6 +42,7 @@ class Eviction(Masker[ConfigT]):
     """
 
     code_fields: tuple[str, ...] | None = ()
+    in_graphs = True
 
     @abstractmethod
     def importance(self, keys: Tensor, allowed: Tensor, summary: ContextSummary) -> Tensor:
@@ -59,13 +60,8 @@ class Eviction(Masker[ConfigT]):
                 summary = self.shared(inputs, lambda: ContextSummary.of(inputs, self.observes))
             self._rank(inputs.keys, inputs.layout.key_positions >= 0, summary, state)
         kept = mask.union(inputs.mask(self._kept(inputs, state.fitted)))
-        if inputs.shape[3] == state.fit_length:
-            return kept
-        if inputs.layout.all_allowed:
-            place = inputs.shape, inputs.device, inputs.kv_heads
-            return kept.union(Mask.from_range(state.fit_length, inputs.shape[3], *place))
-        later = torch.arange(inputs.shape[3], device=inputs.device) >= state.fit_length
-        return kept.union(inputs.mask(inputs.allowed & later))
+        later = inputs.shape[3] - state.fit_length
+        return kept.union(inputs.layout.keys_from(state.fit_length, later)) if later else kept
 
     def prepare(self, keys: Tensor, layer_idx: int, state: MaskerState, allowed: Tensor | None = None) -> None:
         """Rank the context's keys; without what this method observes, the first call does that."""
@@ -87,9 +83,9 @@ class Eviction(Masker[ConfigT]):
         sizes = resolve_size(self.config.heavy_size, ranking.totals, inputs.factors)
         heads = max(ranking.order.shape[1], sizes.shape[1])
         width = int(sizes.max())
-        sizes = expand_heads(sizes, heads).to(inputs.device, non_blocking=True)
-        kept = expand_heads(ranking.order[..., :width], heads)
-        kept = kept.masked_fill(torch.arange(width, device=inputs.device) >= sizes, -1)
+        sizes = on_device(tuple(sizes.flatten().tolist()), inputs.device).view(sizes.shape)
+        sizes, kept = expand_heads(sizes, heads), expand_heads(ranking.order[..., :width], heads)
+        kept = kept.masked_fill(count_up(width, inputs.device) >= sizes, -1)
         rows = inputs.shape[2]
         counts = sizes.int().expand(-1, -1, rows).contiguous()
         return KeyLists(kept.unsqueeze(2).expand(-1, -1, rows, -1).contiguous(), counts)

@@ -61,6 +61,7 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
 
     def __init__(self, config: HashAttentionTopKMaskerConfig) -> None:
         super().__init__(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -144,6 +144,13 @@ class Layout:
         limit = sizes.to(self.device, non_blocking=True).unsqueeze(-1)
         return Mask.from_dense((age < limit) & self.allowed, self.shape[1], self.kv_heads, is_filled=True)  # each row's own key
 
+    def keys_from(self, first: int, most: int | None = None) -> Mask:
+        """The allowed keys from one on. most: as in `first_keys`."""
+        if self.all_allowed:
+            return Mask.from_range(first, self.shape[3], self.shape, self.device, self.kv_heads)
+        later = torch.arange(self.shape[3], device=self.device) >= first
+        return Mask.from_dense(self.allowed & later, self.shape[1], self.kv_heads)
+
     def biased(self, scores: Tensor) -> Tensor:
         """scores (B, H, Q, N) plus the attention mask's bias, -inf where not allowed; changed in place."""
         if self.bias is not None:
@@ -185,7 +192,7 @@ class Layout:
             return torch.full_like(counts, size)
         if factors is None:
             return (counts * size).long()
-        factors = factors.to(counts.device).view(1, -1, 1)
+        factors = on_device(tuple(factors.tolist()), counts.device).view(1, -1, 1)
         heads = max(counts.shape[1], factors.shape[1])
         return (expand_heads(counts, heads) * (expand_heads(factors, heads) * size).clamp(max=1.0)).long()
 
@@ -224,6 +231,15 @@ def resolve_size(size: int | float, totals: list[int], factors: Tensor | None = 
         return torch.tensor([[[min(n, size)]] for n in totals])
     shares = [size] if factors is None else (size * factors).tolist()
     return torch.tensor([[[min(n, max(1, int(share * n)))] for share in shares] for n in totals])
+
+
+@lru_cache(maxsize=1024)
+def on_device(numbers: tuple[int | float, ...], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on a device, int64 or float64, copied once: a copy in each step would keep it from being a
+    CUDA graph."""
+    with torch.inference_mode(False):
+        dtype = torch.int64 if all(isinstance(number, int) for number in numbers) else torch.float64
+        return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def end_of_allowed(allowed: Tensor) -> int:

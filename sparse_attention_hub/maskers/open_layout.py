@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from ..kernels.select import count_up
 from ..lists import KeyLists
 from ..mask import Mask
-from .layout import NEVER, Layout
+from .layout import NEVER, Layout, on_device
 
 
 class OpenLayout(Layout):
@@ -35,17 +33,26 @@ class OpenLayout(Layout):
 
     def first_keys(self, sizes: Tensor, most: int | None = None) -> Mask:
         assert most is not None
-        return self._range(count_up(most, self.device), torch.minimum(sizes, self.totals))
+        return self._mask(count_up(most, self.device), torch.minimum(sizes, self.totals))
 
     def last_keys(self, sizes: Tensor, most: int | None = None) -> Mask:
         assert most is not None
-        return self._range(self.row_positions.view(1) - count_up(most, self.device), torch.minimum(sizes, self.totals))
+        newest_first = self.row_positions.view(1) - count_up(most, self.device)
+        return self._mask(newest_first, torch.minimum(sizes, self.totals), is_filled=True)
 
-    def _range(self, keys: Tensor, counts: Tensor) -> Mask:
-        """The first of some keys (K,) in each head's list: counts int64 (1, h, 1)."""
+    def keys_from(self, first: int | Tensor, most: int | None = None) -> Mask:
+        """See Layout.keys_from. first: maybe on the device, int64 (1,)."""
+        assert most is not None
+        return self._mask(first + count_up(most, self.device), self.totals - first)
+
+    def everything(self) -> Mask:
+        return self._mask(count_up(self.shape[3], self.device), self.totals, is_filled=True)
+
+    def _mask(self, keys: Tensor, counts: Tensor, is_filled: bool = False) -> Mask:
+        """The first of these keys (K,) for each head: counts int64 (1, h, 1)."""
         places = count_up(keys.shape[0], self.device)
         indices = torch.where(places < counts.unsqueeze(-1), keys, -1).int()
-        return Mask(self.shape, self.kv_heads, lists=KeyLists(indices, counts.int()))
+        return Mask(self.shape, self.kv_heads, lists=KeyLists(indices, counts.int()), is_filled=is_filled)
 
     def biased(self, scores: Tensor) -> Tensor:
         return scores.masked_fill_(~self.allowed, NEVER)
@@ -59,16 +66,9 @@ class OpenLayout(Layout):
             return self.totals.clamp(max=size)
         shares: Tensor | float = size
         if factors is not None:
-            shares = _on_device(tuple((size * factors).tolist()), self.device).view(1, -1, 1)
+            shares = on_device(tuple((size * factors).tolist()), self.device).view(1, -1, 1)
         return torch.minimum((self.totals.double() * shares).long().clamp(min=1), self.totals)
 
     def most(self, size: int | float, factors: Tensor | None = None) -> int:
         share = size if factors is None or isinstance(size, int) else float((size * factors).max())
         return min(self.shape[3], share if isinstance(share, int) else max(1, int(share * self.shape[3])))
-
-
-@lru_cache(maxsize=1024)
-def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """A copy to a device, which a graph cannot hold, made once."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.float64, device=device)

@@ -41,6 +41,7 @@ class RoundToPages(Masker[RoundToPagesConfig]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
     score_bytes = (34, 14)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

@@ -57,6 +57,7 @@ class SocketMasker(Masker[SocketConfig]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
     code_fields = ("lsh_l", "lsh_k", "seed")
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

@@ -45,6 +45,7 @@ class SparqMasker(Masker[SparqConfig]):
     """
 
     keeps_to_allowed = True
+    in_graphs = True
     code_fields = ("channels",)
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:

@@ -48,6 +48,7 @@ class Twilight(Masker[TwilightConfig]):
 
     narrows = True
     keeps_to_allowed = True
+    in_graphs = True
     code_fields = ("label_bits",)
     score_bytes = (96, 96)
 

@@ -23,17 +23,12 @@ _BLOCK_SCORES = 32 * 2**20
 _MANY_ROWS = 32
 
 
-def dense_rows(
-    queries: Tensor, keys: Tensor, values: Tensor, scaling: float, rule: Rule = PLAIN, allowed: Tensor | None = None
-) -> Tensor:
+def dense_rows(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, rule: Rule = PLAIN) -> Tensor:
     """Causal attention of queries (1, H, Q, D) at the last Q positions, keys (1, Hkv, N, D) and values (1, Hkv, N, DV).
 
-    allowed: bool (1, 1, 1, N), of one query those keys that there are, without a limited rule. Returns (1, Q, H, DV), the queries'
-    dtype.
+    Returns (1, Q, H, DV), the queries' dtype.
     """
     _, heads, length, width = queries.shape
-    if allowed is not None and rule.scores:
-        return dense_with_mask(queries, keys, values, allowed, scaling, rule)
     if rule.limited:
         last = keys.shape[2] - 1
         first, of_last = max(0, rule.first_key(last - length + 1)), max(0, rule.first_key(last))
@@ -46,7 +41,7 @@ def dense_rows(
     grouped = queries[0].reshape(kv_heads, heads // kv_heads, length, width)
     if length == 1:  # one row sees every key: the heads of a group are the rows of one call
         own = grouped.view(1, kv_heads, heads // kv_heads, width)
-        out = F.scaled_dot_product_attention(own, keys, values, allowed, scale=scaling).view(kv_heads, heads // kv_heads, 1, -1)
+        out = F.scaled_dot_product_attention(own, keys, values, scale=scaling).view(kv_heads, heads // kv_heads, 1, -1)
     elif not rule.limited and (length == total or (queries.is_cuda and queries.dtype != torch.float32)):
         bias, gqa = causal_lower_right(length, total), heads != kv_heads
         out = F.scaled_dot_product_attention(queries, keys, values, bias, scale=scaling, enable_gqa=gqa)

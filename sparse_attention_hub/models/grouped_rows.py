@@ -62,8 +62,10 @@ class GroupedRows:
         layer: SharedPrefixLayer,
         scaling: float,
         rule: Rule,
+        counted: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """(output (R, 1, H, DV), log-sum-exp (R, H, 1)), float32, of R rows of the batch, whose queries are (forks, H, 1, D)."""
+        """(output (R, 1, H, DV), log-sum-exp (R, H, 1)), float32, of R rows of the batch, whose queries are (forks, H, 1, D). counted:
+        what they read is part of their densities."""
         from ..kernels.triton import ForkLists, attend_forks
 
         heads, (_, _, _, keys), kv_heads = queries.shape[1], masks[0].shape, masks[0].kv_heads
@@ -85,6 +87,8 @@ class GroupedRows:
             rule.softcap,
             rule.sinks,
         )
+        if not counted:
+            return found
         # A flag for each key of each row; the first of a row takes the padding.
         flags = torch.zeros((kv_heads, len(rows) * (keys + 1)), dtype=torch.bool, device=indices.device)
         flags.scatter_(1, (indices + firsts).view(kv_heads, -1), True)
@@ -92,6 +96,11 @@ class GroupedRows:
         chosen = torch.cat([_by_group(own.counts.unsqueeze(-1), group) for own in lists], -1)
         self._counts.setdefault(rows, []).append((chosen, distinct))
         return found
+
+    def begin(self) -> None:
+        """A step begins: what an earlier one left that was broken off is not counted."""
+        self._counts.clear()
+        self._selectors.clear()
 
     def add_selectors(self, row: int, share: float | Tensor) -> None:
         self._selectors[row] = plus(self._selectors.get(row, 0.0), share, 1)
@@ -104,9 +113,8 @@ class GroupedRows:
             chosen, distinct = (torch.stack([own.to(device) for own in parts]) for parts in zip(*layers, strict=True))
             densities = chosen.sum((0, 1, 2), dtype=torch.float64) / (chosen[0, ..., 0].numel() * keys)
             kv_fractions = distinct.sum((0, 1), dtype=torch.float64) / (distinct.shape[1] * keys)
-            selectors = [self._selectors.pop(row, 0.0) for row in rows]
+            selectors = [self._selectors.get(row, 0.0) for row in rows]
             found.append(Totals(rows, len(layers), densities, kv_fractions, selectors))
-        self._counts.clear()
         if isinstance(keys, int):  # else the next step's are the same
             self._tables.clear()
         return found

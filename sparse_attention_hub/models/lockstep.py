@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..attention import AttentionResult, ResearchAttention
+from ..attention import AttentionResult, ResearchAttention, selector_share
 from ..errors import UserError
+from ..mask import Mask
 from ..maskers.call_cache import CallCache, once
 from ..maskers.inputs import AttentionInputs
 from ..maskers.layout import Layout
@@ -138,15 +140,20 @@ class Lockstep:
     def _run(self, module: Any, ids: Tensor, **options: Any) -> Any:
         """`_pass`, and what it read is added to the rows."""
         output = self._pass(module, ids, **options)
-        for totals in self.totals:
-            totals.add_to(self.rows)
+        self.count(self.totals)
         return output
+
+    def count(self, totals: list[Totals]) -> None:
+        """Add what a step read to the rows. Dense ones are not counted."""
+        for own in totals:
+            own.add_to([row if row.memory is not None else SparseMeans() for row in self.rows])
 
     @torch.no_grad()
     def _pass(self, module: Any, ids: Tensor, filling: bool = False, **options: Any) -> Any:
         """The module's output, None if filling. UserError if a layer did not use this attention."""
         cache, expected = self.prefilled.cache, len(self.prefilled.cache.attention)
         self._layouts.clear()
+        self._grouped.begin()
         self._called, self._filling, output = set(), filling, None
         if self.lm.takes_positions:  # a few models count from 0 in every pass
             held = cache.get_seq_length()
@@ -200,13 +207,14 @@ class Lockstep:
             self.observer.see(AttentionInputs(queries, keys, values, **about))
         if self._filling and len(self._called) == len(self.prefilled.cache.attention):
             raise _Filled
+        if self.end is not None:
+            return self._attend_open(layer_idx, queries, scaling, rule)
         each = [queries] if len(self.rows) == 1 else queries.split(1)
         outputs: list[list[Tensor]] = [[] for _ in self.rows]
         for index, row in enumerate(self.rows):
             if row.memory is None or rule.limited:
                 keys, values = layer.view(index)
-                allowed = None if self.end is None else self._open_layout(each[index], keys).allowed
-                outputs[index].append(dense_rows(each[index], keys, values, scaling, rule, allowed))
+                outputs[index].append(dense_rows(each[index], keys, values, scaling, rule))
                 self._record(row, None, layer_idx, each[index], keys, values, scaling, rule)
         length, together = queries.shape[2], None
         if length == 1 < len(self.rows) and queries.device.type == "cpu":
@@ -254,26 +262,48 @@ class Lockstep:
     def _attend_grouped(self, rows: tuple[int, ...], layer_idx: int, queries: Tensor, scaling: float, rule: Rule) -> Tensor:
         """Output (R, 1, H, DV) of R sparse rows of the batch. queries (forks, H, 1, D)."""
         layer, draws = self.prefilled.cache.layers[layer_idx], dict[Hashable, object]()
-        choices = []
-        for index in rows:
-            memory, own = self.rows[index].memory, queries[index : index + 1]
-            assert memory is not None
-            keys, values = layer.view(index)
-            cache = CallCache(draws=draws, layouts=self._layouts)
-            inputs = self._inputs(memory, layer_idx, own, keys, values, scaling, rule, 0, cache)
-            choices.append((inputs, *memory.attention.choose_keys(inputs, memory.state)))
-            if not self.rows[index].recorders:
-                inputs.cache.call.clear()  # scores of many rows are large
+        choices = [self._choose(index, layer_idx, queries, scaling, rule, draws) for index in rows]
         outputs, sums = self._grouped.attend(rows, [choice[1] for choice in choices], queries, layer, scaling, rule)
         for place, index in enumerate(rows):
             inputs, mask, empty_rows, selectors = choices[place]
             output, lse = (part[place : place + 1] for part in (outputs, sums))
-            result = AttentionResult(output, lse, mask, empty_rows, inputs, selectors)
-            self._grouped.add_selectors(index, result.selector_share)
+            self._grouped.add_selectors(index, selector_share(inputs, selectors))
             if self.rows[index].recorders:
+                result = AttentionResult(output, lse, mask, empty_rows, inputs, selectors)
                 keys, values = layer.view(index)
                 self._record(self.rows[index], result, layer_idx, inputs.queries, keys, values, scaling, rule)
         return outputs.to(queries.dtype)
+
+    def _choose(
+        self, index: int, layer_idx: int, queries: Tensor, scaling: float, rule: Rule, draws: dict[Hashable, object]
+    ) -> tuple[AttentionInputs, Mask, int | Tensor, list[Any]]:
+        """The call of a sparse row of the batch, and the keys that it chooses. draws: shared by all rows of a layer."""
+        row, (keys, values) = self.rows[index], self.prefilled.cache.layers[layer_idx].view(index)
+        assert row.memory is not None
+        cache = CallCache(draws=draws, layouts=self._layouts)
+        inputs = self._inputs(row.memory, layer_idx, queries[index : index + 1], keys, values, scaling, rule, 0, cache)
+        choice = row.memory.attention.choose_keys(inputs, row.memory.state)
+        if not row.recorders:
+            inputs.cache.call.clear()  # scores of many rows are large
+        return inputs, *choice
+
+    def _attend_open(self, layer_idx: int, queries: Tensor, scaling: float, rule: Rule) -> Tensor:
+        """Output (rows, 1, H, DV) of an open step: all rows attend to lists, dense ones to one of all keys."""
+        layer, draws, masks = self.prefilled.cache.layers[layer_idx], dict[Hashable, object](), []
+        layout = self._open_layout(queries, layer.view(0)[0])
+        for index, row in enumerate(self.rows):
+            if rule.limited:
+                width = min(layout.shape[3], rule.window or rule.chunk or 0)
+                reach = partial(layout.keys_from, rule.first_key(layout.row_positions.view(1)).clamp(min=0), width)
+                mask = once(layout.chosen, (rule.window, rule.chunk), reach)
+            elif row.memory is None:
+                mask = once(layout.chosen, "all", layout.everything)
+            else:
+                inputs, mask, _, selectors = self._choose(index, layer_idx, queries, scaling, rule, draws)
+                self._grouped.add_selectors(index, selector_share(inputs, selectors))
+            masks.append(mask)
+        rows, counted = tuple(range(len(masks))), not rule.limited
+        return self._grouped.attend(rows, masks, queries, layer, scaling, rule, counted)[0].to(queries.dtype)
 
     def _inputs(
         self,
@@ -294,12 +324,14 @@ class Lockstep:
         place = None, scaling, layer_idx, [self.seed], cache
         return AttentionInputs(queries, keys, values, *place, **rule.scores, latent=rule.latent, rows_after=after)
 
-    def _open_layout(self, queries: Tensor, keys: Tensor) -> Layout:
+    def _open_layout(self, queries: Tensor, keys: Tensor) -> OpenLayout:
         """That of an open step's calls, where AttentionInputs look for it."""
         assert self.end is not None
         place = (1, queries.shape[1], 1, keys.shape[2]), keys.shape[1], queries.device
         end = self.end
-        return once(self._layouts, (*place, 0), lambda: OpenLayout(*place, end + 1))
+        layout = once(self._layouts, (*place, 0), lambda: OpenLayout(*place, end + 1))
+        assert isinstance(layout, OpenLayout)
+        return layout
 
     def _record(
         self,

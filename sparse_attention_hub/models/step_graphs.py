@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .grouped_rows import Totals, can_group
 from .lockstep import Lockstep, Row
@@ -22,7 +25,7 @@ class StepGraphs:
     it is for any number of tokens (maskers/open_layout.py). A graph is used only if it gave again what its step gave.
 
     Steps stay as they are on a CPU, with the environment variable SPARSE_ATTENTION_HUB_CUDA_GRAPHS=0, and for batches that
-    `_can_be_graphs` refuses.
+    `_can_be_open` refuses.
     """
 
     #: A graph failed in this process: no more are made.
@@ -31,36 +34,41 @@ class StepGraphs:
     def __init__(self, batch: Lockstep) -> None:
         self.batch = batch
         self._rows: list[Row] = []
-        self._steps = 0  # of these rows
-        self._allowed = False
+        self._steps = 0  # of all rows, and of these
+        self._own_steps = 0
         self._graph: _StepGraph | None = None
+        self._open = False
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (rows, 1, V) of ids (rows, 1), valid until the next call."""
         batch = self.batch
-        first = not self._rows  # it adds the question's codes to states that lack them
-        if len(self._rows) != len(batch.rows) or any(a is not b for a, b in zip(self._rows, batch.rows, strict=True)):
-            self._rows, self._steps, self._graph = list(batch.rows), 0, None
-            self._allowed = not first and _can_be_graphs(batch)
-        elif self._steps == 1 and not self._allowed:
-            self._allowed = _can_be_graphs(batch)
-        self._steps += 1
-        if not self._allowed:
-            if batch.end is not None:
-                batch.open(None)
-            return batch.forward(ids, 1)
+        if [id(row) for row in batch.rows] != [id(row) for row in self._rows]:
+            self._rows, self._own_steps, self._graph = list(batch.rows), 0, None
+        if self._steps == 1 or (self._steps and not self._own_steps):
+            # Not in the first step of all: it adds the question's codes to states that lack them.
+            self._open = _can_be_open(batch)
+        self._steps, self._own_steps = self._steps + 1, self._own_steps + 1
+        return self._step_open(ids) if self._open else self._step_closed(ids)
+
+    def _step_closed(self, ids: Tensor) -> Tensor:
+        if self.batch.end is not None:
+            self.batch.open(None)
+        return self.batch.forward(ids, 1)
+
+    def _step_open(self, ids: Tensor) -> Tensor:
+        batch, cache = self.batch, self.batch.prefilled.cache
         if batch.end is None:
-            batch.open(torch.tensor(batch.prefilled.cache.get_seq_length(), device=ids.device))
+            batch.open(torch.tensor(cache.get_seq_length(), device=ids.device))
         if self._graph is not None:
             logits, totals = self._graph.run(ids)
         else:
             logits, totals = batch.step_open(ids), batch.totals
-            if self._steps > STEPS_BEFORE and not StepGraphs.failed:
+            if self._own_steps == STEPS_BEFORE:
                 self._graph = _make_graph(batch, ids, logits)
-        for layer in batch.prefilled.cache.attention:
+                self._open = self._graph is not None
+        for layer in cache.attention:
             layer.tail_length += 1
-        for own in totals:
-            own.add_to(batch.rows)
+        batch.count(totals)
         return logits
 
 
@@ -68,16 +76,39 @@ class _StepGraph:
     """A graph of an open step: from ids, counts and keys that stay at their places, to logits and totals at theirs."""
 
     def __init__(self, batch: Lockstep, ids: Tensor) -> None:
-        self._ids, self._graph = ids.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        self._ids, self._graph, outside = ids.clone(), torch.cuda.CUDAGraph(), _Outside()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), outside:
             self._logits = batch.step_open(self._ids)
-        self._totals = batch.totals
+        self._totals, self._read = batch.totals, outside.tensors
 
     def run(self, ids: Tensor) -> tuple[Tensor, list[Totals]]:
         self._ids.copy_(ids)
         self._graph.replay()
         kept = (own._replace(densities=own.densities.clone(), kv_fractions=own.kv_fractions.clone()) for own in self._totals)
         return self._logits, list(kept)
+
+
+class _Outside(TorchDispatchMode):
+    """Collects the tensors that operations read and did not make. A graph knows where they lie and no more: they must stay alive,
+    constants too that a cache of the library would drop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            if getattr(tensor, "_made_by", None) is not self:
+                self.tensors[id(tensor)] = tensor
+        found = function(*args, **(kwargs or {}))
+        for tensor in _tensors(found):
+            if id(tensor) not in self.tensors:  # else it was changed in place
+                tensor._made_by = self  # type: ignore[attr-defined]
+        return found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _make_graph(batch: Lockstep, ids: Tensor, logits: Tensor) -> _StepGraph | None:
@@ -91,39 +122,38 @@ def _make_graph(batch: Lockstep, ids: Tensor, logits: Tensor) -> _StepGraph | No
         scale = float(logits.abs().max())
         if torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * scale):
             return graph
-        problem = f"logits differ by {float((again - logits).abs().max()):.3g} of {scale:.3g}"
+        problem = f"its logits differ by {float((again - logits).abs().max()):.3g} of {scale:.3g}"
+    except torch.OutOfMemoryError:
+        batch.end.copy_(end)
+        return None
     except RuntimeError as error:
         problem = str(error).partition("\n")[0]
     batch.end.copy_(end)
     StepGraphs.failed = True
-    logger.warning("decode steps stay as they are, a CUDA graph of one failed (%s)", problem)
+    logger.warning("a CUDA graph of a decode step failed, steps are done without one (%s)", problem)
     return None
 
 
-def _can_be_graphs(batch: Lockstep) -> bool:
+def _can_be_open(batch: Lockstep) -> bool:
     """Whether nothing in the batch's steps depends on a number of the host: several sparse rows, none recorded, of maskers with
-    `in_graphs` in all layers; layers that attend to all keys and are on one device; positions that the model is given."""
+    `in_graphs` in all layers; layers on one device; positions that the model is given."""
     lm, cache = batch.lm, batch.prefilled.cache
-    if os.environ.get("SPARSE_ATTENTION_HUB_CUDA_GRAPHS") == "0" or StepGraphs.failed or lm.device.type != "cuda":
+    if StepGraphs.failed or os.environ.get("SPARSE_ATTENTION_HUB_CUDA_GRAPHS") == "0" or lm.device.type != "cuda":
         return False
     sparse = [row.memory.attention for row in batch.rows if row.memory is not None]
-    fits = (
+    layers = [(cache.layers[layer_idx], call.rule) for layer_idx, call in batch.layers.items()]
+    return (
         len(sparse) > 1
         and not any(row.recorders for row in batch.rows)
         and all(masker.in_graphs for attention in sparse for masker in attention.maskers)
-        and not any(attention.config.dense_layers or not attention.maskers for attention in sparse)
         and not cache.recurrent
         and lm.keeps_logits
         and lm.takes_positions
         and not lm.length_dependent
-    )
-    layers = [(cache.layers[layer_idx], call.rule) for layer_idx, call in batch.layers.items()]
-    return fits and all(
-        layer.device == lm.device
-        and layer.forks > 1
-        and not rule.limited
-        and not rule.latent
-        and can_group(attention.config.backend, torch.empty(0, 0, 1, 0, device=lm.device), layer, rule)
-        for layer, rule in layers
-        for attention in sparse
+        and all(layer.device == lm.device for layer, _ in layers)
+        and all(
+            can_group(attention.config.backend, layer.tails()[0][:, :, :1], layer, rule)
+            for layer, rule in layers
+            for attention in sparse
+        )
     )

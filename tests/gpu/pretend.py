@@ -139,7 +139,7 @@ class PretendedGPU:
         }
 
     @contextmanager
-    def _record(self, graph: RecordedGraph) -> Iterator[None]:
+    def _record(self, graph: RecordedGraph, **_: Any) -> Iterator[None]:
         """torch.cuda.graph"""
         self.recording = graph
         try:
@@ -226,6 +226,8 @@ class _Claims(TorchFunctionMode):
             return self._attend(args, kwargs)
         if function == torch.bmm and "out_dtype" in kwargs:  # which torch has for CUDA tensors only
             args, kwargs = tuple(tensor.to(kwargs["out_dtype"]) for tensor in args), {}
+        if name == "histc" and not args[0].is_floating_point():  # which torch has for CUDA tensors only, too
+            return function(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
         if on_device and name not in ("__getitem__", "__setitem__", "copy_", "type_as"):
             self._refuse_both(name, given)
         if function in (torch.tensor, torch.as_tensor) and creates:

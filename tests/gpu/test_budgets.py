@@ -6,12 +6,14 @@ lowers them, after a new masker, or where a rise is worth its price.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ from sparse_attention_hub.maskers.drawing import DIM, HEADS
 from sparse_attention_hub.maskers.inputs import AttentionInputs
 from sparse_attention_hub.maskers.layout import Layout
 from sparse_attention_hub.maskers.shared_states import SharedStates
-from sparse_attention_hub.models import answer_many, prefill
+from sparse_attention_hub.models import answer_many, prefill, step_graphs
+from sparse_attention_hub.models.step_graphs import STEPS_BEFORE
 from sparse_attention_hub.models.switch import SparseMeans
 from sparse_attention_hub.models.trace import record_trace
 from sparse_attention_hub.replay import replay
@@ -62,14 +65,17 @@ def of_32_layers(measure: Callable[[int], Counts]) -> Counts:
     return {kind: one[kind] + 31 * (two[kind] - one[kind]) for kind in one}
 
 
-def of_step(layers: int, ways: int = 9) -> Counts:
-    """The second decode step of dense attention and eight families in lockstep, of a model with so many layers."""
-    attentions = [None, *families(layers)][:ways]
-    with PretendedGPU() as gpu:
+def of_step(layers: int, ways: int = 9, as_graphs: bool = True) -> Counts:
+    """A decode step of dense attention and eight families in lockstep, of a model with so many layers; for more rows the families
+    again. as_graphs: one of those that a graph does, else the open one that a graph is made of."""
+    attentions = [None, *itertools.chain(*(families(layers) for _ in range(0, ways, 8)))][:ways]
+    steps = (4, 4, 5) if as_graphs else (3, 3, 4)
+    before = STEPS_BEFORE if as_graphs else 99
+    with PretendedGPU() as gpu, mock.patch.object(step_graphs, "STEPS_BEFORE", before):
         lm = small_model(gpu, layers=layers)
         prefilled = prefill(lm, tokens(KEYS), 20)
         totals = []
-        for length in (2, 2, 3):  # the first fits the states
+        for length in steps:  # the first fits the states
             gpu.clear()
             answer_many(lm, prefilled, tokens(5, 2), attentions, length)
             totals.append(gpu.totals())
@@ -92,6 +98,8 @@ MEASURES: dict[str, Callable[[], Counts]] = {
     **{f"decode {name}": lambda name=name: of_call(name, 1) for name in NAMES},  # type: ignore[misc]
     "32 layers: step of a dense row": lambda: of_32_layers(lambda layers: of_step(layers, 1)),
     "32 layers: step of 9 rows": lambda: of_32_layers(of_step),
+    "32 layers: step of 41 rows": lambda: of_32_layers(lambda layers: of_step(layers, 41)),
+    "32 layers: a graph of 9 rows, inside": lambda: of_32_layers(lambda layers: of_step(layers, as_graphs=False)),
     "32 layers: replay of 8 configurations": lambda: of_32_layers(of_replay),
     **{f"question of 5 {name}": lambda name=name: of_call(name, 5) for name in NAMES},  # type: ignore[misc]
 }
