@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -14,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import sparse_attention_hub as hub
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
+#: Tokens of two answers that differ by four steps: a graph of a step is made in the second one of both.
+GRAPH_STEPS = (4, 8)
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ class Sections:
         prefilled, ways = self.prefilled(self.sizes.short), [None, *self.attentions(8)]
         self.answer(prefilled, ways, 2)  # compiles the kernels
         seen: list[Counter[str]] = []
-        for tokens in (2, 6):
+        for tokens in GRAPH_STEPS:
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
                 torch.cuda.set_sync_debug_mode("warn")
@@ -217,14 +221,14 @@ class Sections:
         yield from self.step_costs("step_of_9_rows", prefilled, ways)
 
     def step_costs(self, name: str, prefilled: Prefilled, ways: Sequence[Any]) -> Iterator[tuple[str, float]]:
-        """Operations and kernel launches of one step."""
+        """Operations and kernel launches of one step, which a graph does."""
         found = []
-        for tokens in (2, 4):
+        for tokens in GRAPH_STEPS:
             with counted() as counts:
                 self.answer(prefilled, ways, tokens)
             found.append(counts)
         for kind in ("operations", "launches"):
-            yield f"{name}_{kind}", (found[1][kind] - found[0][kind]) / 2
+            yield f"{name}_{kind}", (found[1][kind] - found[0][kind]) / 4
 
     def dense(self) -> Iterator[tuple[str, float]]:
         """One layer's dense decode, the first call of each of eight new lengths, under each of torch's choices."""
@@ -266,10 +270,11 @@ class Sections:
                 yield "prefill_middle_tflop_per_s", 2 * numbers * length / seconds / 1e12
 
     def lockstep(self) -> Iterator[tuple[str, float]]:
-        """Nine rows, and 41 rows over the long context: milliseconds per step, peak memory against the estimate."""
+        """Nine rows, and 41 over the long context: milliseconds per step, as a CUDA graph and without; memory against the estimate."""
         import torch
 
         from sparse_attention_hub.models.memory import estimate_bytes
+        from sparse_attention_hub.models.step_graphs import SWITCH, StepGraphs
 
         weights = sum(weight.nbytes for weight in self.lm.model.parameters())
         for count, length in ((9, self.sizes.keys), (41, self.sizes.long)):
@@ -277,14 +282,18 @@ class Sections:
             torch.cuda.reset_peak_memory_stats()
             prefilled = self.prefilled(length)
             self.answer(prefilled, ways, 2)  # compiles the kernels
-            few, more = (self.answer(prefilled, ways, tokens) for tokens in (2, 6))
+            few, more = (self.answer(prefilled, ways, tokens) for tokens in GRAPH_STEPS)
             yield f"lockstep_{count}_rows_step_ms", 1e3 * (more - few) / 4
+            with patch.dict(os.environ, {SWITCH: "0"}):
+                few, more = (self.answer(prefilled, ways, tokens) for tokens in GRAPH_STEPS)
+            yield f"lockstep_{count}_rows_step_without_graph_ms", 1e3 * (more - few) / 4
             peak = torch.cuda.max_memory_allocated()
             yield f"lockstep_{count}_rows_peak_gib", peak / GIB
             yield f"lockstep_{count}_rows_peak_over_estimate", (peak - weights) / estimate_bytes(self.lm, length, 32, ways)
             if count == 41:
                 yield from self.step_costs("step_of_41_rows", prefilled, ways)
             del prefilled
+        yield "graphs_failed", float(StepGraphs.failed)
 
     def replay(self) -> Iterator[tuple[str, float]]:
         """A recorded run, replayed under eight configurations."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..kernels.select import count_up
 from ..lists import KeyLists
 from ..mask import Mask
+from .call_cache import once
 from .layout import NEVER, Layout, on_device
 
 
@@ -26,6 +27,7 @@ class OpenLayout(Layout):
         super().__init__(shape, kv_heads, device)
         self.length: Tensor = length
         self.allowed = (count_up(shape[3], device) < length).view(1, 1, 1, -1)
+        self.closed = ~self.allowed
         self.totals = length.view(1, 1, 1)
         self.row_lengths = length.view(1, 1)
         self.row_positions = self.row_lengths - 1
@@ -55,19 +57,22 @@ class OpenLayout(Layout):
         return Mask(self.shape, self.kv_heads, lists=KeyLists(indices, counts.int()), is_filled=is_filled)
 
     def biased(self, scores: Tensor) -> Tensor:
-        return scores.masked_fill_(~self.allowed, NEVER)
+        return scores.masked_fill_(self.closed, NEVER)
 
     def share_of_allowed(self, counts: Tensor) -> float | Tensor:
         return counts.sum(dtype=torch.float64) / (counts.numel() * self.length)
 
     def resolve(self, size: int | float, factors: Tensor | None = None) -> Tensor:
         """See Layout.resolve; on the device."""
-        if isinstance(size, int):
-            return self.totals.clamp(max=size)
-        shares: Tensor | float = size
-        if factors is not None:
-            shares = on_device(tuple((size * factors).tolist()), self.device).view(1, -1, 1)
-        return torch.minimum((self.totals.double() * shares).long().clamp(min=1), self.totals)
+        shares = None if factors is None or isinstance(size, int) else tuple((size * factors).tolist())
+
+        def make() -> Tensor:
+            if isinstance(size, int):
+                return self.totals.clamp(max=size)
+            share = size if shares is None else on_device(shares, self.device).view(1, -1, 1)
+            return torch.minimum((self.totals.double() * share).long().clamp(min=1), self.totals)
+
+        return once(self._sizes, (type(size), size, shares), make)
 
     def most(self, size: int | float, factors: Tensor | None = None) -> int:
         share = size if factors is None or isinstance(size, int) else float((size * factors).max())

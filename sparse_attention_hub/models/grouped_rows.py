@@ -77,7 +77,9 @@ class GroupedRows:
             certain = queries.new_ones((1, 1, 1, 1), dtype=torch.float32)
             each = [certain.expand_as(own.indices) if own.probability is None else own.probability for own in lists]
             probability = torch.cat([_by_group(own, group) for own in each], -1)
-        table, firsts = once(self._tables, (rows, widths, keys, indices.device), lambda: _table(rows, widths, keys, indices.device))
+        table, firsts = once(
+            self._tables, (rows, widths, keys, indices.device), lambda: _table(rows, widths, keys, indices.device)
+        )
         found = attend_forks(
             queries,
             layer.shared(),

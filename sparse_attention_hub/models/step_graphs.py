@@ -16,6 +16,8 @@ from .lockstep import Lockstep, Row
 
 logger = logging.getLogger(__name__)
 
+#: The environment variable that switches them off, if it is 0.
+SWITCH = "SPARSE_ATTENTION_HUB_CUDA_GRAPHS"
 #: Steps that the same rows take before a graph is made of one: making it takes as long as two.
 STEPS_BEFORE = 2
 
@@ -24,7 +26,7 @@ class StepGraphs:
     """The steps of a batch that decodes. While its rows stay the same, a graph of one step serves all: the step is open, it runs as
     it is for any number of tokens (maskers/open_layout.py). A graph is used only if it gave again what its step gave.
 
-    Steps stay as they are on a CPU, with the environment variable SPARSE_ATTENTION_HUB_CUDA_GRAPHS=0, and for batches that
+    Steps stay as they are on a CPU, with SPARSE_ATTENTION_HUB_CUDA_GRAPHS=0 in the environment, and for batches that
     `_can_be_open` refuses.
     """
 
@@ -93,7 +95,7 @@ class _Outside(TorchDispatchMode):
     constants too that a cache of the library would drop."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tensors: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,7 +140,7 @@ def _can_be_open(batch: Lockstep) -> bool:
     """Whether nothing in the batch's steps depends on a number of the host: several sparse rows, none recorded, of maskers with
     `in_graphs` in all layers; layers on one device; positions that the model is given."""
     lm, cache = batch.lm, batch.prefilled.cache
-    if StepGraphs.failed or os.environ.get("SPARSE_ATTENTION_HUB_CUDA_GRAPHS") == "0" or lm.device.type != "cuda":
+    if StepGraphs.failed or os.environ.get(SWITCH) == "0" or lm.device.type != "cuda":
         return False
     sparse = [row.memory.attention for row in batch.rows if row.memory is not None]
     layers = [(cache.layers[layer_idx], call.rule) for layer_idx, call in batch.layers.items()]

@@ -32,8 +32,8 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from recorded_graph import RecordedGraph
+from safetensors import safe_open
 from stand_ins import merge, uniforms, walk_forks, walk_groups, walk_rows
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias

@@ -22,7 +22,9 @@ class RecordedGraph:
         self.gpu = gpu
         self._calls: list[Callable[[], Any]] = []
         self._made: dict[int, Tensor] = {}  # memory of the graph's own, kept alive
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # (tensor of all of a memory, its contents) of others, before they change
+        self._before: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # (tensor of all of a memory, its contents) of others, before they change
 
     def before(self, function: Any, args: Any, kwargs: Any) -> None:
         """Remember what an operation is about to change."""
