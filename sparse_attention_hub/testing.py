@@ -26,8 +26,10 @@ from .maskers.base import MaskerConfig, create_masker
 from .maskers.context_summary import ContextSummary
 from .maskers.inputs import AttentionInputs
 from .maskers.layout import end_of_allowed
+from .maskers.open_layout import OpenLayout
 from .maskers.state import AttentionState
 
+_SLOW = [HealthCheck.differing_executors, HealthCheck.too_slow]
 _SIZES = ("heavy_size", "sink_size", "window_size", "sampling_rate")
 
 
@@ -172,8 +174,7 @@ class MaskerContract:
             Mask.from_dense(by_group, self.heads, inputs.kv_heads),
             Mask.from_indices(Mask.from_dense(by_group).lists().indices, inputs.shape, kv_heads=inputs.kv_heads),
         ):
-            before = mask.inclusion_probability().clone()
-            masker = create_masker(self.make_config())
+            before, masker = mask.inclusion_probability().clone(), create_masker(self.make_config())
             after = masker.select(inputs, mask)
             assert torch.equal(mask.inclusion_probability(), before)
             if masker.narrows:
@@ -296,12 +297,7 @@ class MaskerContract:
         refitted = attention(queries[:, :, :1], keys[:, :, :half], values[:, :, :half], state=stepwise)
         assert refitted.output.isfinite().all()
 
-    @settings(
-        max_examples=10,
-        deadline=None,
-        derandomize=True,  # the same sizes in every run
-        suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
-    )
+    @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=_SLOW)  # the same sizes in every run
     @given(
         n=st.integers(1, 5000),
         rows=st.sampled_from([1, 7, 64]),
@@ -310,9 +306,7 @@ class MaskerContract:
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     )
     @example(n=1, rows=1, kv_heads=2, padding=None, dtype=torch.float32)
-    @example(n=2, rows=2, kv_heads=2, padding=None, dtype=torch.float32)
     @example(n=3, rows=1, kv_heads=2, padding=None, dtype=torch.float32)
-    @example(n=7, rows=7, kv_heads=2, padding=None, dtype=torch.float32)
     @example(n=64, rows=64, kv_heads=2, padding=None, dtype=torch.float32)
     @example(n=5000, rows=1, kv_heads=2, padding=None, dtype=torch.float32)
     def test_any_size(self, n: int, rows: int, kv_heads: int, padding: float | None, dtype: torch.dtype) -> None:
@@ -328,7 +322,7 @@ class MaskerContract:
         assert bool(((attended >= allowed.clamp(max=1)) & (attended <= allowed)).all())
 
     def test_a_cache_of_fixed_size(self) -> None:
-        """A cache that passes all its slots, filled or not, gets the same masks as a growing one."""
+        """A cache that passes all its slots, filled or not, gets the same masks as a growing one; `in_graphs`: also in an open step."""
         context, steps = self.context, 3
         queries, keys, values = self.tensors(context + steps, steps)
         slots = torch.full((2, *keys.shape[:2], context + steps + 9, self.head_dim), 7.0)  # 7: not filled yet
@@ -337,6 +331,7 @@ class MaskerContract:
         seen = torch.arange(slots.shape[3]) < context
         fixed = self.prepared(attention, slots[0], seen.expand(2, -1))
         growing = self.prepared(attention, keys[:, :, :context])
+        known = self.prepared(attention, keys[:1, :, :context]).fork(context)
         for step in range(steps):
             end = context + step + 1
             slots[0, :, :, :end], slots[1, :, :, :end] = keys[:, :, :end], values[:, :, :end]
@@ -345,6 +340,11 @@ class MaskerContract:
             other = attention(row, keys[:, :, :end], values[:, :, :end], state=growing)
             p = one.mask.inclusion_probability()[..., :end]
             torch.testing.assert_close(p, other.mask.inclusion_probability(), msg=f"step {step}")
+            if attention.maskers[0].in_graphs:
+                inputs = AttentionInputs(row[:1], *slots[:, :1])
+                inputs.layout = OpenLayout(inputs.shape, 2, row.device, torch.tensor(end))
+                own = attention.choose_keys(inputs, known)[0].inclusion_probability()[..., :end]
+                torch.testing.assert_close(own, p[:1], msg=f"step {step}, open")
 
     def test_gradients_flow_through_the_output(self) -> None:
         for rows in (1, 5):
