@@ -94,16 +94,21 @@ class MetricRecorder:
     ) -> None:
         """Record one call. queries: (1, H, Q, D), the last Q positions of keys and values
         (1, Hkv, N, D). result: None for dense attention, which is not recorded. scores: softcap and sinks of the layer."""
-        if result is None or self.mode == "off":
-            return
-        length, total = queries.shape[2], keys.shape[2]
-        start = (-(total - length) - layer_idx) % self.every  # rows whose (position + layer) is a multiple of `every`
-        rows = list(range(start, length, self.every))
-        if not rows:
+        rows = self.due(layer_idx, keys.shape[2], queries.shape[2])
+        if result is None or not rows:
             return
         error = _error_of_rows(result.unrounded, queries, keys, values, rows, scaling=scaling, **scores)
-        figures = (result.density_share, error, result.kv_share)
-        self._pending.append(_Call(layer_idx, step, length, len(rows), figures, round(time.time(), 3)))
+        self.add(layer_idx, step, queries.shape[2], len(rows), (result.density_share, error, result.kv_share))
+
+    def due(self, layer_idx: int, total: int, length: int) -> list[int]:
+        """Which of a call's rows are measured: those whose (position + layer) is a multiple of `every`. They are the last `length` of
+        `total` tokens."""
+        start = (-(total - length) - layer_idx) % self.every
+        return [] if self.mode == "off" else list(range(start, length, self.every))
+
+    def add(self, layer_idx: int, step: int, length: int, measured: int, figures: tuple[float | Tensor, ...]) -> None:
+        """Record a call of `length` rows. figures: density, error over the measured rows, kv_fraction."""
+        self._pending.append(_Call(layer_idx, step, length, measured, figures, round(time.time(), 3)))
         if len(self._pending) >= MAX_PENDING:
             self._settle()
 

@@ -10,6 +10,8 @@ instead of keys (Mamba, linear attention, short convolutions) copy it for each f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -105,6 +107,15 @@ class SharedPrefixLayer(DynamicLayer):
             for tail in self._tails:
                 tail[:, :, self.tail_length :] = 0  # free slots are read, if only to be masked: there may be NaN
         self.end = end
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Inside, views hold what was stored alone."""
+        end, self.end = self.end, None
+        try:
+            yield
+        finally:
+            self.end = end
 
     @property
     def _own_length(self) -> int:

@@ -104,6 +104,10 @@ class GroupedRows:
         self._counts.clear()
         self._selectors.clear()
 
+    def last_counts(self, rows: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Of the layer that these rows were last called in: chosen keys (Hkv, G, rows), and distinct ones (Hkv, rows)."""
+        return self._counts[rows][-1]
+
     def add_selectors(self, row: int, share: float | Tensor) -> None:
         self._selectors[row] = plus(self._selectors.get(row, 0.0), share, 1)
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,15 +15,15 @@ from torch import Tensor
 from ..attention import AttentionResult, ResearchAttention, selector_share
 from ..errors import UserError
 from ..mask import Mask
-from ..maskers.call_cache import CallCache, once
+from ..maskers.call_cache import CallCache
 from ..maskers.inputs import AttentionInputs
 from ..maskers.layout import Layout
-from ..maskers.open_layout import OpenLayout
 from ..maskers.state import AttentionState
 from .dense import dense_rows
 from .grouped_rows import GroupedRows, Totals, can_group
 from .load import LanguageModel
 from .observer import Observer
+from .open_steps import OpenSteps
 from .rope import factors_of
 from .rules import Rule, layer_rule, refuse_mask
 from .step_scores import StepScores
@@ -102,9 +101,9 @@ class Lockstep:
         self._called: set[int] = set()  # layers that called attention in the current forward pass
         self._filling = False  # the current pass ends before the last layer's attention
         self._layouts: dict[Hashable, Layout] = {}  # shared by all rows and layers of one forward pass
-        self._grouped = GroupedRows()
+        self.grouped = GroupedRows()
         self.totals: list[Totals] = []  # of the last forward pass
-        self.end: Tensor | None = None  # where steps are open: tokens before the current one, see SharedPrefixLayer.open
+        self.open_steps: OpenSteps | None = None  # those that follow are open
 
     def elapsed(self) -> float:
         """Seconds since the batch was made."""
@@ -124,17 +123,18 @@ class Lockstep:
         """Put the keys and values of ids (rows, Q) into the cache; skip the rest of the last layer."""
         self._run(self.lm.model.base_model, ids, filling=not self.prefilled.cache.recurrent)
 
-    def open(self, end: Tensor | None) -> None:
-        """From here on, steps of one token run as they are for any number of tokens before it; None ends that."""
-        self.end = end
+    def open(self, steps: OpenSteps | None) -> None:
+        """From here on, steps are open; None ends that."""
+        self.open_steps = steps
         for layer in self.prefilled.cache.attention:
-            layer.open(end)
+            layer.open(None if steps is None else steps.end)
 
     def step_open(self, ids: Tensor) -> Tensor:
         """Logits (rows, 1, V) of ids (rows, 1), in an open step; `totals` are not added to the rows."""
-        assert self.end is not None
+        assert self.open_steps is not None
+        self.open_steps.layers = []
         logits: Tensor = self._pass(self.lm.model, ids, logits_to_keep=1).logits
-        self.end += 1
+        self.open_steps.end += 1
         return logits
 
     def _run(self, module: Any, ids: Tensor, **options: Any) -> Any:
@@ -152,20 +152,21 @@ class Lockstep:
     def _pass(self, module: Any, ids: Tensor, filling: bool = False, **options: Any) -> Any:
         """The module's output, None if filling. UserError if a layer did not use this attention."""
         cache, expected = self.prefilled.cache, len(self.prefilled.cache.attention)
+        end = None if self.open_steps is None else self.open_steps.end
         self._layouts.clear()
-        self._grouped.begin()
+        self.grouped.begin()
         self._called, self._filling, output = set(), filling, None
         if self.lm.takes_positions:  # a few models count from 0 in every pass
             held = cache.get_seq_length()
-            positions = torch.arange(held, held + ids.shape[1], device=ids.device) if self.end is None else self.end.view(1)
-            options["position_ids"] = positions[None]
+            counted = torch.arange(held, held + ids.shape[1], device=ids.device) if end is None else end.view(1)
+            options["position_ids"] = counted[None]
         cache.defer(True)
         try:
             with _ATTENTION.used_by(self, self.lm.attention_configs), self.factors(), suppress(_Filled):
                 output = module(input_ids=ids, past_key_values=cache, use_cache=True, **options)
         finally:
             cache.defer(False)
-        self.totals = self._grouped.totals(cache.get_seq_length() if self.end is None else self.end + 1)
+        self.totals = self.grouped.totals(cache.get_seq_length() if end is None else end + 1)
         if len(self._called) != expected:
             raise UserError(
                 f"this model has {expected} attention layers but {len(self._called)} of them used the attention "
@@ -207,8 +208,8 @@ class Lockstep:
             self.observer.see(AttentionInputs(queries, keys, values, **about))
         if self._filling and len(self._called) == len(self.prefilled.cache.attention):
             raise _Filled
-        if self.end is not None:
-            return self._attend_open(layer_idx, queries, scaling, rule)
+        if self.open_steps is not None:
+            return self.open_steps.attend(layer_idx, queries, scaling, rule, self._layouts)
         each = [queries] if len(self.rows) == 1 else queries.split(1)
         outputs: list[list[Tensor]] = [[] for _ in self.rows]
         for index, row in enumerate(self.rows):
@@ -262,19 +263,23 @@ class Lockstep:
     def _attend_grouped(self, rows: tuple[int, ...], layer_idx: int, queries: Tensor, scaling: float, rule: Rule) -> Tensor:
         """Output (R, 1, H, DV) of R sparse rows of the batch. queries (forks, H, 1, D)."""
         layer, draws = self.prefilled.cache.layers[layer_idx], dict[Hashable, object]()
-        choices = [self._choose(index, layer_idx, queries, scaling, rule, draws) for index in rows]
-        outputs, sums = self._grouped.attend(rows, [choice[1] for choice in choices], queries, layer, scaling, rule)
+        choices = []
+        for index in rows:
+            choices.append(self.choose(index, layer_idx, queries, scaling, rule, draws))
+            if not self.rows[index].recorders:
+                choices[-1][0].cache.call.clear()  # scores of many rows are large
+        outputs, sums = self.grouped.attend(rows, [choice[1] for choice in choices], queries, layer, scaling, rule)
         for place, index in enumerate(rows):
             inputs, mask, empty_rows, selectors = choices[place]
             output, lse = (part[place : place + 1] for part in (outputs, sums))
-            self._grouped.add_selectors(index, selector_share(inputs, selectors))
+            self.grouped.add_selectors(index, selector_share(inputs, selectors))
             if self.rows[index].recorders:
                 result = AttentionResult(output, lse, mask, empty_rows, inputs, selectors)
                 keys, values = layer.view(index)
                 self._record(self.rows[index], result, layer_idx, inputs.queries, keys, values, scaling, rule)
         return outputs.to(queries.dtype)
 
-    def _choose(
+    def choose(
         self, index: int, layer_idx: int, queries: Tensor, scaling: float, rule: Rule, draws: dict[Hashable, object]
     ) -> tuple[AttentionInputs, Mask, int | Tensor, list[Any]]:
         """The call of a sparse row of the batch, and the keys that it chooses. draws: shared by all rows of a layer."""
@@ -282,28 +287,7 @@ class Lockstep:
         assert row.memory is not None
         cache = CallCache(draws=draws, layouts=self._layouts)
         inputs = self._inputs(row.memory, layer_idx, queries[index : index + 1], keys, values, scaling, rule, 0, cache)
-        choice = row.memory.attention.choose_keys(inputs, row.memory.state)
-        if not row.recorders:
-            inputs.cache.call.clear()  # scores of many rows are large
-        return inputs, *choice
-
-    def _attend_open(self, layer_idx: int, queries: Tensor, scaling: float, rule: Rule) -> Tensor:
-        """Output (rows, 1, H, DV) of an open step: all rows attend to lists, dense ones to one of all keys."""
-        layer, draws, masks = self.prefilled.cache.layers[layer_idx], dict[Hashable, object](), []
-        layout = self._open_layout(queries, layer.view(0)[0])
-        for index, row in enumerate(self.rows):
-            if rule.limited:
-                width = min(layout.shape[3], rule.window or rule.chunk or 0)
-                reach = partial(layout.keys_from, rule.first_key(layout.row_positions.view(1)).clamp(min=0), width)
-                mask = once(layout.chosen, (rule.window, rule.chunk), reach)
-            elif row.memory is None:
-                mask = once(layout.chosen, "all", layout.everything)
-            else:
-                inputs, mask, _, selectors = self._choose(index, layer_idx, queries, scaling, rule, draws)
-                self._grouped.add_selectors(index, selector_share(inputs, selectors))
-            masks.append(mask)
-        rows, counted = tuple(range(len(masks))), not rule.limited
-        return self._grouped.attend(rows, masks, queries, layer, scaling, rule, counted)[0].to(queries.dtype)
+        return inputs, *row.memory.attention.choose_keys(inputs, row.memory.state)
 
     def _inputs(
         self,
@@ -319,19 +303,10 @@ class Lockstep:
     ) -> AttentionInputs:
         """The call of a sparse row's queries, which `after` others follow; its maskers are fitted."""
         self._prepare(memory, layer_idx, keys[:, :, : self.prefilled.context_length])
-        if self.end is not None:
-            self._open_layout(queries, keys)
+        if self.open_steps is not None:
+            self.open_steps.layout(queries, keys, self._layouts)
         place = None, scaling, layer_idx, [self.seed], cache
         return AttentionInputs(queries, keys, values, *place, **rule.scores, latent=rule.latent, rows_after=after)
-
-    def _open_layout(self, queries: Tensor, keys: Tensor) -> OpenLayout:
-        """That of an open step's calls, where AttentionInputs look for it."""
-        assert self.end is not None
-        place = (1, queries.shape[1], 1, keys.shape[2]), keys.shape[1], queries.device
-        end = self.end
-        layout = once(self._layouts, (*place, 0), lambda: OpenLayout(*place, end + 1))
-        assert isinstance(layout, OpenLayout)
-        return layout
 
     def _record(
         self,

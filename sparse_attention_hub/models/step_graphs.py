@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..micro_metrics import MetricRecorder
 from .grouped_rows import Totals, can_group
 from .lockstep import Lockstep, Row
+from .open_steps import OpenLayerStep, OpenSteps
 
 logger = logging.getLogger(__name__)
 
@@ -53,24 +55,26 @@ class StepGraphs:
         return self._step_open(ids) if self._open else self._step_closed(ids)
 
     def _step_closed(self, ids: Tensor) -> Tensor:
-        if self.batch.end is not None:
+        if self.batch.open_steps is not None:
             self.batch.open(None)
         return self.batch.forward(ids, 1)
 
     def _step_open(self, ids: Tensor) -> Tensor:
         batch, cache = self.batch, self.batch.prefilled.cache
-        if batch.end is None:
-            batch.open(torch.tensor(cache.get_seq_length(), device=ids.device))
+        if batch.open_steps is None:
+            batch.open(OpenSteps(batch, torch.tensor(cache.get_seq_length(), device=ids.device)))
+        assert batch.open_steps is not None
         if self._graph is not None:
-            logits, totals = self._graph.run(ids)
+            logits, totals, layers = self._graph.run(ids)
         else:
-            logits, totals = batch.step_open(ids), batch.totals
+            logits, totals, layers = batch.step_open(ids), batch.totals, batch.open_steps.layers
             if self._own_steps == STEPS_BEFORE:
                 self._graph = _make_graph(batch, ids, logits)
                 self._open = self._graph is not None
         for layer in cache.attention:
             layer.tail_length += 1
         batch.count(totals)
+        batch.open_steps.record(layers)
         return logits
 
 
@@ -81,13 +85,14 @@ class _StepGraph:
         self._ids, self._graph, outside = ids.clone(), torch.cuda.CUDAGraph(), _Outside()
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), outside:
             self._logits = batch.step_open(self._ids)
-        self._totals, self._read = batch.totals, outside.tensors
+        assert batch.open_steps is not None
+        self._totals, self._layers, self._read = batch.totals, batch.open_steps.layers, outside.tensors
 
-    def run(self, ids: Tensor) -> tuple[Tensor, list[Totals]]:
+    def run(self, ids: Tensor) -> tuple[Tensor, list[Totals], list[OpenLayerStep]]:
         self._ids.copy_(ids)
         self._graph.replay()
         kept = (own._replace(densities=own.densities.clone(), kv_fractions=own.kv_fractions.clone()) for own in self._totals)
-        return self._logits, list(kept)
+        return self._logits, list(kept), self._layers
 
 
 class _Outside(TorchDispatchMode):
@@ -115,30 +120,30 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _make_graph(batch: Lockstep, ids: Tensor, logits: Tensor) -> _StepGraph | None:
     """A graph of the step that just gave these logits for these ids; None if there is none that gives them again."""
-    assert batch.end is not None
-    end = batch.end.clone()
+    assert batch.open_steps is not None
+    end = batch.open_steps.end.clone()
     try:
         graph = _StepGraph(batch, ids)
-        batch.end -= 1
-        again, _ = graph.run(ids)
+        batch.open_steps.end -= 1
+        again = graph.run(ids)[0]
         scale = float(logits.abs().max())
         if torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * scale):
             return graph
         problem = f"its logits differ by {float((again - logits).abs().max()):.3g} of {scale:.3g}"
     except torch.OutOfMemoryError:
-        batch.end.copy_(end)
+        batch.open_steps.end.copy_(end)
         return None
     except RuntimeError as error:
         problem = str(error).partition("\n")[0]
-    batch.end.copy_(end)
+    batch.open_steps.end.copy_(end)
     StepGraphs.failed = True
     logger.warning("a CUDA graph of a decode step failed, steps are done without one (%s)", problem)
     return None
 
 
 def _can_be_open(batch: Lockstep) -> bool:
-    """Whether nothing in the batch's steps depends on a number of the host: several sparse rows, none recorded, of maskers with
-    `in_graphs` in all layers; layers on one device; positions that the model is given."""
+    """Whether nothing in the batch's steps depends on a number of the host: several sparse rows, of maskers with `in_graphs`,
+    recorded by MetricRecorders alone; layers on one device; positions that the model is given."""
     lm, cache = batch.lm, batch.prefilled.cache
     if StepGraphs.failed or os.environ.get(SWITCH) == "0" or lm.device.type != "cuda":
         return False
@@ -146,7 +151,7 @@ def _can_be_open(batch: Lockstep) -> bool:
     layers = [(cache.layers[layer_idx], call.rule) for layer_idx, call in batch.layers.items()]
     return (
         len(sparse) > 1
-        and not any(row.recorders for row in batch.rows)
+        and all(isinstance(recorder, MetricRecorder) for row in batch.rows for recorder in row.recorders)
         and all(masker.in_graphs for attention in sparse for masker in attention.maskers)
         and not cache.recurrent
         and lm.keeps_logits

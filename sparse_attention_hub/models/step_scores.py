@@ -28,7 +28,7 @@ class StepScores:
     def made_of(self, row: int) -> dict[str, Callable[[], Tensor]]:
         """What AttentionInputs of a row takes in place of its own sums, see CallCache.makers."""
         own = slice(row, row + 1)
-        return {"scores": lambda: self._scores[own], "dense_output": lambda: self._dense[own]}
+        return {"scores": lambda: self._scores[own], "dense_output": lambda: self.dense[own]}
 
     @cached_property
     def _parts(self) -> tuple[Tensor, Tensor]:
@@ -44,8 +44,8 @@ class StepScores:
         return torch.cat([shared.transpose(0, 2), own], -1)
 
     @cached_property
-    def _dense(self) -> Tensor:
-        """(rows, 1, H, DV): the parts' outputs, joined by their log-sum-exps."""
+    def dense(self) -> Tensor:
+        """Dense output of all rows (rows, 1, H, DV): the parts' outputs, joined by their log-sum-exps."""
         shared, own = self._parts
         far, far_sum = weigh(shared, None, self.layer.shared()[1])
         near, near_sum = weigh(own, None, self.layer.tails()[1], self.rule.sinks)

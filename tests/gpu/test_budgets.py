@@ -30,6 +30,7 @@ from sparse_attention_hub.maskers.drawing import DIM, HEADS
 from sparse_attention_hub.maskers.inputs import AttentionInputs
 from sparse_attention_hub.maskers.layout import Layout
 from sparse_attention_hub.maskers.shared_states import SharedStates
+from sparse_attention_hub.micro_metrics import MetricRecorder
 from sparse_attention_hub.models import answer_many, prefill, step_graphs
 from sparse_attention_hub.models.step_graphs import STEPS_BEFORE
 from sparse_attention_hub.models.switch import SparseMeans
@@ -65,9 +66,9 @@ def of_32_layers(measure: Callable[[int], Counts]) -> Counts:
     return {kind: one[kind] + 31 * (two[kind] - one[kind]) for kind in one}
 
 
-def of_step(layers: int, ways: int = 9, as_graphs: bool = True) -> Counts:
+def of_step(layers: int, ways: int = 9, as_graphs: bool = True, measured: bool = False) -> Counts:
     """A decode step of dense attention and eight families in lockstep, of a model with so many layers; for more rows the families
-    again. as_graphs: one of those that a graph does, else the open one that a graph is made of."""
+    again. as_graphs: one of those that a graph does, else the open one that a graph is made of. measured: each call's error, too."""
     attentions = [None, *itertools.chain(*(families(layers) for _ in range(0, ways, 8)))][:ways]
     steps = (4, 4, 5) if as_graphs else (3, 3, 4)
     before = STEPS_BEFORE if as_graphs else 99
@@ -77,7 +78,8 @@ def of_step(layers: int, ways: int = 9, as_graphs: bool = True) -> Counts:
         totals = []
         for length in steps:  # the first fits the states
             gpu.clear()
-            answer_many(lm, prefilled, tokens(5, 2), attentions, length)
+            recorders = [MetricRecorder("full") if measured else None for _ in attentions]
+            answer_many(lm, prefilled, tokens(5, 2), attentions, length, recorders=recorders)
             totals.append(gpu.totals())
     return {kind: totals[2][kind] - totals[1][kind] for kind in totals[0]}
 
@@ -99,6 +101,7 @@ MEASURES: dict[str, Callable[[], Counts]] = {
     "32 layers: step of a dense row": lambda: of_32_layers(lambda layers: of_step(layers, 1)),
     "32 layers: step of 9 rows": lambda: of_32_layers(of_step),
     "32 layers: step of 41 rows": lambda: of_32_layers(lambda layers: of_step(layers, 41)),
+    "32 layers: step of 41 rows, all errors measured": lambda: of_32_layers(lambda layers: of_step(layers, 41, measured=True)),
     "32 layers: a graph of 9 rows, inside": lambda: of_32_layers(lambda layers: of_step(layers, as_graphs=False)),
     "32 layers: replay of 8 configurations": lambda: of_32_layers(of_replay),
     **{f"question of 5 {name}": lambda name=name: of_call(name, 5) for name in NAMES},  # type: ignore[misc]

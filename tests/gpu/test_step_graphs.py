@@ -19,6 +19,7 @@ from tiny_models import Letters, tokens
 import sparse_attention_hub as hub
 from sparse_attention_hub.maskers.oracle_top_k import OracleTopK
 from sparse_attention_hub.maskers.oracle_top_p import OracleTopP
+from sparse_attention_hub.micro_metrics import MetricRecorder
 from sparse_attention_hub.models import LanguageModel, answer_many, prefill
 from sparse_attention_hub.models.observer import observed_by
 from sparse_attention_hub.models.step_graphs import StepGraphs
@@ -137,6 +138,27 @@ PLAIN: list[list[hub.MaskerConfig]] = [
     [hub.SinkMaskerConfig(4), hub.LocalMaskerConfig(16), hub.OracleTopKConfig(0.1)],
     [hub.SinkMaskerConfig(4), hub.LocalMaskerConfig(16), hub.QuestTopKMaskerConfig(0.2, 8)],
 ]
+
+
+@pytest.mark.parametrize("mode", ["sample", "full"])
+def test_figures_of_calls(mode: str) -> None:
+    """What Phase 2 records of the layers is measured behind the graph, by the tensors that it leaves."""
+
+    def run(gpu: PretendedGPU | None) -> list[list[list[Any]]]:
+        ways = [None, *families(2), example("twilight"), example("quest", dense_layers=[1])]
+        recorders = [None if way is None else MetricRecorder(mode) for way in ways]  # type: ignore[arg-type]
+        answers(gpu, ways, recorders=recorders)
+        return [recorder.calls() for recorder in recorders if recorder is not None]
+
+    expected = run(None)
+    with PretendedGPU() as gpu:
+        found = run(gpu)
+    assert gpu.operations["graph"] == 38
+    for calls, others in zip(found, expected, strict=True):
+        assert len(calls) == len(others) > (70 if mode == "full" else 8)
+        for one, other in zip(calls, others, strict=True):
+            assert one[:2] == other[:2]
+            assert one[2:5] == pytest.approx(other[2:5], rel=1e-3, abs=1e-5)
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
