@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,7 +64,19 @@ class _Call(NamedTuple):
     seconds: float
 
 
-class MetricRecorder:
+class Meter(ABC):
+    """A recorder of figures alone: it can be given those of a decode step when the step is done."""
+
+    @abstractmethod
+    def due(self, layer_idx: int, total: int, length: int) -> list[int]:
+        """The rows of a layer's call that are measured, of the last `length` of `total` tokens."""
+
+    @abstractmethod
+    def add(self, layer_idx: int, step: int, length: int, measured: int, figures: tuple[float | Tensor, ...]) -> None:
+        """Record a call of `length` rows. figures: density, error over the measured rows, kv_fraction; maybe on a device."""
+
+
+class MetricRecorder(Meter):
     """Records the sparse calls of one answer: pass a new one to each `answer` or `forced` (`recorder=`).
 
     mode: "off", "sample" or "full"; UserError for another. MAX_CALLS says how many calls are kept as records.
@@ -101,13 +114,11 @@ class MetricRecorder:
         self.add(layer_idx, step, queries.shape[2], len(rows), (result.density_share, error, result.kv_share))
 
     def due(self, layer_idx: int, total: int, length: int) -> list[int]:
-        """Which of a call's rows are measured: those whose (position + layer) is a multiple of `every`. They are the last `length` of
-        `total` tokens."""
+        """Those whose (position + layer) is a multiple of `every`."""
         start = (-(total - length) - layer_idx) % self.every
         return [] if self.mode == "off" else list(range(start, length, self.every))
 
     def add(self, layer_idx: int, step: int, length: int, measured: int, figures: tuple[float | Tensor, ...]) -> None:
-        """Record a call of `length` rows. figures: density, error over the measured rows, kv_fraction."""
         self._pending.append(_Call(layer_idx, step, length, measured, figures, round(time.time(), 3)))
         if len(self._pending) >= MAX_PENDING:
             self._settle()

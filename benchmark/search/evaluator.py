@@ -23,6 +23,7 @@ from sparse_attention_hub.errors import NonFiniteError, UserError
 from sparse_attention_hub.head_budgets import FittedBudgets, fit_spending, replay_curves
 from sparse_attention_hub.kernels import choose_backend
 from sparse_attention_hub.maskers.shared_states import SharedStates
+from sparse_attention_hub.micro_metrics import Meter
 from sparse_attention_hub.models import Answer, LanguageModel, Prefilled, answer_many, forced_and_answered, prefill
 from sparse_attention_hub.models.heap import trim_heap
 from sparse_attention_hub.models.model_files import complete
@@ -339,7 +340,7 @@ def _by_column(densities: torch.Tensor, table: list[list[float]] | None) -> list
     return None if table is None else densities.reshape(len(densities), len(table[0]), -1).mean(-1).tolist()
 
 
-class ErrorMeter:
+class ErrorMeter(Meter):
     """A recorder of the mean error over rows, heads and layers."""
 
     def __init__(self) -> None:
@@ -351,6 +352,13 @@ class ErrorMeter:
             rows = queries.shape[2]
             self._rows += rows
             self._total = self._total + result.error_rows().mean().double() * rows
+
+    def due(self, layer_idx: int, total: int, length: int) -> list[int]:
+        return list(range(length))
+
+    def add(self, layer_idx: int, step: int, length: int, measured: int, figures: tuple[Any, ...]) -> None:
+        self._rows += measured
+        self._total = self._total + figures[1] * measured
 
     @property
     def error(self) -> float | None:

@@ -51,7 +51,7 @@ def decode(
     target = torch.tensor(given, device=lm.device)
     predictions: list[tuple[Tensor, Tensor]] = []
     forks: dict[int, Row] = {}
-    graphs = None if given else StepGraphs(batch)
+    graphs = StepGraphs(batch)
     while True:
         check_finite(logits, batch)
         chosen = logits[:, -1].argmax(dim=-1)
@@ -82,7 +82,7 @@ def decode(
         batch.rows = rows
         batch.step += 1
         ids = chosen if tokens == choices else torch.tensor(tokens, device=lm.device)
-        logits = batch.forward(ids[:, None], 1) if graphs is None else graphs.forward(ids[:, None])
+        logits = graphs.forward(ids[:, None])
 
 
 def answer_of(lm: LanguageModel, row: Row) -> Answer:

@@ -13,7 +13,7 @@ from ..attention import relative_error, selector_share
 from ..maskers.call_cache import once
 from ..maskers.layout import Layout, on_device
 from ..maskers.open_layout import OpenLayout
-from ..micro_metrics import MetricRecorder
+from ..micro_metrics import Meter
 from .rules import Rule
 from .step_scores import StepScores
 
@@ -93,5 +93,5 @@ class OpenSteps:
             densities = own.chosen.sum((0, 1), dtype=torch.float64) / (own.queries.shape[1] * total)
             kv_shares = own.distinct.sum(0, dtype=torch.float64) / (own.distinct.shape[0] * total) + own.selectors
             for place, one in due:
-                assert isinstance(one, MetricRecorder)
+                assert isinstance(one, Meter)
                 one.add(own.layer_idx, batch.step, 1, 1, (densities[place], errors[place], kv_shares[place]))

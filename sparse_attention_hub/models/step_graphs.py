@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..micro_metrics import MetricRecorder
+from ..micro_metrics import Meter
 from .grouped_rows import Totals, can_group
 from .lockstep import Lockstep, Row
 from .open_steps import OpenLayerStep, OpenSteps
@@ -38,20 +38,20 @@ class StepGraphs:
     def __init__(self, batch: Lockstep) -> None:
         self.batch = batch
         self._rows: list[Row] = []
-        self._steps = 0  # of all rows, and of these
-        self._own_steps = 0
+        self._steps = 0  # of these rows
         self._graph: _StepGraph | None = None
         self._open = False
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits (rows, 1, V) of ids (rows, 1), valid until the next call."""
-        batch = self.batch
+        batch, known = self.batch, {id(row) for row in self._rows}
         if [id(row) for row in batch.rows] != [id(row) for row in self._rows]:
-            self._rows, self._own_steps, self._graph = list(batch.rows), 0, None
-        if self._steps == 1 or (self._steps and not self._own_steps):
-            # Not in the first step of all: it adds the question's codes to states that lack them.
+            # The first step of a row is closed: it adds codes that the row's states lack.
+            self._open = known.issuperset(map(id, batch.rows)) and _can_be_open(batch)
+            self._rows, self._steps, self._graph = list(batch.rows), 0, None
+        elif self._steps == 1 and not self._open:
             self._open = _can_be_open(batch)
-        self._steps, self._own_steps = self._steps + 1, self._own_steps + 1
+        self._steps += 1
         return self._step_open(ids) if self._open else self._step_closed(ids)
 
     def _step_closed(self, ids: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class StepGraphs:
             logits, totals, layers = self._graph.run(ids)
         else:
             logits, totals, layers = batch.step_open(ids), batch.totals, batch.open_steps.layers
-            if self._own_steps == STEPS_BEFORE:
+            if self._steps == STEPS_BEFORE:
                 self._graph = _make_graph(batch, ids, logits)
                 self._open = self._graph is not None
         for layer in cache.attention:
@@ -143,7 +143,7 @@ def _make_graph(batch: Lockstep, ids: Tensor, logits: Tensor) -> _StepGraph | No
 
 def _can_be_open(batch: Lockstep) -> bool:
     """Whether nothing in the batch's steps depends on a number of the host: several sparse rows, of maskers with `in_graphs`,
-    recorded by MetricRecorders alone; layers on one device; positions that the model is given."""
+    recorded by Meters alone; layers on one device; positions that the model is given."""
     lm, cache = batch.lm, batch.prefilled.cache
     if StepGraphs.failed or os.environ.get(SWITCH) == "0" or lm.device.type != "cuda":
         return False
@@ -151,7 +151,7 @@ def _can_be_open(batch: Lockstep) -> bool:
     layers = [(cache.layers[layer_idx], call.rule) for layer_idx, call in batch.layers.items()]
     return (
         len(sparse) > 1
-        and all(isinstance(recorder, MetricRecorder) for row in batch.rows for recorder in row.recorders)
+        and all(isinstance(recorder, Meter) for row in batch.rows for recorder in row.recorders)
         and all(masker.in_graphs for attention in sparse for masker in attention.maskers)
         and not cache.recurrent
         and lm.keeps_logits

@@ -20,7 +20,7 @@ import sparse_attention_hub as hub
 from sparse_attention_hub.maskers.oracle_top_k import OracleTopK
 from sparse_attention_hub.maskers.oracle_top_p import OracleTopP
 from sparse_attention_hub.micro_metrics import MetricRecorder
-from sparse_attention_hub.models import LanguageModel, answer_many, prefill
+from sparse_attention_hub.models import LanguageModel, answer_many, forced_and_answered, prefill
 from sparse_attention_hub.models.observer import observed_by
 from sparse_attention_hub.models.step_graphs import StepGraphs
 from sparse_attention_hub.models.survey_models import tiny_model
@@ -105,6 +105,30 @@ def test_rows_that_leave_the_batch() -> None:
     with PretendedGPU() as gpu:
         check(answers(gpu, stop=stop), expected)
     assert gpu.operations["graph"] > 10
+
+
+def test_rows_that_fork() -> None:
+    """A forced answer, from which rows part: a fork begins with a step of its own kind, then all have a graph again."""
+
+    def run(gpu: PretendedGPU | None) -> list[Any]:
+        lm = small_model(gpu)
+        lm.eos_token_ids = frozenset()
+        ways = [None, *families(2)]
+        prefilled = prefill(lm, CONTEXT, 50)
+        recorders = [None if way is None else MetricRecorder("full") for way in ways]
+        forced = forced_and_answered(lm, prefilled, QUESTION, given, ways, 40, seed=3, recorders=recorders)
+        errors = [recorder and recorder.error for recorder in recorders]
+        return [(a.nll, a.density, b.token_ids, b.density, e) for (a, b), e in zip(forced, errors, strict=True)]
+
+    given = answers(None)[0][0]  # that of dense attention
+    expected = run(None)
+    with PretendedGPU() as gpu:
+        found = run(gpu)
+    for one, other in zip(found, expected, strict=True):
+        assert one[2] == other[2]
+        for number, wanted in zip((*one[:2], *one[3:]), (*other[:2], *other[3:]), strict=True):
+            assert number == wanted or number == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    assert gpu.operations["graph"] > 20
 
 
 def test_head_budgets() -> None:
