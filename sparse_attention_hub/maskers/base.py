@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import SeveralLayersError
 from ..mask import Mask
 from ..search_space import LogUniform
 from .call_cache import once
@@ -100,6 +101,13 @@ class Masker(ABC, Generic[ConfigT]):
         """Codes of keys (B, Hkv, n, D): (B, Hkv, n, ...), for each key by itself given `fitted`."""
         raise TypeError(f"{type(self).__name__} asks for codes of keys but does not override encode()")
 
+    def join_fits(self, fits: list[Any]) -> Any:
+        """What `fit` made of several layers, as a fit whose items are these layers. Overridden where there is a fit; else layers
+        are replayed one by one."""
+        if any(fit is not True for fit in fits):
+            raise SeveralLayersError(f"{type(self).__name__} does not join the fits of layers")
+        return True
+
     def codes_key(self) -> tuple[str, ...]:
         """Equal for maskers whose codes of the same keys are equal."""
         names = [f.name for f in dataclasses.fields(self.config)] if self.code_fields is None else self.code_fields
@@ -113,7 +121,8 @@ class Masker(ABC, Generic[ConfigT]):
     def codes(self, inputs: AttentionInputs) -> tuple[Any, Tensor]:
         """(fitted, codes of all keys (B, Hkv, N, ...)), from inputs.state if there is one, else fitted on these keys."""
         state = inputs.state if inputs.state is not None else MaskerState()
-        self._extend(inputs.keys, inputs.layer_idx, state, inputs.layout.known_keys)
+        if state.length != inputs.shape[3]:
+            self._extend(inputs.keys, inputs.layer_idx, state, inputs.layout.known_keys)
         codes, unfilled = state.codes(), inputs.keys[:, :, state.length :]
         if unfilled.shape[2]:
             codes = torch.cat([codes, self.encode(unfilled, state.fitted, inputs.layer_idx)], 2)

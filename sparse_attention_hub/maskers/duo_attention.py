@@ -58,13 +58,13 @@ class DuoAttention(Masker[DuoAttentionConfig]):
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         heads = retrieval_heads(str(self.config.pattern_file), self.config.retrieval_share, inputs.kv_heads)
-        if inputs.layer_idx >= len(heads):
-            raise ValueError(f"{self.config.pattern_file} is for {len(heads)} layers, this is layer {inputs.layer_idx}")
-        own = heads[inputs.layer_idx]
+        if max(inputs.layers) >= len(heads):
+            raise ValueError(f"{self.config.pattern_file} is for {len(heads)} layers, this is layer {max(inputs.layers)}")
+        own = heads[list(inputs.layers)]
         if not own.any():
             return mask
         own = own.to(inputs.device, non_blocking=True)
-        return mask.union(inputs.mask(own.view(1, -1, 1, 1) & inputs.allowed))
+        return mask.union(inputs.mask(own[:, :, None, None] & inputs.allowed))
 
 
 def read_pattern(path: str) -> Tensor:
