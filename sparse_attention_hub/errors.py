@@ -21,7 +21,7 @@ class NonFiniteError(ArithmeticError):
     """Logits that are NaN or infinite: the answer means nothing. The failure is that of one sample and attention."""
 
 
-class SeveralLayersError(ValueError):
+class SeveralLayersError(RuntimeError):
     """A masker asked for the one layer of a call whose items are of several layers. Replay then takes them one by one."""
 
 

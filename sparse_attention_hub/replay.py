@@ -1,7 +1,7 @@
 """Replay: what a sparse attention would have done on a recorded dense run. Arithmetic on a trace, no model forward.
 
 All configurations of a call share each layer's scores, exponentials, sorted scores and the codes that maskers make of keys. Off
-the CPU, layers that are alike are the items of one call: the number of operations, which is what a GPU waits for, falls by their number.
+the CPU, layers that are alike are the items of one call: 32 short ones take 445 operations in place of 13,083 (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .maskers.shared_states import SharedStates
 if TYPE_CHECKING:
     from .models.trace import HeldLayers, Trace, TraceLayer, TraceLayers
 
-#: Share of a GPU's free memory that layers replayed at once may take: layers of traces that stay there, and the allocator's
-#: fragments, need room too.
+#: Share of a GPU's free memory that layers replayed at once may take: the estimate is of the largest tensors, and layers of traces
+#: that stay there need room, too.
 MEMORY_SHARE = 0.25
 #: Bytes per head, row and key that the configurations of a call share at most: scores and their exponentials; their order, and random
 #: ranks and theirs, which are there twice if some configurations take the layers together and others one by one.
@@ -148,10 +148,12 @@ def layers_at_once(first: TraceLayer, rows: int, attentions: Sequence[ResearchAt
     entries = heads * rows * total
     most = WIDE_ENTRIES // max(1, entries)
     if device.type == "cuda":
-        choosing = max((masker.score_bytes[0] for attention in attentions for masker in attention.maskers), default=0)
-        size = entries * (SHARED_BYTES + choosing + 4 * len(attentions))  # and scores by each attention's own codes
+        maskers = [masker for attention in attentions for masker in attention.maskers]
+        codes = len({masker.codes_key() for masker in maskers if masker.learns or masker.code_fields is not None})
+        size = 2 * (first.keys.nbytes + first.values.nbytes)  # as they are read, and side by side
+        size += codes * (first.keys.nbytes + 4 * entries)  # codes are hardly larger than the keys; scores by them
+        size += entries * (SHARED_BYTES + max((masker.score_bytes[0] for masker in maskers), default=0))
         size += 8 * heads * rows * dim * len(attentions)  # outputs, and a copy of them
-        size += 2 * (first.keys.nbytes + first.values.nbytes)  # as they are read, and side by side
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         most = min(most, int(MEMORY_SHARE * free) // size)

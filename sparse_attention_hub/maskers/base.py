@@ -102,8 +102,8 @@ class Masker(ABC, Generic[ConfigT]):
         raise TypeError(f"{type(self).__name__} asks for codes of keys but does not override encode()")
 
     def join_fits(self, fits: list[Any]) -> Any:
-        """What `fit` made of several layers, as a fit whose items are these layers. Overridden where there is a fit; else layers
-        are replayed one by one."""
+        """What `fit` made of several layers, as a fit whose items are these layers: see SharedStates.of_call. Overridden by maskers
+        with a fit of their own; without it their layers are replayed one by one."""
         if any(fit is not True for fit in fits):
             raise SeveralLayersError(f"{type(self).__name__} does not join the fits of layers")
         return True

@@ -21,9 +21,10 @@ class AttentionInputs:
     """One attention call as maskers see it.
 
     queries (B, H, Q, D), keys and values (B, Hkv, N, D), H a multiple of Hkv. attention_mask, rows_after: see Layout.
-    scaling: default D ** -0.5. layer_idx: of all items, or a tuple with one per item. seeds: of `uniform()`, one per item, default 0. cache: shared with other calls. softcap: scores are
-    softcap * tanh(score / softcap). sinks (H,): a logit per head that joins the softmax's denominator; it is never a key.
-    latent: numbers of the one latent vector per token that all heads' keys and values are made of (MLA), 0 without one.
+    scaling: default D ** -0.5. layer_idx: of all items, or one per item (see Masker.join_fits). seeds: of `uniform()`, one per item,
+    default 0. cache: shared with other calls. softcap: scores are softcap * tanh(score / softcap). sinks (H,): a logit per head that
+    joins the softmax's denominator; it is never a key. latent: numbers of the one latent vector per token that all heads' keys and
+    values are made of (MLA), 0 without one.
     """
 
     def __init__(

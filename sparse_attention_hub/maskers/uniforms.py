@@ -21,7 +21,8 @@ def keyed_uniforms(
 ) -> Tensor:
     """float32 (B, kv_heads, Q, N) in [0, 1), a function of (seed, layer, kv head, query position, key position) alone.
 
-    seeds: one integer per item. layers: of all items, or one per item. query_positions: int64 (B, Q), key_positions: int64 (B, N), both counted without padding.
+    seeds: one integer per item. layers: of all items, or one per item. query_positions: int64 (B, Q), key_positions: int64 (B, N),
+    both counted without padding.
     The global random state is neither read nor changed.
     """
     call = tuple(seeds), layers, kv_heads
