@@ -21,6 +21,7 @@ from .kernels.reference import group_scores, needs_grad
 from .mask import Mask
 from .maskers.base import Masker, MaskerConfig, check_int, config_from_dict, config_to_dict, create_masker
 from .maskers.call_cache import once
+from .maskers.call_parts import blocks_of
 from .maskers.inputs import AttentionInputs
 from .maskers.state import AttentionState
 
@@ -282,7 +283,7 @@ class ResearchAttention:
 
     def _choose(self, inputs: AttentionInputs, state: AttentionState | None) -> tuple[Mask, dict[int, Mask]]:
         """(the mask of all maskers, by place in the pipeline the mask that each narrowing one was given)."""
-        maskers, inputs = self.maskers_of(inputs.layer_idx), self._with_budgets(inputs)
+        maskers, inputs = self.maskers_of(inputs.layers[0]), self._with_budgets(inputs)
         if not maskers:
             return inputs.layout.everything(), {}
 
@@ -296,7 +297,7 @@ class ResearchAttention:
         mask = kept = once(inputs.layout.chosen, (factors, self._leading_name), choose_by_position)
         narrowed: dict[int, Mask] = {}
         for position, masker in enumerate(maskers[len(self._leading) :], len(self._leading)):
-            entry = None if state is None else state.entry(inputs.layer_idx, position)
+            entry = None if state is None else state.entry(inputs.layers[0], position)
             view = inputs.for_masker(entry)
             view.kept = kept
             if masker.narrows:  # without a selector before it, all keys
@@ -312,14 +313,14 @@ class ResearchAttention:
         """The call with this layer's head budgets. ValueError if the table is of another model."""
         if self._factors is None:
             return inputs
-        layers, heads = self._factors.shape
-        if inputs.layer_idx >= layers or heads not in (1, inputs.kv_heads, inputs.shape[1]):
+        (layers, heads), layer_idx = self._factors.shape, inputs.layers[0]
+        if layer_idx >= layers or heads not in (1, inputs.kv_heads, inputs.shape[1]):
             raise ValueError(
-                f"head_budgets is a table of {layers} layers x {heads} heads; this is layer {inputs.layer_idx} of a model with "
+                f"head_budgets is a table of {layers} layers x {heads} heads; this is layer {layer_idx} of a model with "
                 f"{inputs.kv_heads} kv heads and {inputs.shape[1]} query heads: fit a table for this model"
             )
         view = inputs.for_masker(None)
-        view.factors = self._factors[inputs.layer_idx]
+        view.factors = self._factors[layer_idx]
         return view
 
     @staticmethod
@@ -337,7 +338,7 @@ class ResearchAttention:
         with torch.no_grad():  # selecting keys is not differentiable
             mask, narrowed = self._choose(inputs, state)
             mask, empty_rows = inputs.layout.fill_empty_rows(mask)
-        maskers = enumerate(self.maskers_of(inputs.layer_idx))
+        maskers = enumerate(self.maskers_of(inputs.layers[0]))
         selectors = [(masker.selector_fraction(inputs), narrowed.get(position)) for position, masker in maskers]
         return mask, empty_rows, selectors
 
@@ -375,7 +376,7 @@ def dense_attention(
     """Dense attention in float32 (float64 stays): the reference for errors. Arguments as for
     ResearchAttention; returns (B, Q, H, D)."""
     inputs = AttentionInputs(queries, keys, values, attention_mask, scaling, softcap=softcap, sinks=sinks)
-    return torch.cat([block.dense_output() for block in inputs.blocks()], 1)
+    return torch.cat([block.dense_output() for block in blocks_of(inputs)], 1)
 
 
 def relative_error(output: Tensor, dense: Tensor) -> Tensor:
@@ -396,5 +397,4 @@ def _draw_seeds(
         raise ValueError(f"{rule} an item ({batch}), got {len(each)}")
     if generator is None:
         return [int(seed) for seed in each]
-    limits = (-(2**63), 2**63 - 1, (1,))
-    return [int(torch.randint(*limits, generator=source, device=source.device)) for source in each]
+    return [int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=source, device=source.device)) for source in each]

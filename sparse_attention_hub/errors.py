@@ -21,6 +21,10 @@ class NonFiniteError(ArithmeticError):
     """Logits that are NaN or infinite: the answer means nothing. The failure is that of one sample and attention."""
 
 
+class SeveralLayersError(RuntimeError):
+    """A masker asked for the one layer of a call whose items are of several layers. Replay then takes them one by one."""
+
+
 def quoted(value: object, limit: int = 200) -> str:
     """The value for a message: one line of at most `limit` characters, control characters escaped or replaced by blanks.
 

@@ -121,7 +121,7 @@ def test_bad_modes_are_refused() -> None:
 
 
 def test_long_questions_are_measured_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sparse_attention_hub.maskers.inputs as module
+    import sparse_attention_hub.maskers.call_parts as module
 
     whole, parts = MetricRecorder("full"), MetricRecorder("full")
     call(whole, 0, 0, rows=20, total=60)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import SeveralLayersError
 from ..mask import Mask
 from ..search_space import LogUniform
 from .call_cache import once
@@ -102,6 +103,13 @@ class Masker(ABC, Generic[ConfigT]):
         """Codes of keys (B, Hkv, n, D): (B, Hkv, n, ...), for each key by itself given `fitted`."""
         raise TypeError(f"{type(self).__name__} asks for codes of keys but does not override encode()")
 
+    def join_fits(self, fits: list[Any]) -> Any:
+        """What `fit` made of several layers, as a fit whose items are these layers: see SharedStates.of_call. Overridden by maskers
+        with a fit of their own; without it their layers are replayed one by one."""
+        if any(fit is not True for fit in fits):
+            raise SeveralLayersError(f"{type(self).__name__} does not join the fits of layers")
+        return True
+
     def codes_key(self) -> tuple[str, ...]:
         """Equal for maskers whose codes of the same keys are equal."""
         names = [f.name for f in dataclasses.fields(self.config)] if self.code_fields is None else self.code_fields
@@ -118,7 +126,8 @@ class Masker(ABC, Generic[ConfigT]):
         if end is not None:
             new = inputs.keys.index_select(2, end.view(1) - 1)
             return state.fitted, state.put(self.encode(new, state.fitted, inputs.layer_idx), end.view(1) - 1, inputs.shape[3])
-        self._extend(inputs.keys, inputs.layer_idx, state, inputs.layout.known_keys)
+        if state.length != inputs.shape[3]:
+            self._extend(inputs.keys, inputs.layer_idx, state, inputs.layout.known_keys)
         codes, unfilled = state.codes(), inputs.keys[:, :, state.length :]
         if unfilled.shape[2]:
             codes = torch.cat([codes, self.encode(unfilled, state.fitted, inputs.layer_idx)], 2)

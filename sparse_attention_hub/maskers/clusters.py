@@ -78,6 +78,9 @@ class ClustersMasker(Masker[ClustersConfig]):
         padded = [F.pad(centroids[:, 0], (0, 0, 0, most - centroids.shape[2])) for centroids in found]
         return ClusterFit(torch.stack(padded), [_directions(centroids) for centroids in found])
 
+    def join_fits(self, fits: list[ClusterFit]) -> ClusterFit:
+        return ClusterFit(torch.cat([fit.centroids for fit in fits]), [own for fit in fits for own in fit.directions])
+
     def encode(self, keys: Tensor, fitted: ClusterFit, layer_idx: int) -> Tensor:
         codes = torch.empty((*keys.shape[:3], 1), dtype=torch.int32, device=keys.device)
         for own, directions, out in zip(keys, fitted.directions, codes, strict=True):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import group_scores
+from .call_parts import blocks_of, rows_of
 from .inputs import AttentionInputs
 from .layout import NEVER
 
@@ -71,7 +72,7 @@ class ContextSummary:
         self.length = inputs.shape[3] - inputs.rows_after
         self.scaling, self.softcap = inputs.scaling, inputs.softcap
         if "queries" in self.parts:
-            last = inputs.rows(max(0, rows - LAST_ROWS), rows)
+            last = rows_of(inputs, max(0, rows - LAST_ROWS), rows)
             self.queries = _join(self.queries, last.queries)[:, :, -LAST_ROWS:].clone()
             self.denominators = _join(self.denominators, _denominators(last))[:, :, -LAST_ROWS:].clone()
         if "statistics" in self.parts:
@@ -107,7 +108,7 @@ class ContextSummary:
         if self.received is not None and self.watchers is not None:
             received[..., : self.received.shape[2]] = self.received
             watchers[:, : self.watchers.shape[1]] = self.watchers
-        for block in inputs.blocks():
+        for block in blocks_of(inputs):
             weights = (block.scores() - _denominators(block).unsqueeze(-1)).exp_()
             keys = weights.shape[3]
             received[..., :keys] += weights.view(batch, kv_heads, -1, keys).sum(2)

@@ -67,7 +67,7 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
     def __init__(self, config: DoubleSparsityTopKMaskerConfig) -> None:
         super().__init__(config)
         read_channels(check_file("sorted_channel_file", config.sorted_channel_file, "channels", "double_sparsity"))
-        self._channels: dict[tuple[int, torch.device], Tensor] = {}
+        self._channels: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
@@ -76,11 +76,11 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
         """Labels of keys (B, Hkv, n, D): (B, Hkv, n, g * c), c channels for each of the g query heads of a kv head, or packed."""
         batch, kv_heads, length, dim = keys.shape
-        channels = self.channels(layer_idx, dim, keys.device)
-        if channels.shape[0] % kv_heads:
-            raise ValueError(f"the channel file has {channels.shape[0]} heads, which {kv_heads} kv heads do not divide")
+        channels = self.channels((layer_idx,), dim, keys.device)
+        if channels.shape[1] % kv_heads:
+            raise ValueError(f"the channel file has {channels.shape[1]} heads, which {kv_heads} kv heads do not divide")
         index = channels.view(1, kv_heads, 1, -1).expand(batch, -1, length, -1)
-        labels = keys.gather(-1, index).view(batch, kv_heads, length, -1, channels.shape[1])
+        labels = keys.gather(-1, index).view(batch, kv_heads, length, -1, channels.shape[2])
         if packs(keys, self.config.label_bits):
             return pack_levels(labels, self.config.label_bits)
         return pseudo_quantise(labels, self.config.label_bits).flatten(3)
@@ -91,15 +91,15 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
         kept = inputs.group_size * (inputs.keys.shape[3] // self.config.group_factor)
         return kept * min(bits, width) / (2 * width * inputs.keys.shape[3])
 
-    def channels(self, layer_idx: int, dim: int, device: torch.device) -> Tensor:
-        """The kept channels of a layer's query heads, int64 (H, c), c = dim // group_factor."""
-        place = layer_idx, device
+    def channels(self, layers: tuple[int, ...], dim: int, device: torch.device) -> Tensor:
+        """The kept channels of the layers' query heads, int64 (layers, H, c), c = dim // group_factor."""
+        place = layers, device
         if place not in self._channels:
             kept = dim // self.config.group_factor
             if kept == 0:
                 raise ValueError(f"group_factor must be at most the head dimension {dim}, got {self.config.group_factor}")
-            path = str(self.config.sorted_channel_file)
-            found = layer_channels(path, layer_idx, self.config.channel_selection, kept, dim)
+            path, selection = str(self.config.sorted_channel_file), self.config.channel_selection
+            found = torch.stack([layer_channels(path, layer_idx, selection, kept, dim) for layer_idx in layers])
             self._channels[place] = found.to(device, non_blocking=True)
         return self._channels[place]
 
@@ -107,13 +107,13 @@ class DoubleSparsityTopKMasker(Masker[DoubleSparsityTopKMaskerConfig]):
         """Approximate logits, float32 (B, H, Q, N)."""
         batch, heads, rows, _ = inputs.shape
         _, labels = self.codes(inputs)
-        channels = self.channels(inputs.layer_idx, inputs.queries.shape[-1], inputs.device)
-        if channels.shape[0] != heads:
-            raise ValueError(f"{self.config.sorted_channel_file} is for {channels.shape[0]} query heads, the model has {heads}")
-        kept, group = channels.shape[1], inputs.group_size
+        channels = self.channels(inputs.layers, inputs.queries.shape[-1], inputs.device)
+        if channels.shape[1] != heads:
+            raise ValueError(f"{self.config.sorted_channel_file} is for {channels.shape[1]} query heads, the model has {heads}")
+        kept, group = channels.shape[2], inputs.group_size
         if packs(inputs.keys, self.config.label_bits):
             labels = unpack_levels(labels, group, kept, self.config.label_bits).flatten(3)
-        index = channels.view(1, heads, 1, kept).expand(batch, -1, rows, -1)
+        index = channels.view(-1, heads, 1, kept).expand(batch, -1, rows, -1)
         own = pseudo_quantise(inputs.queries.gather(-1, index), self.config.label_bits)
         # Each head's channels stand in a block of their own, zeros in its neighbours': one matrix product scores the group.
         spread = own.new_zeros((batch, heads // group, group, rows, group, kept))

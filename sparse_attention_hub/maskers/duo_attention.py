@@ -60,12 +60,12 @@ class DuoAttention(Masker[DuoAttentionConfig]):
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         heads = retrieval_heads(str(self.config.pattern_file), self.config.retrieval_share, inputs.kv_heads)
-        if inputs.layer_idx >= len(heads):
-            raise ValueError(f"{self.config.pattern_file} is for {len(heads)} layers, this is layer {inputs.layer_idx}")
-        own = heads[inputs.layer_idx]
+        if max(inputs.layers) >= len(heads):
+            raise ValueError(f"{self.config.pattern_file} is for {len(heads)} layers, this is layer {max(inputs.layers)}")
+        own = heads[list(inputs.layers)]
         if not own.any():
             return mask
-        flags = on_device(tuple(map(int, own.tolist())), inputs.device).view(1, -1, 1, 1) > 0
+        flags = on_device(tuple(map(int, own.flatten().tolist())), inputs.device).view(*own.shape, 1, 1) > 0
         return mask.union(inputs.mask(flags & inputs.allowed))
 
 

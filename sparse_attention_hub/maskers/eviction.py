@@ -70,6 +70,9 @@ class Eviction(Masker[ConfigT]):
             allowed = keys.new_ones((keys.shape[0], keys.shape[2]), dtype=torch.bool) if allowed is None else allowed
             self._rank(keys, allowed, state.summary or ContextSummary(frozenset(), keys.shape[2]), state)
 
+    def join_fits(self, fits: list[Ranking]) -> Ranking:
+        return Ranking(torch.cat([fit.order for fit in fits]), [total for fit in fits for total in fit.totals])
+
     def _rank(self, keys: Tensor, allowed: Tensor, summary: ContextSummary, state: MaskerState) -> None:
         length = min(end_of_allowed(allowed.any(0, keepdim=True)), summary.length)  # where the longest item ends
         keys, allowed = keys[:, :, :length], allowed[:, :length]

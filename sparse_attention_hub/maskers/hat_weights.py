@@ -123,3 +123,8 @@ def ready_layer(layer: Layer, keys: Tensor) -> Layer:
         for part in ("key_matrix", "key_bias"):
             ready[part] = [t[:, :1] for t in ready[part]]
     return ready
+
+
+def stack_layers(layers: list[Layer]) -> Layer:
+    """Networks of several layers, with the layers as the first axis."""
+    return {name: [torch.stack(each) for each in zip(*(layer[name] for layer in layers), strict=True)] for name in layers[0]}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from ..errors import SeveralLayersError
 from ..kernels import Known, dot, log_mass
 from ..kernels.reference import group_scores, group_sums, weigh
 from ..kernels.select import Order, choose, choose_mass, count_mass, count_up, extend, lowest, order_of, walk_anywhere
@@ -17,16 +16,15 @@ from .layout import NEVER, Layout, check_call
 from .state import MaskerState
 from .uniforms import keyed_uniforms
 
-BLOCK_SCORES = {"cpu": 2**20, "gpu": 2**25}  # that a block of rows holds at once
-
 
 class AttentionInputs:
     """One attention call as maskers see it.
 
     queries (B, H, Q, D), keys and values (B, Hkv, N, D), H a multiple of Hkv. attention_mask, rows_after: see Layout.
-    scaling: default D ** -0.5. seeds: of `uniform()`, one per item, default 0. cache: shared with other calls. softcap: scores are
-    softcap * tanh(score / softcap). sinks (H,): a logit per head that joins the softmax's denominator; it is never a key.
-    latent: numbers of the one latent vector per token that all heads' keys and values are made of (MLA), 0 without one.
+    scaling: default D ** -0.5. layer_idx: of all items, or one per item (see Masker.join_fits). seeds: of `uniform()`, one per item,
+    default 0. cache: shared with other calls. softcap: scores are softcap * tanh(score / softcap). sinks (H,): a logit per head that
+    joins the softmax's denominator; it is never a key. latent: numbers of the one latent vector per token that all heads' keys and
+    values are made of (MLA), 0 without one.
     """
 
     def __init__(
@@ -36,7 +34,7 @@ class AttentionInputs:
         values: Tensor,
         attention_mask: Tensor | None = None,
         scaling: float | None = None,
-        layer_idx: int = 0,
+        layer_idx: int | tuple[int, ...] = 0,
         seeds: list[int] | None = None,
         cache: CallCache | None = None,
         *,
@@ -50,7 +48,9 @@ class AttentionInputs:
         self.queries, self.keys, self.values = queries, keys, values
         self.shape: tuple[int, int, int, int] = (*queries.shape[:3], keys.shape[2])  # (B, H, Q, N)
         self.scaling = queries.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        self.layer_idx, self.rows_after = layer_idx, rows_after
+        #: The layer of all items, or one per item.
+        self.layers = layer_idx if isinstance(layer_idx, tuple) else (layer_idx,)
+        self.rows_after = rows_after
         self.seeds = seeds if seeds is not None else [0] * queries.shape[0]
         self.cache = CallCache() if cache is None else cache
         place = (self.shape, keys.shape[1], queries.device)
@@ -68,22 +68,12 @@ class AttentionInputs:
         view.state = state
         return view
 
-    def rows(self, start: int, stop: int) -> AttentionInputs:
-        """The call of query rows [start, stop) alone; without a mask, of the keys up to theirs only."""
-        end, mask = self.shape[3], self.layout.mask
-        if mask is None:
-            end -= self.rows_after + self.shape[2] - stop
-        elif mask.shape[2] > 1:
-            mask = mask[:, :, start:stop]
-        keys, values, place = self.keys[:, :, :end], self.values[:, :, :end], (mask, self.scaling, self.layer_idx)
-        return AttentionInputs(self.queries[:, :, start:stop], keys, values, *place, softcap=self.softcap, sinks=self.sinks)
-
-    def blocks(self) -> Iterator[AttentionInputs]:
-        """The call in blocks of rows, whose scores fit into memory."""
-        batch, heads, rows, keys = self.shape
-        step = max(1, BLOCK_SCORES["cpu" if self.device.type == "cpu" else "gpu"] // (batch * heads * keys))
-        for start in range(0, rows, step):
-            yield self.rows(start, min(start + step, rows))
+    @property
+    def layer_idx(self) -> int:
+        """The layer of the call. SeveralLayersError if its items are of several layers: those are in `layers`."""
+        if len(self.layers) > 1:
+            raise SeveralLayersError(f"the call's items are of the layers {self.layers}: read `layers`, one per item")
+        return self.layers[0]
 
     @property
     def kv_heads(self) -> int:
@@ -242,7 +232,8 @@ class AttentionInputs:
     def uniform(self) -> Tensor:
         """Uniforms in [0, 1), float32 (B, Hkv, Q, N): see uniforms.py. The heads of a group sample alike."""
         places = self.layout.row_positions, self.key_positions
-        return once(self.cache.draws, "uniform", lambda: keyed_uniforms(self.seeds, self.layer_idx, self.kv_heads, *places))
+        layers = self.layers if len(self.layers) > 1 else self.layers[0]
+        return once(self.cache.draws, "uniform", lambda: keyed_uniforms(self.seeds, layers, self.kv_heads, *places))
 
     def random_ranks(self) -> Tensor:
         """The random order of a row's keys: int64 (B, Hkv, Q, N), highest first, `lowest` where not allowed."""

@@ -57,7 +57,7 @@ class LokiMasker(Masker[LokiConfig]):
     def __init__(self, config: LokiConfig) -> None:
         super().__init__(config)
         read_axes(check_file("axes_file", config.axes_file, "principal axes", "loki"))
-        self._ready: dict[tuple[int, torch.device], Tensor] = {}
+        self._ready: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
@@ -69,31 +69,34 @@ class LokiMasker(Masker[LokiConfig]):
 
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
         """First components of keys (B, Hkv, n, D): (B, Hkv, n, c)."""
-        return self._project(keys, layer_idx, keys.shape[1]).to(keys.dtype)
+        return self._project(keys, (layer_idx,), keys.shape[1]).to(keys.dtype)
 
-    def _project(self, vectors: Tensor, layer_idx: int, kv_heads: int) -> Tensor:
+    def _project(self, vectors: Tensor, layers: tuple[int, ...], kv_heads: int) -> Tensor:
         """First components of queries or keys (B, h, n, D): (B, h, n, c), float32 or wider."""
         wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-        axes = self._axes(layer_idx, kv_heads, vectors.shape[3], vectors.device).to(wide.dtype)
-        return wide @ expand_heads(axes.unsqueeze(0), vectors.shape[1])
+        axes = self._axes(layers, kv_heads, vectors.shape[3], vectors.device).to(wide.dtype)
+        return wide @ expand_heads(axes, vectors.shape[1])
 
-    def _axes(self, layer_idx: int, kv_heads: int, dim: int, device: torch.device) -> Tensor:
-        """The kept axes of a layer, float32 (kv_heads or 1, D, c). ValueError if the file's do not fit."""
-        place = layer_idx, device
+    def _axes(self, layers: tuple[int, ...], kv_heads: int, dim: int, device: torch.device) -> Tensor:
+        """The kept axes of the layers, float32 (layers, kv_heads or 1, D, c). ValueError if the file's do not fit."""
+        place = layers, device
         if place not in self._ready:
-            file, axes = self.config.axes_file, read_axes(str(self.config.axes_file)).get(layer_idx)
-            if axes is None:
-                raise ValueError(f"{file} has no principal axes of layer {layer_idx}")
-            if axes.shape[0] not in (1, kv_heads) or axes.shape[1:] != (dim, dim):
-                got = tuple(axes.shape)
-                raise ValueError(f"axes in {file} are {got}, the model has {kv_heads} kv heads of {dim} channels")
-            self._ready[place] = axes[:, :, : kept_channels(self.config.components, dim)].to(device, torch.float32)
+            file, kept = self.config.axes_file, kept_channels(self.config.components, dim)
+            for layer_idx in layers:
+                axes = read_axes(str(file)).get(layer_idx)
+                if axes is None:
+                    raise ValueError(f"{file} has no principal axes of layer {layer_idx}")
+                if axes.shape[0] not in (1, kv_heads) or axes.shape[1:] != (dim, dim):
+                    got = tuple(axes.shape)
+                    raise ValueError(f"axes in {file} are {got}, the model has {kv_heads} kv heads of {dim} channels")
+            found = torch.stack([read_axes(str(file))[layer_idx][:, :, :kept] for layer_idx in layers])
+            self._ready[place] = found.to(device, torch.float32)
         return self._ready[place]
 
     def _scores(self, inputs: AttentionInputs) -> Tensor:
         """Approximate scores (B, H, Q, N), with the attention mask's bias."""
         _, codes = self.codes(inputs)
-        queries = self._project(inputs.queries, inputs.layer_idx, inputs.kv_heads)
+        queries = self._project(inputs.queries, inputs.layers, inputs.kv_heads)
         return inputs.layout.biased(dot_all(queries, codes, inputs.scaling))
 
 

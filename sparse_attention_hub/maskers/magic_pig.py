@@ -54,7 +54,7 @@ class MagicPigConfig(MaskerConfig):
 @dataclass(frozen=True)
 class HashFit:
     """float32. mean of the context's keys (B, Hkv, 1, D), zero if not centred; norm (B, Hkv, 1), their largest distance from it;
-    projections (D + 1, lsh_l * lsh_k), table after table."""
+    projections (D + 1, lsh_l * lsh_k), table after table; of several layers (B, 1, D + 1, lsh_l * lsh_k)."""
 
     mean: Tensor
     norm: Tensor
@@ -105,6 +105,10 @@ class MagicPigMasker(Masker[MagicPigConfig]):
         projections = torch.randn((dim + 1, self.config.lsh_l * self.config.lsh_k), generator=generator)
         return HashFit(mean, norm, projections.to(keys.device))
 
+    def join_fits(self, fits: list[HashFit]) -> HashFit:
+        means, norms = torch.cat([fit.mean for fit in fits]), torch.cat([fit.norm for fit in fits])
+        return HashFit(means, norms, torch.stack([fit.projections for fit in fits]).unsqueeze(1))
+
     def encode(self, keys: Tensor, fitted: HashFit, layer_idx: int) -> Tensor:
         """Signatures of keys (B, Hkv, n, D): (B, Hkv, n, L)."""
         step = max(1, BLOCK // (keys.shape[0] * keys.shape[1] * self.config.lsh_l * self.config.lsh_k))
@@ -117,7 +121,7 @@ class MagicPigMasker(Masker[MagicPigConfig]):
 
     def _signature(self, points: Tensor, extra: Tensor, fitted: HashFit) -> Tensor:
         """Signs of the projected vectors (points, extra): (B, h, n, D) and (B, h, n) to a word per table, (B, h, n, L)."""
-        bits = points @ fitted.projections[:-1] + extra.unsqueeze(-1) * fitted.projections[-1] > 0
+        bits = points @ fitted.projections[..., :-1, :] + extra.unsqueeze(-1) * fitted.projections[..., -1:, :] > 0
         return pack_tables(bits, self.config.lsh_k)
 
     def _hits(self, queries: Tensor, keys: Tensor) -> Tensor:

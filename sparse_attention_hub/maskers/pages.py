@@ -82,13 +82,16 @@ class PageMasker(Masker[PagesConfigT]):
             state.append(self.summarise(keys, allowed, state.fitted, have, complete), seen)
         state.length = max(seen, state.length)
 
+    def join_fits(self, fits: list[list[int]]) -> list[int]:
+        return [start for starts in fits for start in starts]
+
     def page_scores(self, inputs: AttentionInputs) -> tuple[list[int], Tensor]:
         """(first key of each item's first page, scores (B, H, Q, pages), -inf where nothing is allowed)."""
         state = inputs.state if inputs.state is not None else MaskerState()
         if inputs.layout.length is not None:
             return state.fitted, self._scores_with_room(inputs, state, inputs.layout.length)
         allowed = inputs.layout.known_keys
-        self.prepare(inputs.keys, inputs.layer_idx, state, allowed)
+        self.prepare(inputs.keys, inputs.layers[0], state, allowed)
         starts: list[int] = state.fitted
         page, keys = self.config.page_size, inputs.shape[3]
         complete = state.count(state.length)

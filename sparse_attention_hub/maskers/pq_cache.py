@@ -100,6 +100,10 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         square = torch.stack([square for _, square in fits]) if self.config.metric == "ip" else None
         return PQFit(torch.stack([centroids for centroids, _ in fits]), square)
 
+    def join_fits(self, fits: list[PQFit]) -> PQFit:
+        squares = [fit.square for fit in fits if fit.square is not None]
+        return PQFit(torch.cat([fit.centroids for fit in fits]), torch.cat(squares) if squares else None)
+
     def encode(self, keys: Tensor, fitted: PQFit, layer_idx: int) -> Tensor:
         batch, heads, total, _ = keys.shape
         codes = torch.empty((batch, heads, total, self.config.pq_group_factor), dtype=self.code_dtype, device=keys.device)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
+from ..errors import SeveralLayersError
 from .base import Masker
+from .call_cache import once
 from .context_summary import ContextSummary
+from .inputs import AttentionInputs
 from .state import AttentionState, MaskerState
 
 
@@ -53,6 +57,37 @@ class SharedStates:
                 self._held.move_to_end(name)
                 self._used.add(name)
             state.adopt(layer_idx, position, held)
+        return state
+
+    def of_call(
+        self,
+        maskers: Sequence[Masker[Any]],
+        context: str,
+        length: int,
+        inputs: AttentionInputs,
+        summaries: Sequence[ContextSummary | None],
+    ) -> AttentionState:
+        """As `of`, for a call that may have a layer per item. Each layer is fitted and coded by itself, on the first `length` keys;
+        configurations with equal codes share a copy of them with the layers as items, which lasts as long as the call."""
+        if len(inputs.layers) == 1:
+            return self.of(maskers, context, inputs.keys[:, :, :length], inputs.layers[0], summaries[0])
+        state, known = AttentionState(), inputs.layout.known_keys
+
+        def join(masker: Masker[Any]) -> MaskerState:
+            each = []
+            for layer_idx, keys, summary in zip(inputs.layers, inputs.keys.split(1), summaries, strict=True):
+                own = self.of([masker], context, keys[:, :, :length], layer_idx, summary).entry(layer_idx, 0)
+                if not own.is_fitted:
+                    raise SeveralLayersError(f"{type(masker).__name__} is not fitted before its first call")
+                if own.length < keys.shape[2]:
+                    masker.prepare(keys, layer_idx, own, None if known is None else known[:1])
+                each.append(own)
+            return MaskerState.join(each, masker.join_fits([own.fitted for own in each]))
+
+        for position, masker in enumerate(maskers):
+            if masker.learns:
+                joined = once(inputs.cache.call, ("joined", masker.codes_key()), partial(join, masker))
+                state.adopt(inputs.layers[0], position, joined)
         return state
 
     def trim(self) -> None:

@@ -64,13 +64,16 @@ class SocketMasker(Masker[SocketConfig]):
         return mask.union(inputs.choose_top(self._scores(inputs), mask, self.config.heavy_size))
 
     def fit(self, keys: Tensor, allowed: Tensor | None, layer_idx: int) -> Tensor:
-        """The projections (D, lsh_l * lsh_k), table after table: of the seed alone."""
+        """The projections (D, lsh_l * lsh_k), table after table: of the seed and the layer alone."""
         generator = torch.Generator().manual_seed(self.config.seed + layer_idx)
         return torch.randn((keys.shape[3], self.config.lsh_l * self.config.lsh_k), generator=generator).to(keys.device)
 
+    def join_fits(self, fits: list[Tensor]) -> Tensor:
+        return torch.stack(fits).unsqueeze(1)
+
     def encode(self, keys: Tensor, fitted: Tensor, layer_idx: int) -> Tensor:
         """Buckets of keys (B, Hkv, n, D): (B, Hkv, n, L)."""
-        step = max(1, BLOCK // (keys.shape[0] * keys.shape[1] * fitted.shape[1]))
+        step = max(1, BLOCK // (keys.shape[0] * keys.shape[1] * fitted.shape[-1]))
         parts = [pack_tables(part.float() @ fitted > 0, self.config.lsh_k) for part in torch.split(keys, step, 2)]
         return torch.cat(parts, 2)
 

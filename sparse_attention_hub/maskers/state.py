@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from ..errors import SeveralLayersError
 
 if TYPE_CHECKING:
     from .context_summary import ContextSummary
@@ -155,6 +158,21 @@ class MaskerState:
             forked._tail.write(own, 0)
         forked.rewind(length)
         return forked
+
+    @staticmethod
+    def join(states: Sequence[MaskerState], fitted: Any) -> MaskerState:
+        """A state whose items are those of several states, with a copy of their codes. fitted: their fits, see Masker.join_fits.
+        SeveralLayersError if they have seen or hold different numbers of keys."""
+        joined, held = MaskerState(), [state.codes() for state in states if state._buffer is not None]
+        places = {(state.fit_length, state.length, state.keys_per_code, state.offset) for state in states}
+        if len(places) > 1 or len({codes.shape for codes in held}) > 1:
+            raise SeveralLayersError(f"states of {len(states)} layers do not fit together: {sorted(places)}")
+        joined.fitted = fitted
+        joined.fit_length, joined.length, joined.keys_per_code, joined.offset = places.pop()
+        if held:
+            joined._buffer = _Buffer(held[0])
+            joined._buffer.codes = torch.cat(held)
+        return joined
 
     def parts(self) -> list[Tensor]:
         """The tensors that hold codes: those that forks share, and its own."""

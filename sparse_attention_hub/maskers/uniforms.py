@@ -16,13 +16,16 @@ _MASK64 = (1 << 64) - 1
 FACTORS = (-0x61C88647, 0x5851F42D)
 
 
-def keyed_uniforms(seeds: list[int], layer_idx: int, kv_heads: int, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+def keyed_uniforms(
+    seeds: list[int], layers: int | tuple[int, ...], kv_heads: int, query_positions: Tensor, key_positions: Tensor
+) -> Tensor:
     """float32 (B, kv_heads, Q, N) in [0, 1), a function of (seed, layer, kv head, query position, key position) alone.
 
-    seeds: one integer per item. query_positions: int64 (B, Q), key_positions: int64 (B, N), both counted without padding.
+    seeds: one integer per item. layers: of all items, or one per item. query_positions: int64 (B, Q), key_positions: int64 (B, N),
+    both counted without padding.
     The global random state is neither read nor changed.
     """
-    call = tuple(seeds), layer_idx, kv_heads
+    call = tuple(seeds), layers, kv_heads
     if not uses_loops(key_positions):
         halves, factors = _halves(*call, key_positions.device)
         if key_positions.is_cuda and HAS_TRITON:
@@ -38,18 +41,21 @@ def keyed_uniforms(seeds: list[int], layer_idx: int, kv_heads: int, query_positi
     return uniforms
 
 
-def _words(seeds: tuple[int, ...], layer_idx: int, kv_heads: int) -> np.ndarray:
+def _words(seeds: tuple[int, ...], layers: int | tuple[int, ...], kv_heads: int) -> np.ndarray:
     """64 bits for every (item, kv head); each half is mixed in turn with the query's and the key's position."""
-    hashes = [[_mix64(_mix64((seed & _MASK64) ^ (layer_idx << 40)) ^ head) for head in range(kv_heads)] for seed in seeds]
+    items = zip(seeds, (layers,) * len(seeds) if isinstance(layers, int) else layers, strict=True)
+    hashes = [[_mix64(_mix64((seed & _MASK64) ^ (layer << 40)) ^ head) for head in range(kv_heads)] for seed, layer in items]
     return np.array(hashes, np.uint64)
 
 
 @lru_cache(maxsize=512)
-def _halves(seeds: tuple[int, ...], layer_idx: int, kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _halves(
+    seeds: tuple[int, ...], layers: int | tuple[int, ...], kv_heads: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Lower and upper halves of the words, int32 (2, B, kv_heads, 1), and what query positions are multiplied with for each,
-    int32 (2, 1, 1, 1); copied to the device once per layer."""
+    int32 (2, 1, 1, 1); copied to the device once per layer or group of layers."""
     with torch.inference_mode(False):
-        words = _words(seeds, layer_idx, kv_heads).view(np.int64)
+        words = _words(seeds, layers, kv_heads).view(np.int64)
         halves = np.stack([words, words >> 32]).astype(np.int32)[..., None]
         factors = torch.tensor(FACTORS, dtype=torch.int32).view(2, 1, 1, 1)
         return torch.from_numpy(halves).to(device), factors.to(device)

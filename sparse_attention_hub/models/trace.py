@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,46 @@ class TraceLayer:
     summary: ContextSummary | None = None
 
 
+@dataclass(frozen=True)
+class TraceLayers:
+    """Layers of a trace that are alike, side by side: queries (L, H, R, D), keys and values (L, Hkv, N, D), dense (L, R, H, D); the
+    other fields are those of TraceLayer, one for all but for the summaries."""
+
+    layers: tuple[int, ...]
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    dense: Tensor
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
+    summaries: tuple[ContextSummary | None, ...]
+
+    @staticmethod
+    def of(each: Sequence[TraceLayer]) -> TraceLayers:
+        """Of a single layer the same tensors, else a copy."""
+        first, tensors = each[0], zip(*((layer.queries, layer.keys, layer.values, layer.dense) for layer in each), strict=True)
+        queries, keys, values, dense = (own[0] if len(own) == 1 else torch.cat(own) for own in tensors)
+        layers, summaries = tuple(layer.layer_idx for layer in each), tuple(layer.summary for layer in each)
+        return TraceLayers(layers, queries, keys, values, dense, first.scaling, first.softcap, first.sinks, summaries)
+
+    def layer(self, index: int) -> TraceLayer:
+        """The layer at this index, as views."""
+        queries, keys, values, dense = (
+            tensor[index : index + 1] for tensor in (self.queries, self.keys, self.values, self.dense)
+        )
+        about = self.scaling, self.softcap, self.sinks, self.summaries[index]
+        return TraceLayer(self.layers[index], queries, keys, values, dense, *about)
+
+
+def are_alike(one: TraceLayer, other: TraceLayer) -> bool:
+    """Whether two layers can be side by side. Kernels take one number per head as sinks, for all items, and one rule of scores."""
+    pairs = (one.queries, other.queries), (one.keys, other.keys), (one.values, other.values)
+    same_shapes = all(own.shape == others.shape and own.dtype == others.dtype for own, others in pairs)
+    same_rule = (one.scaling, one.softcap) == (other.scaling, other.softcap) and one.sinks is None and other.sinks is None
+    return same_shapes and same_rule
+
+
 class Trace:
     """A recorded dense run. `rows` query rows (question and answer, up to EOS) follow `context_length` context tokens."""
 
@@ -97,6 +137,33 @@ class Trace:
             summary = ContextSummary(self.observed, self.context_length + len(seen), scaling, softcap, seen, **recorded)
         return TraceLayer(layer_idx, scaling=scaling, softcap=softcap, summary=summary, **tensors)
 
+    def side_by_side(
+        self,
+        layers: Sequence[int],
+        device: torch.device | str,
+        most: Callable[[TraceLayer], int],
+        held: HeldLayers | None = None,
+    ) -> Iterator[TraceLayers]:
+        """The layers in this order; those that follow each other and are alike come together, at most `most(the first)` of them."""
+        held = HeldLayers(0) if held is None else held
+        found, limit = list[TraceLayer](), 1
+
+        def together() -> TraceLayers:
+            group = held.together(self, found)
+            found.clear()  # what was read need not stay beside its copy
+            return group
+
+        for layer_idx in layers:
+            layer = held.layer(self, layer_idx, device)
+            if found and not are_alike(found[0], layer):
+                yield together()
+            limit = limit if found else most(layer)
+            found.append(layer)
+            if len(found) >= limit:
+                yield together()
+        if found:
+            yield together()
+
     def prefilled(self, lm: LanguageModel, room: int, states: SharedStates | None = None) -> Prefilled | None:
         """The context's KV cache rebuilt from the trace, instead of prefilling again; None if the trace
         lacks layers. states: masker states to share with replays of this trace."""
@@ -119,12 +186,14 @@ class HeldLayers:
     """Layers of traces that stay on a device from one replay to the next, as many as `limit_bytes` hold.
 
     A search reads the same layers in the same order in each pass, so what is held is never dropped for what comes later: a cache of
-    the latest ones would hold nothing that the next pass begins with.
+    the latest ones would hold nothing that the next pass begins with. Layers that are read side by side are held so; by itself, each
+    of them is a view.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._left = limit_bytes
         self._held: dict[tuple[Trace, int], TraceLayer] = {}
+        self._together: dict[tuple[Trace, tuple[int, ...]], TraceLayers] = {}
 
     def layer(self, trace: Trace, layer_idx: int, device: torch.device | str) -> TraceLayer:
         """As `Trace.layer`."""
@@ -135,6 +204,18 @@ class HeldLayers:
         if size <= self._left:
             self._left -= size
             self._held[name] = found
+        return found
+
+    def together(self, trace: Trace, layers: Sequence[TraceLayer]) -> TraceLayers:
+        """As `TraceLayers.of`. Held layers stay side by side from then on, unless one of them is so with others."""
+        numbers = tuple(layer.layer_idx for layer in layers)
+        if (trace, numbers) in self._together:
+            return self._together[trace, numbers]
+        found = TraceLayers.of(layers)
+        taken = {number for other, known in self._together if other is trace for number in known}
+        if len(numbers) > 1 and taken.isdisjoint(numbers) and all((trace, number) in self._held for number in numbers):
+            self._together[trace, numbers] = found
+            self._held |= {(trace, number): found.layer(index) for index, number in enumerate(numbers)}
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sparse_attention_hub import ResearchAttention, ResearchAttentionConfig
 from sparse_attention_hub.maskers.base import registered_configs
 from sparse_attention_hub.maskers.channel_file import write_channels
 from sparse_attention_hub.maskers.drawing import DIM, HEADS, example_configs
+from sparse_attention_hub.maskers.principal_axes import principal_axes, write_axes
 from sparse_attention_hub.models import LanguageModel
 
 #: Channel files must outlive the configurations that name them.
@@ -45,6 +47,35 @@ def example(name: str, **options: Any) -> ResearchAttention:
 def all_examples() -> list[ResearchAttention]:
     """Of a model with two layers: files of models name the first alone, so the second is dense."""
     return [example(name, dense_layers=[1]) for name in NAMES]
+
+
+def layered_examples(layers: int) -> list[ResearchAttention]:
+    """All examples for a model with so many layers: files hold tables of every layer, which differ."""
+    folder, generator = FOLDER / f"of {layers} layers", torch.Generator().manual_seed(8)
+    folder.mkdir(exist_ok=True)
+    channels, axes, heads = (str(folder / name) for name in ("all.json", "all.safetensors", "all.tsv"))
+    orders = {layer: torch.rand(HEADS, DIM, generator=generator).argsort(-1).tolist() for layer in range(layers)}
+    write_channels({f"model.layers.{layer}.self_attn.qk_proj": order for layer, order in orders.items()}, Path(channels))
+    keys = torch.randn(layers, 1, 50, DIM, generator=generator)
+    write_axes({layer: principal_axes(own) for layer, own in enumerate(keys)}, Path(axes))
+    Path(heads).write_text("".join(f"{number}\n" for number in torch.rand(layers, generator=generator).tolist()))
+    hashes = {}
+    for layer in range(layers):
+        parts = ("query_matrix", (DIM, 32)), ("query_bias", (32,)), ("key_matrix", (DIM, 32)), ("key_bias", (32,))
+        hashes[layer] = {
+            name: [torch.randn(1, *shape, generator=generator).repeat_interleave(HEADS, 0)] for name, shape in parts
+        }
+    fields: dict[str, dict[str, Any]] = {
+        "double_sparsity": {"sorted_channel_file": channels},
+        "loki": {"axes_file": axes},
+        "duo_attention": {"pattern_file": heads},
+        "hash_attention": {"hat_weights": hashes},
+    }
+    pipelines = [example_configs(name, folder) for name in NAMES]
+    own = [
+        [*configs[:-1], replace(configs[-1], **fields.get(name, {}))] for name, configs in zip(NAMES, pipelines, strict=True)
+    ]
+    return [ResearchAttention(ResearchAttentionConfig(configs)) for configs in own]
 
 
 def families(layers: int) -> list[ResearchAttention]:

@@ -60,13 +60,15 @@ def of_call(name: str, rows: int) -> Counts:
         return gpu.totals()
 
 
-def of_32_layers(measure: Callable[[int], Counts]) -> Counts:
-    """Counted on one layer and on two."""
-    one, two = measure(1), measure(2)
+def of_step(ways: int, **about: bool) -> Counts:
+    """A step of a model of 32 layers, see `of_step_of_layers`."""
+    one, two = (
+        of_step_of_layers(layers, ways, **about) for layers in (1, 2)
+    )  # each further layer costs what the second one does
     return {kind: one[kind] + 31 * (two[kind] - one[kind]) for kind in one}
 
 
-def of_step(layers: int, ways: int = 9, as_graphs: bool = True, measured: bool = False) -> Counts:
+def of_step_of_layers(layers: int, ways: int, as_graphs: bool = True, measured: bool = False) -> Counts:
     """A decode step of dense attention and eight families in lockstep, of a model with so many layers; for more rows the families
     again. as_graphs: one of those that a graph does, else the open one that a graph is made of. measured: each call's error, too."""
     attentions = [None, *itertools.chain(*(families(layers) for _ in range(0, ways, 8)))][:ways]
@@ -84,8 +86,8 @@ def of_step(layers: int, ways: int = 9, as_graphs: bool = True, measured: bool =
     return {kind: totals[2][kind] - totals[1][kind] for kind in totals[0]}
 
 
-def of_replay(layers: int) -> Counts:
-    """A replay of eight families on so many layers, their states fitted."""
+def of_replay(layers: int = 32) -> Counts:
+    """A replay of eight families on so many layers, their states fitted. The layers are few enough keys to be one call."""
     attentions, states = families(layers), SharedStates()
     with tempfile.TemporaryDirectory() as folder:
         trace = record_trace(small_model(None, layers=layers), tokens(KEYS), tokens(5, 2), 6, Path(folder) / "trace")
@@ -98,12 +100,12 @@ def of_replay(layers: int) -> Counts:
 
 MEASURES: dict[str, Callable[[], Counts]] = {
     **{f"decode {name}": lambda name=name: of_call(name, 1) for name in NAMES},  # type: ignore[misc]
-    "32 layers: step of a dense row": lambda: of_32_layers(lambda layers: of_step(layers, 1)),
-    "32 layers: step of 9 rows": lambda: of_32_layers(of_step),
-    "32 layers: step of 41 rows": lambda: of_32_layers(lambda layers: of_step(layers, 41)),
-    "32 layers: step of 41 rows, all errors measured": lambda: of_32_layers(lambda layers: of_step(layers, 41, measured=True)),
-    "32 layers: a graph of 9 rows, inside": lambda: of_32_layers(lambda layers: of_step(layers, as_graphs=False)),
-    "32 layers: replay of 8 configurations": lambda: of_32_layers(of_replay),
+    "32 layers: step of a dense row": lambda: of_step(1),
+    "32 layers: step of 9 rows": lambda: of_step(9),
+    "32 layers: step of 41 rows": lambda: of_step(41),
+    "32 layers: step of 41 rows, all errors measured": lambda: of_step(41, measured=True),
+    "32 layers: a graph of 9 rows, inside": lambda: of_step(9, as_graphs=False),
+    "32 layers: replay of 8 configurations": of_replay,
     **{f"question of 5 {name}": lambda name=name: of_call(name, 5) for name in NAMES},  # type: ignore[misc]
 }
 

@@ -140,11 +140,11 @@ def test_heavy_hitters_by_their_definition() -> None:
 
 @pytest.mark.parametrize("cut", [(150,), (1, 149), (60, 90), (3, 64, 2, 81)])
 def test_parts_of_a_prefill_are_one_prefill(cut: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_attention_hub.maskers import inputs
+    from sparse_attention_hub.maskers import call_parts
 
     q, k, v = tensors(N)
     whole = ContextSummary.of(AttentionInputs(q, k, v))
-    monkeypatch.setitem(inputs.BLOCK_SCORES, "cpu", 7 * HEADS * N)  # rows in blocks
+    monkeypatch.setitem(call_parts.BLOCK_SCORES, "cpu", 7 * HEADS * N)  # rows in blocks
     parts, end = ContextSummary(whole.parts), 0
     for size in cut:
         start, end = end, end + size
