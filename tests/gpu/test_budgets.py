@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Hashable
@@ -86,6 +87,11 @@ def of_step_of_layers(layers: int, ways: int, as_graphs: bool = True, measured: 
     return {kind: totals[2][kind] - totals[1][kind] for kind in totals[0]}
 
 
+def without_graphs() -> Counts:
+    with mock.patch.dict(os.environ, {step_graphs.SWITCH: "0"}):
+        return of_step(9)
+
+
 def of_replay(layers: int = 32) -> Counts:
     """A replay of eight families on so many layers, their states fitted. The layers are few enough keys to be one call."""
     attentions, states = families(layers), SharedStates()
@@ -105,6 +111,7 @@ MEASURES: dict[str, Callable[[], Counts]] = {
     "32 layers: step of 41 rows": lambda: of_step(41),
     "32 layers: step of 41 rows, all errors measured": lambda: of_step(41, measured=True),
     "32 layers: a graph of 9 rows, inside": lambda: of_step(9, as_graphs=False),
+    "32 layers: step of 9 rows without a graph": without_graphs,
     "32 layers: replay of 8 configurations": of_replay,
     **{f"question of 5 {name}": lambda name=name: of_call(name, 5) for name in NAMES},  # type: ignore[misc]
 }
