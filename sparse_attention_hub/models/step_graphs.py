@@ -102,15 +102,16 @@ class _Outside(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tensors: dict[int, Tensor] = {}
+        self._mark = object()  # of what is made inside; not this object, which constants that are kept would keep alive
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs)):
-            if getattr(tensor, "_made_by", None) is not self:
+            if getattr(tensor, "_made_in", None) is not self._mark:
                 self.tensors[id(tensor)] = tensor
         found = function(*args, **(kwargs or {}))
         for tensor in _tensors(found):
             if id(tensor) not in self.tensors:  # else it was changed in place
-                tensor._made_by = self  # type: ignore[attr-defined]
+                tensor._made_in = self._mark  # type: ignore[attr-defined]
         return found
 
 
