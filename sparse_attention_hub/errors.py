@@ -22,7 +22,8 @@ class NonFiniteError(ArithmeticError):
 
 
 class SeveralLayersError(RuntimeError):
-    """A masker asked for the one layer of a call whose items are of several layers. Replay then takes them one by one."""
+    """A masker does not take a call whose items are of several layers: it asks for the one layer, or cannot join what it learned of
+    each. Replay then takes them one by one."""
 
 
 def quoted(value: object, limit: int = 200) -> str:

@@ -1,12 +1,11 @@
 """Replay: what a sparse attention would have done on a recorded dense run. Arithmetic on a trace, no model forward.
 
 All configurations of a call share each layer's scores, exponentials, sorted scores and the codes that maskers make of keys. Off
-the CPU, layers that are alike are the items of one call: 32 short ones take 445 operations in place of 13,083 (docs/gpu.md).
+the CPU, layers that are alike are the items of one call, which starts fewer operations by as much: docs/gpu.md counts them.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .attention import AttentionResult, ResearchAttention, relative_error
+from .attention import ResearchAttention, relative_error
 from .errors import SeveralLayersError
 from .lists import WIDE_ENTRIES, expand_heads
 from .maskers.call_cache import CallCache
@@ -26,14 +25,14 @@ from .maskers.layout import Layout
 from .maskers.shared_states import SharedStates
 
 if TYPE_CHECKING:
+    from .maskers.context_summary import ContextSummary
     from .models.trace import HeldLayers, Trace, TraceLayer, TraceLayers
 
-#: Share of a GPU's free memory that layers replayed at once may take: the estimate is of the largest tensors, and layers of traces
-#: that stay there need room, too.
-MEMORY_SHARE = 0.25
-#: Bytes per head, row and key that the configurations of a call share at most: scores and their exponentials; their order, and random
-#: ranks and theirs, which are there twice if some configurations take the layers together and others one by one.
-SHARED_BYTES = 48
+#: Share of a GPU's memory that layers replayed at once may take, the largest of their tensors added up. Not of what is free: then
+#: the groups, and with them what stays on the device, would change from one replay to the next.
+MEMORY_SHARE = 0.1
+#: Bytes per head, row and key that the configurations of a call share: scores, their exponentials and order, random ranks and theirs.
+SHARED_BYTES = 28
 
 
 @dataclass(frozen=True)
@@ -88,36 +87,64 @@ def replay(
     kept = list(range(trace.rows)) if rows is None else list(rows)
     states = SharedStates() if states is None else states
     layouts: dict[Hashable, Layout] = {}
-    errors, densities, kv_shares = list[Tensor](), list[Tensor](), list[Tensor]()  # of some layers each, of all attentions
-    kv_fractions: list[list[float]] = [[] for _ in attentions]
-    most = partial(layers_at_once, rows=len(kept), attentions=attentions)
-    for stored in trace.side_by_side(layers, device, most, held):
-        inputs = _inputs(stored, trace.rows, kept, seed, layouts, latent)
-        calls: dict[tuple[int, int], AttentionInputs] = {(0, len(stored.layers)): inputs}
-        outputs, counts, group_counts = list[Tensor](), list[Tensor](), list[Tensor]()
-        for i, attention in enumerate(attentions):
-            own = _results(attention, stored, calls, trace, states)
-            outputs.append(_joined([result.unrounded for result in own]))
-            counts.append(_joined([expand_heads(result.mask.counts(), inputs.shape[1]) for result in own]))
-            if kv:
-                group_counts.append(_joined([expand_heads(result.mask.group_counts(), inputs.shape[1]) for result in own]))
-                for result in own:
-                    kv_fractions[i] += [result.kv_fraction] * result.mask.shape[0]
-            states.trim()
-        lengths = inputs.layout.row_lengths.unsqueeze(1)
-        errors.append(_row_means(relative_error(torch.stack(outputs), inputs.dense_output()), parts))
-        for figures, numbers in ((densities, counts), (kv_shares, group_counts)):
-            if numbers:
-                figures.append(_row_means((torch.stack(numbers) / lengths).transpose(2, 3), parts))
-    results = [
-        ReplayResult(float(e.mean()), float(d.mean()), e, d) for e, d in zip(_each(errors), _each(densities), strict=True)
-    ]
+
+    def measure(stored: TraceLayers) -> tuple[Tensor, ...]:
+        """Errors and densities, and KV shares and fractions if asked for, (attentions, layers, ...), of some layers."""
+        whole = _inputs(stored, trace.rows, kept, seed, layouts, latent)
+        found = [_attend(attention, whole, stored.summaries, trace, states, kv) for attention in attentions]
+        refused = [place for place, part in enumerate(found) if part is None]
+        singles: list[list[tuple[Tensor, ...]]] = [[] for _ in attentions]
+        for index in range(len(stored.layers) if refused else 0):
+            one = items_of(whole, index, index + 1)
+            for place in refused:
+                part = _attend(attentions[place], one, stored.summaries[index : index + 1], trace, states, kv)
+                assert part is not None
+                singles[place].append(part)
+        for place in refused:
+            found[place] = tuple(torch.cat(own) for own in zip(*singles[place], strict=True))
+        outputs, *numbers = (torch.stack(own) for own in zip(*found, strict=True))
+        shares = [_row_means((own / whole.layout.row_lengths.unsqueeze(1)).transpose(2, 3), parts) for own in numbers[: 1 + kv]]
+        return _row_means(relative_error(outputs, whole.dense_output()), parts), *shares, *numbers[1 + kv :]
+
+    figures, rule = list[tuple[Tensor, ...]](), partial(_rule, attentions, latent)
+    at_once = partial(layers_at_once, rows=len(kept), attentions=attentions)
+    for stored in trace.side_by_side(layers, device, at_once, rule, held):
+        figures.append(measure(stored))
+        del stored  # before the next ones are read
+    errors, densities, *kv_figures = (_each(list(own)) for own in zip(*figures, strict=True))
+    results = [ReplayResult(float(e.mean()), float(d.mean()), e, d) for e, d in zip(errors, densities, strict=True)]
     if not kv:
         return results
     return [
-        replace(result, kv_fraction=fmean(fractions), kv_shares=shares)
-        for result, fractions, shares in zip(results, kv_fractions, _each(kv_shares), strict=True)
+        replace(result, kv_shares=shares, kv_fraction=fmean(fractions.tolist()))
+        for result, shares, fractions in zip(results, *kv_figures, strict=True)
     ]
+
+
+def _attend(
+    attention: ResearchAttention,
+    inputs: AttentionInputs,
+    summaries: Sequence[ContextSummary | None],
+    trace: Trace,
+    states: SharedStates,
+    kv: bool,
+) -> tuple[Tensor, ...] | None:
+    """What an attention does on some layers: output (L, Q, H, DV), counts of chosen keys (L, H, Q), and if asked for those that a
+    head's group reads, and KV fractions, float64 (L,). None if one of its maskers does not take several layers at once."""
+    layers, heads = inputs.shape[:2]
+    try:
+        maskers = attention.maskers_of(inputs.layers[0])
+        state = states.of_call(maskers, trace.key, trace.context_length, inputs, summaries)
+        result = attention.attend_inputs(inputs, state)
+    except SeveralLayersError:
+        return None
+    finally:
+        states.trim()
+    found = result.unrounded, expand_heads(result.mask.counts(), heads)
+    if not kv:
+        return found
+    fraction = torch.as_tensor(result.kv_share, dtype=torch.float64, device=inputs.device)
+    return *found, expand_heads(result.mask.group_counts(), heads), fraction.expand(layers)
 
 
 def _row_means(figures: Tensor, parts: int) -> Tensor:
@@ -131,12 +158,8 @@ def _each(groups: list[Tensor]) -> list[Tensor]:
     return [own.contiguous() for own in torch.cat(groups, 1).cpu()]
 
 
-def _joined(items: list[Tensor]) -> Tensor:
-    return items[0] if len(items) == 1 else torch.cat(items)
-
-
 def layers_at_once(first: TraceLayer, rows: int, attentions: Sequence[ResearchAttention]) -> int:
-    """How many layers such as the first are replayed as one call. On a CPU one: operations start in no time there, and a layer's
+    """How many layers such as the first are replayed as one call. On a CPU one: nothing is waited for to start there, and a layer's
     scores may fit into a cache.
 
     Elsewhere as many as keep the lists of a call small enough to be as wide as the keys, so that none is awaited (past that a
@@ -151,51 +174,25 @@ def layers_at_once(first: TraceLayer, rows: int, attentions: Sequence[ResearchAt
         maskers = [masker for attention in attentions for masker in attention.maskers]
         codes = len({masker.codes_key() for masker in maskers if masker.learns or masker.code_fields is not None})
         size = 2 * (first.keys.nbytes + first.values.nbytes)  # as they are read, and side by side
-        size += codes * (first.keys.nbytes + 4 * entries)  # codes are hardly larger than the keys; scores by them
+        size += codes * (
+            2 * first.keys.nbytes + 4 * entries
+        )  # codes, hardly larger than the keys, and side by side; scores by them
         size += entries * (SHARED_BYTES + max((masker.score_bytes[0] for masker in maskers), default=0))
-        size += 8 * heads * rows * dim * len(attentions)  # outputs, and a copy of them
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        most = min(most, int(MEMORY_SHARE * free) // size)
+        size += 12 * heads * rows * dim * len(attentions)  # outputs, a copy of them, their errors
+        most = min(most, int(MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory) // size)
     return max(1, most)
 
 
-def _results(
-    attention: ResearchAttention,
-    stored: TraceLayers,
-    calls: dict[tuple[int, int], AttentionInputs],
-    trace: Trace,
-    states: SharedStates,
-) -> list[AttentionResult]:
-    """An attention's results on some layers, in their order: one of all of them, or several of parts of them.
+def _rule(attentions: Sequence[ResearchAttention], latent: int, layer_idx: int) -> object:
+    """Equal for layers that all these attentions may take in one call."""
 
-    calls: by (start, stop) the call of these of the layers, which other attentions share; it has that of all of them.
-    """
-    whole = calls[0, len(stored.layers)]
+    def of(attention: ResearchAttention) -> object:
+        table, is_dense = attention.config.head_budgets, not attention.maskers_of(layer_idx)
+        if latent and any(masker.narrows for masker in attention.maskers):
+            return layer_idx  # the bytes of a latent that choosing reads have a limit in each layer
+        return is_dense, None if is_dense or table is None else table[layer_idx : layer_idx + 1]
 
-    def attend(start: int, stop: int) -> AttentionResult:
-        if (start, stop) not in calls:
-            calls[start, stop] = items_of(whole, start, stop)
-        inputs, maskers = calls[start, stop], attention.maskers_of(stored.layers[start])
-        state = states.of_call(maskers, trace.key, trace.context_length, inputs, stored.summaries[start:stop])
-        return attention.attend_inputs(inputs, state)
-
-    results, stop = list[AttentionResult](), 0
-    for _, alike in itertools.groupby(stored.layers, partial(_rule, attention, latent=whole.latent)):
-        start, stop = stop, stop + len(list(alike))
-        try:
-            results.append(attend(start, stop))
-        except SeveralLayersError:
-            results += [attend(index, index + 1) for index in range(start, stop)]
-    return results
-
-
-def _rule(attention: ResearchAttention, layer_idx: int, latent: int) -> object:
-    """Equal for layers that an attention may take in one call."""
-    table, is_dense = attention.config.head_budgets, not attention.maskers_of(layer_idx)
-    if latent and any(masker.narrows for masker in attention.maskers):
-        return layer_idx  # the bytes of a latent that choosing reads have a limit in each layer
-    return is_dense, None if is_dense or table is None else table[layer_idx : layer_idx + 1]
+    return [of(attention) for attention in attentions]
 
 
 def _inputs(

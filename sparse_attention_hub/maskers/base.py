@@ -105,8 +105,8 @@ class Masker(ABC, Generic[ConfigT]):
 
     def join_fits(self, fits: list[Any]) -> Any:
         """What `fit` made of several layers, as a fit whose items are these layers: see SharedStates.of_call. Overridden by maskers
-        with a fit of their own; without it their layers are replayed one by one."""
-        if any(fit is not True for fit in fits):
+        that keep more than codes: a fit, a summary, a `prepare` of their own. Without it their layers are replayed one by one."""
+        if type(self).prepare is not Masker.prepare or self.observes or any(fit is not True for fit in fits):
             raise SeveralLayersError(f"{type(self).__name__} does not join the fits of layers")
         return True
 

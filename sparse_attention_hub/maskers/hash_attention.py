@@ -73,7 +73,7 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         check_weights(self._weights, config.hat_bits, config.hat_mlp_layers, config.hat_mlp_hidden_size)
         # Weights given in memory have no name: their codes are this masker's own.
         self._source = config.hat_weight_file or f"masker {next(_NUMBERS)}"
-        self._ready: dict[tuple[tuple[int, ...], int, str], Layer] = {}
+        self._ready: dict[tuple[int, int, str], Layer] = {}
 
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         scores = self.shared(inputs, lambda: self._scores(inputs))
@@ -84,23 +84,20 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
 
     def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
         """Signatures of keys (B, Hkv, n, D): int32 (B, Hkv, n, networks, words), one network per kv head or per query head."""
-        layer = self._layer((layer_idx,), keys)
+        layer = self._layer(layer_idx, keys)
         parts = [self._signatures(part.unsqueeze(2), layer, "key") for part in torch.split(keys, CHUNK, 2)]
         return torch.cat(parts, 3).transpose(2, 3)
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:
-        networks = self._layer(inputs.layers, inputs.keys)["key_matrix"][0].shape[-3]
+        networks = self._layer(inputs.layers[0], inputs.keys)["key_matrix"][0].shape[1]
         return networks * self.config.hat_bits / (16 * inputs.keys.element_size() * inputs.keys.shape[3])
 
-    def _layer(self, layers: tuple[int, ...], keys: Tensor) -> Layer:
-        """The networks of the layer, see `ready_layer`, or of several, with a first axis more."""
-        place = (layers, keys.shape[1], str(keys.device))
+    def _layer(self, layer_idx: int, keys: Tensor) -> Layer:
+        place = (layer_idx, keys.shape[1], str(keys.device))
         if place not in self._ready:
-            for layer_idx in layers:
-                if layer_idx not in self._weights:
-                    raise ValueError(f"the hash weights have no layer {layer_idx}, only {sorted(self._weights)}")
-            found = [ready_layer(self._weights[layer_idx], keys) for layer_idx in layers]
-            self._ready[place] = found[0] if len(layers) == 1 else stack_layers(found)
+            if layer_idx not in self._weights:
+                raise ValueError(f"the hash weights have no layer {layer_idx}, only {sorted(self._weights)}")
+            self._ready[place] = ready_layer(self._weights[layer_idx], keys)
         return self._ready[place]
 
     def _signatures(self, x: Tensor, layer: Layer, side: str) -> Tensor:
@@ -115,12 +112,13 @@ class HashAttentionTopKMasker(Masker[HashAttentionTopKMaskerConfig]):
         """Minus the number of bits that differ: float32 (B, H, Q, N), -inf where not allowed."""
         batch, heads, rows, _ = inputs.shape
         _, codes = self.codes(inputs)
-        layer = self._layer(inputs.layers, inputs.keys)
+        each = [self._layer(layer_idx, inputs.keys) for layer_idx in inputs.layers]
+        layer = each[0] if len(each) == 1 else stack_layers(each)
         networks = layer["query_matrix"][0].shape[-4:-2].numel()
         if networks != heads:
             raise ValueError(f"the hash weights are for {networks} query heads, the model has {heads}")
         grouped = inputs.queries.reshape(batch, inputs.kv_heads, -1, rows, inputs.queries.shape[-1])
-        scores = score_bits(self._signatures(grouped, layer, "query"), codes).view(inputs.shape)
+        scores = score_bits(self._signatures(grouped, layer, "query"), codes).reshape(inputs.shape)
         return scores if inputs.layout.all_allowed else scores.masked_fill_(~inputs.allowed, NEVER)
 
 

@@ -21,7 +21,8 @@ class AttentionInputs:
     """One attention call as maskers see it.
 
     queries (B, H, Q, D), keys and values (B, Hkv, N, D), H a multiple of Hkv. attention_mask, rows_after: see Layout.
-    scaling: default D ** -0.5. layer_idx: of all items, or one per item (see Masker.join_fits). seeds: of `uniform()`, one per item,
+    scaling: default D ** -0.5. layer_idx: of all items, or one per item, which
+    the caller knows to have one rule (see Masker.join_fits). seeds: of `uniform()`, one per item,
     default 0. cache: shared with other calls. softcap: scores are softcap * tanh(score / softcap). sinks (H,): a logit per head that
     joins the softmax's denominator; it is never a key. latent: numbers of the one latent vector per token that all heads' keys and
     values are made of (MLA), 0 without one.
@@ -50,6 +51,8 @@ class AttentionInputs:
         self.scaling = queries.shape[-1] ** -0.5 if scaling is None else float(scaling)
         #: The layer of all items, or one per item.
         self.layers = layer_idx if isinstance(layer_idx, tuple) else (layer_idx,)
+        if len(self.layers) not in (1, queries.shape[0]):
+            raise ValueError(f"layer_idx must be a number, or one for each of the {queries.shape[0]} items, got {self.layers}")
         self.rows_after = rows_after
         self.seeds = seeds if seeds is not None else [0] * queries.shape[0]
         self.cache = CallCache() if cache is None else cache
@@ -232,8 +235,7 @@ class AttentionInputs:
     def uniform(self) -> Tensor:
         """Uniforms in [0, 1), float32 (B, Hkv, Q, N): see uniforms.py. The heads of a group sample alike."""
         places = self.layout.row_positions, self.key_positions
-        layers = self.layers if len(self.layers) > 1 else self.layers[0]
-        return once(self.cache.draws, "uniform", lambda: keyed_uniforms(self.seeds, layers, self.kv_heads, *places))
+        return once(self.cache.draws, "uniform", lambda: keyed_uniforms(self.seeds, self.layers, self.kv_heads, *places))
 
     def random_ranks(self) -> Tensor:
         """The random order of a row's keys: int64 (B, Hkv, Q, N), highest first, `lowest` where not allowed."""

@@ -81,7 +81,7 @@ class LokiMasker(Masker[LokiConfig]):
         """The kept axes of the layers, float32 (layers, kv_heads or 1, D, c). ValueError if the file's do not fit."""
         place = layers, device
         if place not in self._ready:
-            file, kept = self.config.axes_file, kept_channels(self.config.components, dim)
+            file, found = self.config.axes_file, []
             for layer_idx in layers:
                 axes = read_axes(str(file)).get(layer_idx)
                 if axes is None:
@@ -89,8 +89,8 @@ class LokiMasker(Masker[LokiConfig]):
                 if axes.shape[0] not in (1, kv_heads) or axes.shape[1:] != (dim, dim):
                     got = tuple(axes.shape)
                     raise ValueError(f"axes in {file} are {got}, the model has {kv_heads} kv heads of {dim} channels")
-            found = torch.stack([read_axes(str(file))[layer_idx][:, :, :kept] for layer_idx in layers])
-            self._ready[place] = found.to(device, torch.float32)
+                found.append(axes[:, :, : kept_channels(self.config.components, dim)])
+            self._ready[place] = torch.stack(found).to(device, torch.float32)
         return self._ready[place]
 
     def _scores(self, inputs: AttentionInputs) -> Tensor:

@@ -74,15 +74,16 @@ class SharedStates:
         state, known = AttentionState(), inputs.layout.known_keys
 
         def join(masker: Masker[Any]) -> MaskerState:
-            each = []
-            for layer_idx, keys, summary in zip(inputs.layers, inputs.keys.split(1), summaries, strict=True):
-                own = self.of([masker], context, keys[:, :, :length], layer_idx, summary).entry(layer_idx, 0)
-                if not own.is_fitted:
+            layers, each = list(zip(inputs.layers, inputs.keys.split(1), strict=True)), []
+            for (layer_idx, keys), summary in zip(layers, summaries, strict=True):
+                each.append(self.of([masker], context, keys[:, :, :length], layer_idx, summary).entry(layer_idx, 0))
+                if not each[-1].is_fitted:
                     raise SeveralLayersError(f"{type(masker).__name__} is not fitted before its first call")
+            fitted = masker.join_fits([own.fitted for own in each])  # before any of them is coded further: it may refuse
+            for (layer_idx, keys), own in zip(layers, each, strict=True):
                 if own.length < keys.shape[2]:
                     masker.prepare(keys, layer_idx, own, None if known is None else known[:1])
-                each.append(own)
-            return MaskerState.join(each, masker.join_fits([own.fitted for own in each]))
+            return MaskerState.join(each, fitted)
 
         for position, masker in enumerate(maskers):
             if masker.learns:

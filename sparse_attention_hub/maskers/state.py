@@ -165,7 +165,7 @@ class MaskerState:
         SeveralLayersError if they have seen or hold different numbers of keys."""
         joined, held = MaskerState(), [state.codes() for state in states if state._buffer is not None]
         places = {(state.fit_length, state.length, state.keys_per_code, state.offset) for state in states}
-        if len(places) > 1 or len({codes.shape for codes in held}) > 1:
+        if len(places) > 1 or len({(codes.shape, codes.dtype) for codes in held}) > 1 or 0 < len(held) < len(states):
             raise SeveralLayersError(f"states of {len(states)} layers do not fit together: {sorted(places)}")
         joined.fitted = fitted
         joined.fit_length, joined.length, joined.keys_per_code, joined.offset = places.pop()

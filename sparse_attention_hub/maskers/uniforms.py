@@ -17,11 +17,11 @@ FACTORS = (-0x61C88647, 0x5851F42D)
 
 
 def keyed_uniforms(
-    seeds: list[int], layers: int | tuple[int, ...], kv_heads: int, query_positions: Tensor, key_positions: Tensor
+    seeds: list[int], layers: tuple[int, ...], kv_heads: int, query_positions: Tensor, key_positions: Tensor
 ) -> Tensor:
     """float32 (B, kv_heads, Q, N) in [0, 1), a function of (seed, layer, kv head, query position, key position) alone.
 
-    seeds: one integer per item. layers: of all items, or one per item. query_positions: int64 (B, Q), key_positions: int64 (B, N),
+    seeds: one integer per item. layers: one of all items, or one per item. query_positions: int64 (B, Q), key_positions: int64 (B, N),
     both counted without padding.
     The global random state is neither read nor changed.
     """
@@ -41,17 +41,15 @@ def keyed_uniforms(
     return uniforms
 
 
-def _words(seeds: tuple[int, ...], layers: int | tuple[int, ...], kv_heads: int) -> np.ndarray:
+def _words(seeds: tuple[int, ...], layers: tuple[int, ...], kv_heads: int) -> np.ndarray:
     """64 bits for every (item, kv head); each half is mixed in turn with the query's and the key's position."""
-    items = zip(seeds, (layers,) * len(seeds) if isinstance(layers, int) else layers, strict=True)
+    items = zip(seeds, layers * len(seeds) if len(layers) == 1 else layers, strict=True)
     hashes = [[_mix64(_mix64((seed & _MASK64) ^ (layer << 40)) ^ head) for head in range(kv_heads)] for seed, layer in items]
     return np.array(hashes, np.uint64)
 
 
 @lru_cache(maxsize=512)
-def _halves(
-    seeds: tuple[int, ...], layers: int | tuple[int, ...], kv_heads: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _halves(seeds: tuple[int, ...], layers: tuple[int, ...], kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Lower and upper halves of the words, int32 (2, B, kv_heads, 1), and what query positions are multiplied with for each,
     int32 (2, 1, 1, 1); copied to the device once per layer or group of layers."""
     with torch.inference_mode(False):

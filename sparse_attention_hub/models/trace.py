@@ -1,7 +1,7 @@
 """Traces: one dense run of a sample, recorded to try sparse attentions on it without the model.
 
 A trace is a folder: `layer_NNN.safetensors` for every recorded layer and `trace.json`, written last,
-with its inputs and the SHA-256 of each file. Layers are read one by one, so replay holds one in memory.
+with its inputs and the SHA-256 of each file. Layers are read one by one: on a CPU replay holds one in memory.
 """
 
 from __future__ import annotations
@@ -141,28 +141,30 @@ class Trace:
         self,
         layers: Sequence[int],
         device: torch.device | str,
-        most: Callable[[TraceLayer], int],
+        at_once: Callable[[TraceLayer], int],
+        rule: Callable[[int], object],
         held: HeldLayers | None = None,
     ) -> Iterator[TraceLayers]:
-        """The layers in this order; those that follow each other and are alike come together, at most `most(the first)` of them."""
-        held = HeldLayers(0) if held is None else held
-        found, limit = list[TraceLayer](), 1
+        """The layers in this order. Those that follow each other, are alike and have equal rules come side by side, at most
+        `at_once(the first)` of them."""
+        group, limit = list[TraceLayer](), 1
 
-        def together() -> TraceLayers:
-            group = held.together(self, found)
-            found.clear()  # what was read need not stay beside its copy
-            return group
+        def joined() -> TraceLayers:
+            together = TraceLayers.of(group) if held is None else held.together(self, group)
+            group.clear()  # what was read need not stay beside its copy
+            return together
 
         for layer_idx in layers:
-            layer = held.layer(self, layer_idx, device)
-            if found and not are_alike(found[0], layer):
-                yield together()
-            limit = limit if found else most(layer)
-            found.append(layer)
-            if len(found) >= limit:
-                yield together()
-        if found:
-            yield together()
+            layer = self.layer(layer_idx, device) if held is None else held.layer(self, layer_idx, device)
+            if group and not (are_alike(group[0], layer) and rule(group[0].layer_idx) == rule(layer_idx)):
+                yield joined()
+            limit = limit if group else at_once(layer)
+            group.append(layer)
+            del layer  # the caller's group is all that stays
+            if len(group) >= limit:
+                yield joined()
+        if group:
+            yield joined()
 
     def prefilled(self, lm: LanguageModel, room: int, states: SharedStates | None = None) -> Prefilled | None:
         """The context's KV cache rebuilt from the trace, instead of prefilling again; None if the trace
@@ -213,7 +215,8 @@ class HeldLayers:
             return self._together[trace, numbers]
         found = TraceLayers.of(layers)
         taken = {number for other, known in self._together if other is trace for number in known}
-        if len(numbers) > 1 and taken.isdisjoint(numbers) and all((trace, number) in self._held for number in numbers):
+        several = 1 < len(numbers) == len(set(numbers))
+        if several and taken.isdisjoint(numbers) and all((trace, number) in self._held for number in numbers):
             self._together[trace, numbers] = found
             self._held |= {(trace, number): found.layer(index) for index, number in enumerate(numbers)}
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from sparse_attention_hub.lists import WIDE_ENTRIES
 from sparse_attention_hub.maskers.inputs import AttentionInputs
 from sparse_attention_hub.maskers.pq_cache import PQCacheMasker
 from sparse_attention_hub.maskers.shared_states import SharedStates
+from sparse_attention_hub.maskers.state import MaskerState
 from sparse_attention_hub.maskers.uniforms import keyed_uniforms
 from sparse_attention_hub.models.observer import observed_by
 from sparse_attention_hub.models.trace import HeldLayers, Trace, TraceLayer, record_trace
@@ -37,7 +39,7 @@ LABELS = [*NAMES, *(f"family {number}" for number in range(8))]
 
 @dataclass
 class ByLayerConfig(MaskerConfig):
-    """A user's masker that reads the layer's number, without a word of it."""
+    """A user's masker that reads the layer's number, and does not say so."""
 
 
 @register_masker(ByLayerConfig)
@@ -63,6 +65,42 @@ class OwnFit(Masker[OwnFitConfig]):
     def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
         _, codes = self.codes(inputs)
         return mask.union(inputs.choose_top(codes.unsqueeze(2).expand(-1, -1, inputs.shape[2], -1), mask, 20))
+
+
+@dataclass
+class OwnPrepareConfig(MaskerConfig):
+    """A user's masker that learns what it likes of all keys it is given, and keeps it on the state."""
+
+
+@register_masker(OwnPrepareConfig)
+class OwnPrepare(Masker[OwnPrepareConfig]):
+    def prepare(self, keys: Tensor, layer_idx: int, state: MaskerState, allowed: Tensor | None = None) -> None:
+        state.fitted, state.fit_length = keys.float().norm(dim=-1).mean(-1), keys.shape[2]
+
+    def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
+        assert inputs.state is not None
+        longer = inputs.keys.float().norm(dim=-1) > inputs.state.fitted.unsqueeze(-1)
+        return mask.union(inputs.mask(longer.unsqueeze(2) & inputs.allowed))
+
+
+@dataclass
+class OwnSummaryConfig(MaskerConfig):
+    """A user's masker that codes keys, and reads what the prefill saw."""
+
+
+@register_masker(OwnSummaryConfig)
+class OwnSummary(Masker[OwnSummaryConfig]):
+    observes = ("queries",)
+
+    def encode(self, keys: Tensor, fitted: Any, layer_idx: int) -> Tensor:
+        return keys.float()
+
+    def select(self, inputs: AttentionInputs, mask: Mask) -> Mask:
+        _, codes = self.codes(inputs)
+        assert inputs.state is not None and inputs.state.summary is not None and inputs.state.summary.queries is not None
+        mean = inputs.state.summary.queries.float().mean((1, 2), keepdim=True)
+        scores = (codes * mean).sum(-1).unsqueeze(2).expand(-1, -1, inputs.shape[2], -1)
+        return mask.union(inputs.choose_top(scores, mask, 20))
 
 
 def pipelines() -> list[ResearchAttention]:
@@ -117,11 +155,11 @@ def assert_equal(found: Sequence[ReplayResult], wanted: Sequence[ReplayResult], 
         ({"rows": [0, 3]}, False),  # without the last row: keys that it does not see are not coded, and layers come one by one
         ({"layers": [3, 0, 4]}, True),
         ({"kv": True, "parts": 2}, True),
-        ({"latent": 40, "kv": True}, False),  # Twilight one by one
+        ({"latent": 40, "kv": True}, None),  # Twilight one by one, and with it all
     ],
     ids=str,
 )
-def test_every_masker(trace: Trace, options: dict[str, Any], whole: bool, called: list[tuple[int, ...]]) -> None:
+def test_every_masker(trace: Trace, options: dict[str, Any], whole: bool | None, called: list[tuple[int, ...]]) -> None:
     wanted = replay(trace, pipelines(), seed=3, **options)
     layers = tuple(options.get("layers", range(LAYERS)))
     assert {len(own) for own in called} == {1}
@@ -129,7 +167,8 @@ def test_every_masker(trace: Trace, options: dict[str, Any], whole: bool, called
     found = on_gpu(trace, pipelines(), seed=3, **options)
     assert_equal(found, wanted, LABELS)
     one_by_one = {(layer,) for layer in layers}
-    assert called.count(layers) >= 17 and set(called) == ({layers} if whole else {layers} | one_by_one)
+    assert set(called) == ({layers} if whole else one_by_one if whole is None else {layers} | one_by_one)
+    assert whole is None or called.count(layers) >= 17
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5])
@@ -143,7 +182,7 @@ def test_groups_of_any_size(trace: Trace, most: int, rows: Any, monkeypatch: pyt
 
 
 def test_layers_that_an_attention_takes_otherwise(trace: Trace, called: list[tuple[int, ...]]) -> None:
-    """Dense layers and head budgets cut a call into parts of equal rules."""
+    """Dense layers and head budgets end a call: all attentions of one have the same rules in all of its layers."""
     top, quest = hub.OracleTopKConfig(0.1), hub.QuestTopKMaskerConfig(0.2, 8)
     adaptive = hub.AdaptiveSamplingMaskerConfig(0.1, 0.3, 0.3, 0, 0)
     two, three = [[0.5]] * 2, [[2.0]] * 3
@@ -156,13 +195,27 @@ def test_layers_that_an_attention_takes_otherwise(trace: Trace, called: list[tup
         attention(hub.SnapKVConfig(0.1, 4, 3), head_budgets=[[0.5 + layer, 1.0] for layer in range(LAYERS)]),
         attention(quest, head_budgets=two + three, dense_layers=[1, 2]),
     ]
-    wanted = replay(trace, ways, seed=3, kv=True)
-    called.clear()
-    assert_equal(on_gpu(trace, ways, seed=3, kv=True), wanted)
     every = (0, 1, 2, 3, 4)
     one_by_one = [(layer,) for layer in every]
-    parts = [(0, 1), (2, 3, 4)], [(0, 1), (2,), (3, 4)], [every], [every], [(0, 1), (2, 3, 4)], one_by_one
-    assert called == [part for way in parts for part in way] + [(0,), (1, 2), (3, 4)]
+    parts = (
+        [(0, 1), (2, 3, 4)],
+        [(0, 1), (2,), (3, 4)],
+        [every],
+        [every],
+        [(0, 1), (2, 3, 4)],
+        one_by_one,
+        [(0,), (1, 2), (3, 4)],
+    )
+    for way, own in zip(ways, parts, strict=True):
+        wanted = replay(trace, [way], seed=3, kv=True)
+        called.clear()
+        assert_equal(on_gpu(trace, [way], seed=3, kv=True), wanted)
+        assert called == own
+    for some, own in ((ways[:2], [(0, 1), (2,), (3, 4)]), (ways, one_by_one)):
+        wanted = replay(trace, some, seed=3, kv=True)
+        called.clear()
+        assert_equal(on_gpu(trace, some, seed=3, kv=True), wanted)
+        assert list(dict.fromkeys(called)) == own
 
 
 def test_a_table_of_another_model_is_refused(trace: Trace) -> None:
@@ -171,12 +224,13 @@ def test_a_table_of_another_model_is_refused(trace: Trace) -> None:
 
 
 def test_maskers_from_outside_get_one_layer_if_they_ask_for_it(trace: Trace, called: list[tuple[int, ...]]) -> None:
-    ways = [attention(own) for own in (ByLayerConfig(), OwnFitConfig(), hub.QuestTopKMaskerConfig(0.2, 8))]
-    wanted = replay(trace, ways, seed=3)
+    own = ByLayerConfig(), OwnFitConfig(), OwnPrepareConfig(), OwnSummaryConfig(), hub.QuestTopKMaskerConfig(0.2, 8)
+    ways = [attention(config) for config in own]
+    wanted = replay(trace, ways, seed=3, kv=True)
     called.clear()
-    assert_equal(on_gpu(trace, ways, seed=3), wanted)
-    one_by_one = [(layer,) for layer in range(LAYERS)]
-    assert called == [tuple(range(LAYERS)), *one_by_one, *one_by_one, tuple(range(LAYERS))]
+    assert_equal(on_gpu(trace, ways, seed=3, kv=True), wanted)
+    every = tuple(range(LAYERS))  # of the first, until it asks, and of Quest
+    assert called == [every, every, *((layer,) for layer in every for _ in range(4))]
 
 
 def change(trace: Trace, layer: int, **changed: Tensor) -> None:
@@ -219,6 +273,11 @@ def test_states_of_a_group_are_those_of_its_layers(trace: Trace, monkeypatch: py
         found = replay(trace, [way, way], device="cuda", states=states)
         again = replay(trace, [way], layers=[0, 3], device="cuda", states=states)
     assert fitted == [2, 0, 1, 3, 4]
+    fitted.clear()
+    uneven = attention(hub.PQCacheConfig(0.1, 4, 3, 5, 4, "ip"), head_budgets=[[0.5 + layer] for layer in range(LAYERS)])
+    with PretendedGPU():  # layers one by one, without room for the states of two
+        replay(trace, [uneven] * 3, device="cuda", states=SharedStates(1))
+    assert fitted == [0, 1, 2, 3, 4]
     wanted = replay(trace, [way, way])
     assert_equal(found, wanted)
     torch.testing.assert_close(again[0].errors, wanted[0].errors[[0, 3]], rtol=1e-3, atol=1e-5)
@@ -261,9 +320,9 @@ def test_how_many_layers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             gpu.move([made.queries, made.keys, made.values])
             return layers_at_once(made, rows, ways)
 
-        assert count(4, 1000) == WIDE_ENTRIES // 32_000 and count(2, 1000) == WIDE_ENTRIES // 16_000
+        assert count(4, 1000) == WIDE_ENTRIES // 32_000 and count(40, 1000) == WIDE_ENTRIES // 320_000
         assert count(40, 200_000) == 1
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (GIB // 4, GIB))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: SimpleNamespace(total_memory=GIB // 2))
         assert 1 < count(4, 1000) < 64
 
 
@@ -273,7 +332,7 @@ def test_uniforms_of_several_layers_are_those_of_each() -> None:
 
     def each(place: Any) -> Tensor:
         items = zip(seeds, layers, strict=True)
-        return torch.cat([keyed_uniforms([seed], layer, 2, place(rows[:1]), place(keys[:1])) for seed, layer in items])
+        return torch.cat([keyed_uniforms([seed], (layer,), 2, place(rows[:1]), place(keys[:1])) for seed, layer in items])
 
     wanted = each(lambda tensor: tensor)
     assert torch.equal(keyed_uniforms(seeds, layers, 2, rows, keys), wanted)

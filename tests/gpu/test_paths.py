@@ -15,6 +15,7 @@ from pretend import PretendedGPU
 from tiny_models import tokens
 from torch import Tensor
 
+import sparse_attention_hub as hub
 from benchmark.search import evaluator as evaluation
 from benchmark.search.evaluator import TraceEvaluator
 from benchmark.search.samples import TuningSample
@@ -173,3 +174,18 @@ def test_evaluator(graphs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 number, wanted = getattr(one, figure), getattr(other, figure)
                 same = alike(number, wanted, rel=1e-3, abs=1e-4)
                 assert same, f"{name}, rung {rung}: {figure} {number}, on the CPU {wanted}"
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_hash_networks_of_each_query_head(rows: int) -> None:
+    """Codes of keys lie by head then, also where several query heads share a kv head."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = {"query_matrix": (8, 16, 32), "query_bias": (8, 32), "key_matrix": (8, 16, 32), "key_bias": (8, 32)}
+    weights = {0: {name: [torch.randn(shape, generator=generator)] for name, shape in shapes.items()}}
+    config = hub.HashAttentionTopKMaskerConfig(0.2, 32, 1, 0, "relu", hat_weights=weights)
+    attention = hub.ResearchAttention(hub.ResearchAttentionConfig([config]))
+    tensors = [torch.randn(1, heads, length, 16, generator=generator) for heads, length in ((8, rows), (2, 90), (2, 90))]
+    expected = figures(attention(*tensors))
+    with PretendedGPU() as gpu:
+        found = figures(attention(*gpu.move([tensor.clone() for tensor in tensors])))
+    torch.testing.assert_close(found["mask"], expected["mask"])

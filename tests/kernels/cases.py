@@ -172,7 +172,7 @@ def make_forks(weighted: bool, softcap: float | None, sinks: bool, dtype: torch.
 
 
 #: Arguments of `keyed_uniforms`.
-UNIFORMS = (5, -7), 3, 3, torch.tensor([[3, -1, 900], [0, 1, 2]]), torch.arange(-1, 2500).repeat(2, 1)
+UNIFORMS = (5, -7), (3,), 3, torch.tensor([[3, -1, 900], [0, 1, 2]]), torch.arange(-1, 2500).repeat(2, 1)
 #: Arguments of `make_forks`.
 FORKS = [(False, None, False, torch.float32), (True, 2.0, True, torch.float32), (True, None, False, BRAIN)]
 

@@ -292,10 +292,10 @@ def main() -> None:
 @pytest.mark.parametrize("seeds", [[0, 5], [-7, 2**64 - 1]])
 def test_uniforms_are_the_same_bits_on_a_cpu_and_elsewhere(seeds: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     rows, keys = torch.tensor([[3, -1, 900], [0, 1, 2]]), torch.arange(-1, 5000).repeat(2, 1)
-    drawn = uniforms.keyed_uniforms(seeds, 3, 3, rows, keys)
+    drawn = uniforms.keyed_uniforms(seeds, (3,), 3, rows, keys)
     with monkeypatch.context() as patched:
         patched.setattr("sparse_attention_hub.lists.HAS_NUMBA", False)
-        assert torch.equal(drawn, uniforms.keyed_uniforms(seeds, 3, 3, rows, keys))
+        assert torch.equal(drawn, uniforms.keyed_uniforms(seeds, (3,), 3, rows, keys))
     assert drawn.shape == (2, 3, 3, 5001) and float(drawn.min()) >= 0 and float(drawn.max()) < 1
     assert drawn.mean((-1,)).sub(0.5).abs().max() < 0.02
     assert drawn.flatten(0, 2).unique(dim=0).shape[0] == 18  # no item, head or row has another's
