@@ -16,6 +16,8 @@ from tiny_models import build, tokens, wrap
 
 from sparse_attention_hub import OracleTopKConfig, ResearchAttention, ResearchAttentionConfig, SinkMaskerConfig, UserError
 from sparse_attention_hub.head_budgets import GRID, Curves, even_factor, fit_head_budgets, fit_spending, replay_curves
+from sparse_attention_hub.maskers import AdaptiveSamplingMaskerConfig, KnormConfig
+from sparse_attention_hub.maskers.layout import on_device
 from sparse_attention_hub.models import answer_many, prefill, sparse_attention
 from sparse_attention_hub.models.trace import record_trace
 
@@ -104,6 +106,19 @@ def test_a_configuration_is_written_and_read() -> None:
 def test_a_bad_table_is_refused(table: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResearchAttentionConfig([OracleTopKConfig(0.1)], head_budgets=table)  # type: ignore[arg-type]
+
+
+def test_factors_of_1_are_what_they_were_before_another_call() -> None:
+    """Sizes in tokens and factors meet in one cache, where 1 equals 1.0."""
+    generator = torch.Generator().manual_seed(4)
+    tensors = [torch.randn(1, heads, length, 16, generator=generator) for heads, length in ((4, 3), (2, 1000), (2, 1000))]
+    sampling = AdaptiveSamplingMaskerConfig(0.29, 0.3, 0.3, 0, 0)
+    budgets = ResearchAttention(ResearchAttentionConfig([sampling], head_budgets=[[1.0, 1.0]]))
+    wanted = ResearchAttention(ResearchAttentionConfig([sampling]))(*tensors).mask.inclusion_probability()
+    ResearchAttention(ResearchAttentionConfig([KnormConfig(1)], head_budgets=[[1.0, 1.0]]))(*tensors)
+    assert torch.equal(budgets(*tensors).mask.inclusion_probability(), wanted)
+    assert on_device((1, 1), torch.int64, tensors[0].device).dtype == torch.int64
+    assert on_device((1.0, 1.0), torch.float64, tensors[0].device).dtype == torch.float64
 
 
 def test_bad_dense_layers_are_refused() -> None:

@@ -49,7 +49,9 @@ def choose(
         scores = scores.float()
     heads = max(scores.shape[1], mask.shared_heads, sizes.shape[1])
     if most is None or sizes.device.type == "cpu":
-        most = int(sizes.max()) if sizes.numel() else 0
+        largest = int(sizes.max()) if sizes.numel() else 0
+        assert most is None or largest <= most
+        most = largest
     width = min(most, keys)
     if not uses_loops(scores):
         sizes = expand_heads(sizes.expand(-1, -1, rows), heads).clamp(max=keys)

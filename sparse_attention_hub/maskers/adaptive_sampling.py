@@ -81,8 +81,9 @@ class AdaptiveSamplingMasker(Masker[AdaptiveSamplingMaskerConfig]):
         if left.device.type == "cpu" and int(left.max()) == 0:
             return mask
         wanted = inputs.share_of(left, self.config.base_rate_sampling).clamp(min=2)  # one sample has no spread
-        most = max(2, inputs.bounded(self.config.base_rate_sampling)[1])
-        base = inputs.draw(mask, wanted, certain=True, most=most)
+        # Not of N: a row before the last may see more keys.
+        most = inputs.share_of(torch.tensor([[[inputs.shape[3]]]]), self.config.base_rate_sampling)
+        base = inputs.draw(mask, wanted, certain=True, most=max(2, int(most.max())))
         with_base = mask.union(base)
         return with_base.union(inputs.draw(with_base, self._budget(inputs, mask, base, with_base)))
 

@@ -65,7 +65,7 @@ class DuoAttention(Masker[DuoAttentionConfig]):
         own = heads[list(inputs.layers)]
         if not own.any():
             return mask
-        flags = on_device(tuple(map(int, own.flatten().tolist())), inputs.device).view(*own.shape, 1, 1) > 0
+        flags = on_device(tuple(own.flatten().tolist()), torch.bool, inputs.device).view(*own.shape, 1, 1)
         return mask.union(inputs.mask(flags & inputs.allowed))
 
 

@@ -86,7 +86,7 @@ class Eviction(Masker[ConfigT]):
         sizes = resolve_size(self.config.heavy_size, ranking.totals, inputs.factors)
         heads = max(ranking.order.shape[1], sizes.shape[1])
         width = int(sizes.max())
-        sizes = on_device(tuple(sizes.flatten().tolist()), inputs.device).view(sizes.shape)
+        sizes = on_device(tuple(sizes.flatten().tolist()), torch.int64, inputs.device).view(sizes.shape)
         sizes, kept = expand_heads(sizes, heads), expand_heads(ranking.order[..., :width], heads)
         kept = kept.masked_fill(count_up(width, inputs.device) >= sizes, -1)
         rows = inputs.shape[2]

@@ -106,8 +106,8 @@ class AttentionInputs:
         int64 (B, h, 1) on the CPU, in an open layout on its device; h = 1, kv heads or H."""
         return self.layout.resolve(size, self.factors)
 
-    def bounded(self, size: int | float) -> tuple[Tensor, int]:
-        """(`resolve`, the largest that it may be): the host must know how long lists can be."""
+    def bounded(self, size: int | float) -> tuple[Tensor, int | None]:
+        """(`resolve`, the largest that it may be where only the device knows it, else None): how long a list must be."""
         return self.resolve(size), self.layout.most(size, self.factors)
 
     def share_of(self, counts: Tensor, size: int | float) -> Tensor:

@@ -42,7 +42,6 @@ class Layout:
         #: What leading maskers chose that go by positions alone: made once for all calls of this layout.
         self.chosen: dict[Hashable, Mask] = {}
         self._sizes: dict[Hashable, Tensor] = {}
-        self._largest: dict[Hashable, int] = {}
 
     @cached_property
     def allowed(self) -> Tensor:
@@ -180,11 +179,9 @@ class Layout:
             return resolve_size(size, self.n_allowed, factors)
         return once(self._sizes, (type(size), size), lambda: resolve_size(size, self.n_allowed))
 
-    def most(self, size: int | float, factors: Tensor | None = None) -> int:
-        """The largest that `resolve` may give."""
-        if factors is not None:
-            return int(self.resolve(size, factors).max())
-        return once(self._largest, (type(size), size), lambda: int(self.resolve(size).max()))
+    def most(self, size: int | float, factors: Tensor | None = None) -> int | None:
+        """The largest that `resolve` may give, where only the device knows it; None = the host does."""
+        return None
 
     def share_of(self, counts: Tensor, size: int | float, factors: Tensor | None = None) -> Tensor:
         """The same as a fraction of counts int64 (B, h, Q), where they are, instead of N; floored, 0 included: int64 (B, h, Q)."""
@@ -192,7 +189,7 @@ class Layout:
             return torch.full_like(counts, size)
         if factors is None:
             return (counts * size).long()
-        factors = on_device(tuple(factors.tolist()), counts.device).view(1, -1, 1)
+        factors = on_device(tuple(factors.tolist()), torch.float64, counts.device).view(1, -1, 1)
         heads = max(counts.shape[1], factors.shape[1])
         return (expand_heads(counts, heads) * (expand_heads(factors, heads) * size).clamp(max=1.0)).long()
 
@@ -233,12 +230,10 @@ def resolve_size(size: int | float, totals: list[int], factors: Tensor | None = 
     return torch.tensor([[[min(n, max(1, int(share * n)))] for share in shares] for n in totals])
 
 
-@lru_cache(maxsize=1024)
-def on_device(numbers: tuple[int | float, ...], device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor on a device, int64 or float64, copied once: a copy in each step would keep it from being a
-    CUDA graph."""
+@lru_cache(maxsize=2**14)  # factors of 500 configurations in 32 layers
+def on_device(numbers: tuple[int | float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on a device, copied once: a copy in each step would keep it from being a CUDA graph."""
     with torch.inference_mode(False):
-        dtype = torch.int64 if all(isinstance(number, int) for number in numbers) else torch.float64
         return torch.tensor(numbers, dtype=dtype, device=device)
 
 

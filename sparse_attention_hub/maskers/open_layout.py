@@ -56,6 +56,10 @@ class OpenLayout(Layout):
         indices = torch.where(places < counts.unsqueeze(-1), keys, -1).int()
         return Mask(self.shape, self.kv_heads, lists=KeyLists(indices, counts.int()), is_filled=is_filled)
 
+    @property
+    def n_allowed(self) -> list[int]:
+        raise RuntimeError("only the device knows how many keys there are: read `totals` (see Masker.in_graphs)")
+
     def biased(self, scores: Tensor) -> Tensor:
         return scores.masked_fill_(self.closed, NEVER)
 
@@ -64,15 +68,15 @@ class OpenLayout(Layout):
 
     def resolve(self, size: int | float, factors: Tensor | None = None) -> Tensor:
         """See Layout.resolve; on the device."""
-        shares = None if factors is None or isinstance(size, int) else tuple((size * factors).tolist())
+        own = None if factors is None or isinstance(size, int) else tuple(factors.tolist())
 
         def make() -> Tensor:
             if isinstance(size, int):
                 return self.totals.clamp(max=size)
-            share = size if shares is None else on_device(shares, self.device).view(1, -1, 1)
+            share = size if own is None else on_device(own, torch.float64, self.device).view(1, -1, 1) * size
             return torch.minimum((self.totals.double() * share).long().clamp(min=1), self.totals)
 
-        return once(self._sizes, (type(size), size, shares), make)
+        return once(self._sizes, (type(size), size, own), make)
 
     def most(self, size: int | float, factors: Tensor | None = None) -> int:
         share = size if factors is None or isinstance(size, int) else float((size * factors).max())

@@ -64,7 +64,7 @@ class PageMasker(Masker[PagesConfigT]):
         pages = scores.shape[-1]
         sizes, most = inputs.bounded(self.config.heavy_size)
         kept = torch.where(sizes >= inputs.layout.totals, pages, (sizes // page).clamp(min=self.min_pages))
-        most = pages if most >= inputs.shape[3] else max(self.min_pages, most // page)
+        most = None if most is None else max(self.min_pages, -(-most // page))
         chosen = choose(scores, Mask.empty((*inputs.shape[:3], pages), inputs.device), kept, most=most)
         return mask.union(inputs.mask(expand_pages(chosen, starts, page, inputs.allowed)))
 

@@ -83,7 +83,8 @@ class PQCacheMasker(Masker[PQCacheConfig]):
         whole = inputs.resolve(self.config.heavy_size) >= inputs.layout.totals
         # Keys inside the offset are not chosen, unless the budget is all keys.
         offsets, most = inputs.bounded(self.config.init_offset)
-        closed = mask.union(inputs.layout.first_keys(offsets.masked_fill(whole, 0), most)) if most else mask
+        offset = inputs.layout.first_keys(offsets.masked_fill(whole, 0), most) if self.config.init_offset else None
+        closed = mask if offset is None else mask.union(offset)
         return mask.union(inputs.choose_top(scores, closed, self.config.heavy_size))
 
     def selector_fraction(self, inputs: AttentionInputs) -> float:

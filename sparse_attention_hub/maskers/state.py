@@ -101,13 +101,15 @@ class MaskerState:
     def put(self, code: Tensor, place: Tensor, room: int) -> Tensor:
         """Codes (B, Hkv, room, ...) with this one (B, Hkv, 1, ...) at a place that only the device knows, int64 (1,), of a fork's
         own; what follows it is undefined. `length` stays: see open_layout.py."""
-        buffer = self._buffer
-        assert buffer is not None and buffer.shared is not None, "only forks have room"
-        self._tail = self._tail or _Buffer(code)
+        if self._buffer is None or self._buffer.shared is None:  # of the context nothing has a code: all are this state's own
+            self._tail, self._buffer = self._buffer, _Buffer(code)
+            self._buffer.shared = 0
+        buffer, self._tail = self._buffer, self._tail or _Buffer(code)
+        assert buffer.shared is not None
         own = room - buffer.shared
-        for part, size, held in ((self._tail, own, self.count(self.length) - buffer.shared), (buffer, room, buffer.shared)):
+        for part, size in ((self._tail, own), (buffer, room)):
             if part.codes.shape[2] < size:
-                part.reserve(size, held)
+                part.reserve(size, part.codes.shape[2])
         self._tail.codes.index_copy_(2, place - buffer.shared, code)
         buffer.codes[:, :, buffer.shared : room] = self._tail.codes[:, :, :own]
         buffer.owner = None

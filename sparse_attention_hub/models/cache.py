@@ -39,6 +39,7 @@ class SharedPrefixLayer(DynamicLayer):
         self._tail_capacity = 0
         #: Of forks whose tokens are counted on the device: all of them, int64 without dimensions. See `open`.
         self.end: Tensor | None = None
+        self._open_length = 0
         self._buffers: list[Tensor] = []  # keys and values
         self._tails: list[Tensor] = []  # keys and values (forks, Hkv, tail capacity, D)
 
@@ -84,7 +85,7 @@ class SharedPrefixLayer(DynamicLayer):
 
     def view(self, fork: int) -> tuple[Tensor, Tensor]:
         """Keys and values (1, Hkv, N, D) of one fork, shared prefix and own tail, valid until the next call of `view`."""
-        total = self.length + self._own_length
+        total = self.total
         for buffer, tail in zip(self._buffers, self._tails, strict=False):  # unforked, there are no tails
             buffer[0, :, self.length : total] = tail[fork, :, : self._own_length]
         keys, values = (buffer[:, :, :total] for buffer in self._buffers)
@@ -100,13 +101,13 @@ class SharedPrefixLayer(DynamicLayer):
         keys, values = (tail[:, :, : self._own_length] for tail in self._tails)
         return keys, values
 
-    def open(self, end: Tensor | None) -> None:
-        """From here on forks have room: keys and values of one token are stored at `end`, and views hold all slots of the tails, the
-        free ones too. None ends that. Then `tail_length` must be what was stored."""
-        if end is not None and self.end is None:
-            for tail in self._tails:
-                tail[:, :, self.tail_length :] = 0  # free slots are read, if only to be masked: there may be NaN
+    def open(self, end: Tensor | None, room: int = 0) -> None:
+        """From here on keys and values of one token are stored at `end`, and views hold free slots, too, for `room` tokens at most.
+        None ends that. Then `tail_length` must be what was stored."""
         self.end = end
+        self._open_length = min(self.tail_length + room, self._tail_capacity, self.capacity - self.length)
+        for tail in self._tails if end is not None else ():
+            tail[:, :, self.tail_length :] = 0  # free slots are read, if only to be masked: there may be NaN
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -120,7 +121,12 @@ class SharedPrefixLayer(DynamicLayer):
     @property
     def _own_length(self) -> int:
         """Tokens of each fork's tail that views hold."""
-        return self.tail_length if self.end is None else min(self._tail_capacity, self.capacity - self.length)
+        return self.tail_length if self.end is None else self._open_length
+
+    @property
+    def total(self) -> int:
+        """Tokens of each fork that views hold."""
+        return self.length + self._own_length
 
     def fork(self, forks: int, tail_capacity: int) -> None:
         """Continue with `forks` independent rows, for at most tail_capacity tokens each; 0 drops all forks."""

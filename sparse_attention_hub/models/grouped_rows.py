@@ -48,7 +48,7 @@ class GroupedRows:
     """
 
     def __init__(self) -> None:
-        self._tables: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        self.tables: dict[Hashable, tuple[Tensor, Tensor]] = {}
         #: By the rows that were called together, of each layer: chosen keys (Hkv, G, rows), and distinct ones (Hkv, rows).
         self._counts: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         #: What choosing read: a share of all KV bytes, summed over layers.
@@ -78,7 +78,7 @@ class GroupedRows:
             each = [certain.expand_as(own.indices) if own.probability is None else own.probability for own in lists]
             probability = torch.cat([_by_group(own, group) for own in each], -1)
         table, firsts = once(
-            self._tables, (rows, widths, keys, indices.device), lambda: _table(rows, widths, keys, indices.device)
+            self.tables, (rows, widths, keys, indices.device), lambda: _table(rows, widths, keys, indices.device)
         )
         found = attend_forks(
             queries,
@@ -119,10 +119,10 @@ class GroupedRows:
             chosen, distinct = (torch.stack([own.to(device) for own in parts]) for parts in zip(*layers, strict=True))
             densities = chosen.sum((0, 1, 2), dtype=torch.float64) / (chosen[0, ..., 0].numel() * keys)
             kv_fractions = distinct.sum((0, 1), dtype=torch.float64) / (distinct.shape[1] * keys)
-            selectors = [self._selectors.get(row, 0.0) for row in rows]
+            selectors = [self._selectors.pop(row, 0.0) for row in rows]  # a row may be in several, with dense layers of its own
             found.append(Totals(rows, len(layers), densities, kv_fractions, selectors))
         if isinstance(keys, int):  # else the next step's are the same
-            self._tables.clear()
+            self.tables.clear()
         return found
 
 

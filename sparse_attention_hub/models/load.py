@@ -36,7 +36,8 @@ class LanguageModel:
 
     dense_backend: transformers' name of the attention that prefills. keeps_logits: the model can compute logits of the last
     tokens only. takes_positions: it can be told the tokens' positions. length_dependent: its modules whose rotary factors depend
-    on the text's length. layers, continues: what `probe` found out. code_bytes: what `memory` found out.
+    on the text's length. layers, continues: what `probe` found out. code_bytes: what `memory` found out. graphs_failed: a CUDA graph
+    of its steps did.
     """
 
     id: str
@@ -54,6 +55,7 @@ class LanguageModel:
     length_dependent: list[Any]
     layers: dict[int, LayerCall] | None = None
     continues: bool | None = None
+    graphs_failed: bool = False
     code_bytes: WeakKeyDictionary[ResearchAttention, dict[tuple[str, ...], float]] = field(default_factory=WeakKeyDictionary)
 
     @classmethod

@@ -123,11 +123,11 @@ class Lockstep:
         """Put the keys and values of ids (rows, Q) into the cache; skip the rest of the last layer."""
         self._run(self.lm.model.base_model, ids, filling=not self.prefilled.cache.recurrent)
 
-    def open(self, steps: OpenSteps | None) -> None:
-        """From here on, steps are open; None ends that."""
+    def open(self, steps: OpenSteps | None, room: int = 0) -> None:
+        """From here on steps are open, for so many tokens; None ends that."""
         self.open_steps = steps
         for layer in self.prefilled.cache.attention:
-            layer.open(None if steps is None else steps.end)
+            layer.open(None if steps is None else steps.end, room)
 
     def step_open(self, ids: Tensor) -> Tensor:
         """Logits (rows, 1, V) of ids (rows, 1), in an open step; `totals` are not added to the rows."""
@@ -304,7 +304,7 @@ class Lockstep:
         """The call of a sparse row's queries, which `after` others follow; its maskers are fitted."""
         self._prepare(memory, layer_idx, keys[:, :, : self.prefilled.context_length])
         if self.open_steps is not None:
-            self.open_steps.layout(queries, keys, self._layouts)
+            self.open_steps.layout(queries, keys, keys.shape[2], self._layouts)
         place = None, scaling, layer_idx, [self.seed], cache
         return AttentionInputs(queries, keys, values, *place, **rule.scores, latent=rule.latent, rows_after=after)
 

@@ -46,7 +46,7 @@ class OpenSteps:
     def attend(self, layer_idx: int, queries: Tensor, scaling: float, rule: Rule, layouts: dict[Hashable, Layout]) -> Tensor:
         """Output (rows, 1, H, DV) for queries (rows, H, 1, D), whose keys the cache has. layouts: of this forward pass."""
         batch, layer, draws = self.batch, self.batch.prefilled.cache.layers[layer_idx], dict[Hashable, object]()
-        layout, masks = self.layout(queries, layer.view(0)[0], layouts), []
+        layout, masks = self.layout(queries, layer.shared()[0], layer.total, layouts), []
         shares: list[float | Tensor] = []
         for index, row in enumerate(batch.rows):
             share: float | Tensor = 0.0
@@ -66,14 +66,17 @@ class OpenSteps:
         rows = tuple(range(len(masks)))
         outputs, _ = batch.grouped.attend(rows, masks, queries, layer, scaling, rule, counted=not rule.limited)
         if not rule.limited and any(row.recorders for row in batch.rows):
-            each = [share if isinstance(share, Tensor) else on_device((share,), queries.device)[0] for share in shares]
+            each = [
+                share if isinstance(share, Tensor) else on_device((share,), torch.float64, queries.device)[0]
+                for share in shares
+            ]
             counts = batch.grouped.last_counts(rows)
             self.layers.append(OpenLayerStep(layer_idx, rule, scaling, queries, outputs, *counts, torch.stack(each)))
         return outputs.to(queries.dtype)
 
-    def layout(self, queries: Tensor, keys: Tensor, layouts: dict[Hashable, Layout]) -> OpenLayout:
-        """That of this step's calls, where AttentionInputs look for it."""
-        place = (1, queries.shape[1], 1, keys.shape[2]), keys.shape[1], queries.device
+    def layout(self, queries: Tensor, keys: Tensor, room: int, layouts: dict[Hashable, Layout]) -> OpenLayout:
+        """That of this step's calls, whose keys have so much room, where AttentionInputs look for it."""
+        place = (1, queries.shape[1], 1, room), keys.shape[1], queries.device
         layout = once(layouts, (*place, 0), lambda: OpenLayout(*place, self.end + 1))
         assert isinstance(layout, OpenLayout)
         return layout

@@ -20,25 +20,27 @@ logger = logging.getLogger(__name__)
 
 #: The environment variable that switches them off, if it is 0.
 SWITCH = "SPARSE_ATTENTION_HUB_CUDA_GRAPHS"
-#: Steps that the same rows take before a graph is made of one: making it takes as long as two.
-STEPS_BEFORE = 2
+#: Steps that the same rows take before a graph is made of one. Making it takes as long as two; so the number is doubled, up to the
+#: most, whenever rows change before a graph has done as many.
+STEPS_BEFORE, MOST_BEFORE = 2, 16
+#: Tokens that open steps have room for, before they are opened again and get another graph. All scores are made for the room, too.
+ROOM = 512
 
 
 class StepGraphs:
     """The steps of a batch that decodes. While its rows stay the same, a graph of one step serves all: the step is open, it runs as
-    it is for any number of tokens (maskers/open_layout.py). A graph is used only if it gave again what its step gave.
+    it is for any number of tokens (maskers/open_layout.py). A graph is used once it gave what two steps gave, that which it was made
+    of and the next one: then no number of the host is in it that changes.
 
     Steps stay as they are on a CPU, with SPARSE_ATTENTION_HUB_CUDA_GRAPHS=0 in the environment, and for batches that
     `_can_be_open` refuses.
     """
 
-    #: A graph failed in this process: no more are made.
-    failed = False
-
     def __init__(self, batch: Lockstep) -> None:
         self.batch = batch
         self._rows: list[Row] = []
-        self._steps = 0  # of these rows
+        self._steps = 0  # of these rows, with this room
+        self._before = STEPS_BEFORE
         self._graph: _StepGraph | None = None
         self._open = False
 
@@ -48,7 +50,10 @@ class StepGraphs:
         if [id(row) for row in batch.rows] != [id(row) for row in self._rows]:
             # The first step of a row is closed: it adds codes that the row's states lack.
             self._open = known.issuperset(map(id, batch.rows)) and _can_be_open(batch)
-            self._rows, self._steps, self._graph = list(batch.rows), 0, None
+            self._rows = list(batch.rows)
+            if self._graph is not None and self._steps - self._before < self._before:
+                self._before = min(2 * self._before, MOST_BEFORE)
+            self._steps, self._graph = 0, None
         elif self._steps == 1 and not self._open:
             self._open = _can_be_open(batch)
         self._steps += 1
@@ -61,15 +66,18 @@ class StepGraphs:
 
     def _step_open(self, ids: Tensor) -> Tensor:
         batch, cache = self.batch, self.batch.prefilled.cache
-        if batch.open_steps is None:
-            batch.open(OpenSteps(batch, torch.tensor(cache.get_seq_length(), device=ids.device)))
+        is_full = batch.open_steps is not None and cache.attention[0].total == cache.get_seq_length()
+        if is_full:
+            self._steps, self._graph = 1, None
+        if batch.open_steps is None or is_full:
+            batch.open(OpenSteps(batch, torch.tensor(cache.get_seq_length(), device=ids.device)), ROOM)
         assert batch.open_steps is not None
-        if self._graph is not None:
+        if self._graph is not None and self._graph.is_tried:
             logits, totals, layers = self._graph.run(ids)
         else:
             logits, totals, layers = batch.step_open(ids), batch.totals, batch.open_steps.layers
-            if self._steps == STEPS_BEFORE:
-                self._graph = _make_graph(batch, ids, logits)
+            if self._graph is not None or self._steps == self._before:
+                self._graph = _try_graph(self._graph, batch, ids, logits)
                 self._open = self._graph is not None
         for layer in cache.attention:
             layer.tail_length += 1
@@ -83,10 +91,17 @@ class _StepGraph:
 
     def __init__(self, batch: Lockstep, ids: Tensor) -> None:
         self._ids, self._graph, outside = ids.clone(), torch.cuda.CUDAGraph(), _Outside()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"), outside:
+        stream = torch.cuda.Stream(ids.device)  # torch's own is one of the current device
+        with (
+            torch.cuda.device(ids.device),
+            torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"),
+            outside,
+        ):
             self._logits = batch.step_open(self._ids)
         assert batch.open_steps is not None
-        self._totals, self._layers, self._read = batch.totals, batch.open_steps.layers, outside.tensors
+        self._totals, self._layers = batch.totals, batch.open_steps.layers
+        self._read = outside.tensors, dict(batch.grouped.tables)  # the kernels read these
+        self.is_tried = False
 
     def run(self, ids: Tensor) -> tuple[Tensor, list[Totals], list[OpenLayerStep]]:
         self._ids.copy_(ids)
@@ -119,16 +134,20 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _make_graph(batch: Lockstep, ids: Tensor, logits: Tensor) -> _StepGraph | None:
-    """A graph of the step that just gave these logits for these ids; None if there is none that gives them again."""
+def _try_graph(graph: _StepGraph | None, batch: Lockstep, ids: Tensor, logits: Tensor) -> _StepGraph | None:
+    """A new graph of the step that just gave these logits for these ids, or the one that was made of the step before. None if it
+    does not give them again."""
+    if not bool(logits.isfinite().all()):
+        return None  # which is reported by who reads them
     assert batch.open_steps is not None
-    end = batch.open_steps.end.clone()
+    end, is_new = batch.open_steps.end.clone(), graph is None
     try:
-        graph = _StepGraph(batch, ids)
+        graph = _StepGraph(batch, ids) if graph is None else graph
         batch.open_steps.end -= 1
         again = graph.run(ids)[0]
-        scale = float(logits.abs().max())
-        if torch.allclose(again, logits, rtol=1e-3, atol=1e-3 * scale):
+        scale, share = float(logits.abs().max()), max(1e-3, 4 * torch.finfo(logits.dtype).eps)
+        if torch.allclose(again, logits, rtol=0, atol=share * scale):
+            graph.is_tried = not is_new
             return graph
         problem = f"its logits differ by {float((again - logits).abs().max()):.3g} of {scale:.3g}"
     except torch.OutOfMemoryError:
@@ -137,7 +156,7 @@ def _make_graph(batch: Lockstep, ids: Tensor, logits: Tensor) -> _StepGraph | No
     except RuntimeError as error:
         problem = str(error).partition("\n")[0]
     batch.open_steps.end.copy_(end)
-    StepGraphs.failed = True
+    batch.lm.graphs_failed = True
     logger.warning("a CUDA graph of a decode step failed, steps are done without one (%s)", problem)
     return None
 
@@ -146,7 +165,7 @@ def _can_be_open(batch: Lockstep) -> bool:
     """Whether nothing in the batch's steps depends on a number of the host: several sparse rows, of maskers with `in_graphs`,
     recorded by Meters alone; layers on one device; positions that the model is given."""
     lm, cache = batch.lm, batch.prefilled.cache
-    if StepGraphs.failed or os.environ.get(SWITCH) == "0" or lm.device.type != "cuda":
+    if lm.graphs_failed or os.environ.get(SWITCH) == "0" or lm.device.type != "cuda":
         return False
     sparse = [row.memory.attention for row in batch.rows if row.memory is not None]
     layers = [(cache.layers[layer_idx], call.rule) for layer_idx, call in batch.layers.items()]

@@ -134,6 +134,8 @@ class PretendedGPU:
             "reset_peak_memory_stats": lambda device=None: None,
             **dict.fromkeys(("max_memory_allocated", "memory_allocated", "memory_reserved"), lambda device=None: 0),
             "set_sync_debug_mode": self._set_sync_debug_mode,
+            "device": lambda device: nullcontext(),
+            "Stream": lambda device=None: None,
             "CUDAGraph": lambda: RecordedGraph(self),
             "graph": self._record,
         }

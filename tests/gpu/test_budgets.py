@@ -73,7 +73,7 @@ def of_step_of_layers(layers: int, ways: int, as_graphs: bool = True, measured: 
     """A decode step of dense attention and eight families in lockstep, of a model with so many layers; for more rows the families
     again. as_graphs: one of those that a graph does, else the open one that a graph is made of. measured: each call's error, too."""
     attentions = [None, *itertools.chain(*(families(layers) for _ in range(0, ways, 8)))][:ways]
-    steps = (4, 4, 5) if as_graphs else (3, 3, 4)
+    steps = (5, 5, 6) if as_graphs else (3, 3, 4)
     before = STEPS_BEFORE if as_graphs else 99
     with PretendedGPU() as gpu, mock.patch.object(step_graphs, "STEPS_BEFORE", before):
         lm = small_model(gpu, layers=layers)
