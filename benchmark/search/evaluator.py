@@ -350,15 +350,13 @@ class ErrorMeter(Meter):
     def __call__(self, *, result: Any, queries: Any, **_: Any) -> None:
         if result is not None:
             rows = queries.shape[2]
-            self._rows += rows
-            self._total = self._total + result.error_rows().mean().double() * rows
+            self.add(0, 0, rows, rows, (0.0, result.error_rows().mean().double(), 0.0))
 
     def due(self, layer_idx: int, total: int, length: int) -> list[int]:
         return list(range(length))
 
     def add(self, layer_idx: int, step: int, length: int, measured: int, figures: tuple[Any, ...]) -> None:
-        self._rows += measured
-        self._total = self._total + figures[1] * measured
+        self._rows, self._total = self._rows + measured, self._total + figures[1] * measured
 
     @property
     def error(self) -> float | None:

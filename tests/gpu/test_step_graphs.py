@@ -90,7 +90,7 @@ def test_all_maskers_together() -> None:
 
 
 def test_rows_that_leave_the_batch() -> None:
-    """Their graph is dropped, and another made for those that stay; a row that is left alone goes on without."""
+    """Their graph is dropped, and another made for those that stay; the last row has none."""
     said = [answer for answer, *_ in answers(None)]
     first = {token: min(answer.index(token) for answer in said if token in answer) for answer in said for token in answer}
     late = sorted(token for token, place in first.items() if place >= 8)
