@@ -306,6 +306,14 @@ def test_held_layers_are_held_once_and_side_by_side(trace: Trace, monkeypatch: p
         assert numbers == list(range(LAYERS - len(missing))) and len(storages) == (2 if missing else 1)
 
 
+def test_a_layer_that_is_asked_for_twice_is_held_once(trace: Trace) -> None:
+    held, layers = HeldLayers(2**30), [2, 2, 1]
+    wanted = replay(trace, families(LAYERS), layers=layers)
+    assert_equal(on_gpu(trace, families(LAYERS), layers=layers, held=held), wanted)
+    storages = {layer.keys.untyped_storage().data_ptr(): layer.keys.untyped_storage().nbytes() for layer in held._held.values()}
+    assert sum(storages.values()) == sum(layer.keys.nbytes for layer in held._held.values())
+
+
 def test_how_many_layers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def layer(rows: int, keys: int) -> TraceLayer:
         every = (torch.empty(1, heads, length, 64) for heads, length in ((8, rows), (2, keys), (2, keys)))
