@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from sparse_attention_hub.maskers.shared_states import SharedStates
 from sparse_attention_hub.maskers.state import MaskerState
 from sparse_attention_hub.maskers.uniforms import keyed_uniforms
 from sparse_attention_hub.models.observer import observed_by
-from sparse_attention_hub.models.trace import HeldLayers, Trace, TraceLayer, record_trace
+from sparse_attention_hub.models.trace import HeldLayers, Trace, TraceLayer, TraceLayers, record_trace
 from sparse_attention_hub.replay import ReplayResult, layers_at_once, replay
 
 LAYERS = 5
@@ -312,6 +313,25 @@ def test_a_layer_that_is_asked_for_twice_is_held_once(trace: Trace) -> None:
     assert_equal(on_gpu(trace, families(LAYERS), layers=layers, held=held), wanted)
     storages = {layer.keys.untyped_storage().data_ptr(): layer.keys.untyped_storage().nbytes() for layer in held._held.values()}
     assert sum(storages.values()) == sum(layer.keys.nbytes for layer in held._held.values())
+
+
+def test_a_group_is_let_go_before_the_next_one_is_read(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, alive, join, read = list[weakref.ref[TraceLayers]](), list[int](), TraceLayers.of, Trace.layer
+
+    def remember(each: Sequence[TraceLayer]) -> TraceLayers:
+        made = join(each)
+        groups.append(weakref.ref(made))
+        return made
+
+    def count(self: Trace, layer_idx: int, device: torch.device | str = "cpu") -> TraceLayer:
+        alive.append(sum(group() is not None for group in groups))
+        return read(self, layer_idx, device)
+
+    monkeypatch.setattr("sparse_attention_hub.replay.layers_at_once", lambda *_, **__: 2)
+    monkeypatch.setattr(TraceLayers, "of", staticmethod(remember))
+    monkeypatch.setattr(Trace, "layer", count)
+    on_gpu(trace, families(LAYERS))
+    assert alive == [0] * LAYERS and len(groups) == 3
 
 
 def test_how_many_layers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

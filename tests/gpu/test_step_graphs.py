@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -321,3 +323,16 @@ def test_what_a_graph_reads_stays_alive() -> None:
         read = {tensor.untyped_storage().data_ptr() for tensor in kept}
         wanted = [*parts, *lm.model.parameters(), _numbers(256, torch.device("cuda", 0))]
         assert {tensor.untyped_storage().data_ptr() for tensor in wanted} <= read
+
+
+def test_a_graph_is_let_go_with_its_answer() -> None:
+    with PretendedGPU() as gpu:
+        lm = small_model(gpu)
+        lm.eos_token_ids = frozenset()
+        prefilled = prefill(lm, CONTEXT, 50)
+        answer_many(lm, prefilled, QUESTION, [None, *families(2)], 10)
+        assert gpu.operations["graph"] > 5
+        held = [weakref.ref(buffer) for layer in prefilled.cache.attention for buffer in layer._buffers]
+        del prefilled
+        gc.collect()
+        assert held and not any(buffer() is not None for buffer in held)
