@@ -50,7 +50,7 @@ def choose(
     heads = max(scores.shape[1], mask.shared_heads, sizes.shape[1])
     if most is None or sizes.device.type == "cpu":
         largest = int(sizes.max()) if sizes.numel() else 0
-        assert most is None or largest <= most
+        assert most is None or largest <= most, f"a size is {largest}, where none is above {most}"
         most = largest
     width = min(most, keys)
     if not uses_loops(scores):

@@ -27,7 +27,7 @@ class OpenLayout(Layout):
         super().__init__(shape, kv_heads, device)
         self.length: Tensor = length
         self.allowed = (count_up(shape[3], device) < length).view(1, 1, 1, -1)
-        self.closed = ~self.allowed
+        self.free = ~self.allowed
         self.totals = length.view(1, 1, 1)
         self.row_lengths = length.view(1, 1)
         self.row_positions = self.row_lengths - 1
@@ -61,7 +61,7 @@ class OpenLayout(Layout):
         raise RuntimeError("only the device knows how many keys there are: read `totals` (see Masker.in_graphs)")
 
     def biased(self, scores: Tensor) -> Tensor:
-        return scores.masked_fill_(self.closed, NEVER)
+        return scores.masked_fill_(self.free, NEVER)
 
     def share_of_allowed(self, counts: Tensor) -> float | Tensor:
         return counts.sum(dtype=torch.float64) / (counts.numel() * self.length)

@@ -28,10 +28,9 @@ class _Buffer:
         self.owner: object = None
         self.filled = 0
 
-    def reserve(self, length: int, held: int, like: Tensor | None = None) -> None:
+    def reserve(self, length: int, held: int) -> None:
         """Room for `length` codes, a copy of the first `held` ones; the rest is 0, which is a code of any kind."""
-        like = self.codes if like is None else like
-        grown = like.new_zeros((*like.shape[:2], length, *like.shape[3:]))
+        grown = self.codes.new_zeros((*self.codes.shape[:2], length, *self.codes.shape[3:]))
         grown[:, :, :held] = self.codes[:, :, :held]
         self.codes = grown
 
@@ -40,7 +39,7 @@ class _Buffer:
         end = first + codes.shape[2]
         frozen = self.codes.is_inference() and not torch.is_inference_mode_enabled()
         if frozen or end > self.codes.shape[2]:
-            self.reserve(end + max(64, first // 8), first, codes)
+            self.reserve(end + max(64, first // 8), first)
         self.codes[:, :, first:end] = codes
 
 

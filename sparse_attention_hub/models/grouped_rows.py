@@ -121,7 +121,7 @@ class GroupedRows:
             kv_fractions = distinct.sum((0, 1), dtype=torch.float64) / (distinct.shape[1] * keys)
             selectors = [self._selectors.pop(row, 0.0) for row in rows]  # a row may be in several, with dense layers of its own
             found.append(Totals(rows, len(layers), densities, kv_fractions, selectors))
-        if isinstance(keys, int):  # else the next step's are the same
+        if isinstance(keys, int):  # else the next step's are the same, and a graph reads them
             self.tables.clear()
         return found
 

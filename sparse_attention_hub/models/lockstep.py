@@ -303,8 +303,6 @@ class Lockstep:
     ) -> AttentionInputs:
         """The call of a sparse row's queries, which `after` others follow; its maskers are fitted."""
         self._prepare(memory, layer_idx, keys[:, :, : self.prefilled.context_length])
-        if self.open_steps is not None:
-            self.open_steps.layout(queries, keys, keys.shape[2], self._layouts)
         place = None, scaling, layer_idx, [self.seed], cache
         return AttentionInputs(queries, keys, values, *place, **rule.scores, latent=rule.latent, rows_after=after)
 

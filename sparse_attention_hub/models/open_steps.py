@@ -46,7 +46,11 @@ class OpenSteps:
     def attend(self, layer_idx: int, queries: Tensor, scaling: float, rule: Rule, layouts: dict[Hashable, Layout]) -> Tensor:
         """Output (rows, 1, H, DV) for queries (rows, H, 1, D), whose keys the cache has. layouts: of this forward pass."""
         batch, layer, draws = self.batch, self.batch.prefilled.cache.layers[layer_idx], dict[Hashable, object]()
-        layout, masks = self.layout(queries, layer.shared()[0], layer.total, layouts), []
+        place = (1, queries.shape[1], 1, layer.total), layer.shared()[0].shape[1], queries.device
+        # Under this name AttentionInputs look for it.
+        layout = once(layouts, (*place, 0), lambda: OpenLayout(*place, self.end + 1))
+        assert isinstance(layout, OpenLayout)
+        masks = []
         shares: list[float | Tensor] = []
         for index, row in enumerate(batch.rows):
             share: float | Tensor = 0.0
@@ -73,13 +77,6 @@ class OpenSteps:
             counts = batch.grouped.last_counts(rows)
             self.layers.append(OpenLayerStep(layer_idx, rule, scaling, queries, outputs, *counts, torch.stack(each)))
         return outputs.to(queries.dtype)
-
-    def layout(self, queries: Tensor, keys: Tensor, room: int, layouts: dict[Hashable, Layout]) -> OpenLayout:
-        """That of this step's calls, whose keys have so much room, where AttentionInputs look for it."""
-        place = (1, queries.shape[1], 1, room), keys.shape[1], queries.device
-        layout = once(layouts, (*place, 0), lambda: OpenLayout(*place, self.end + 1))
-        assert isinstance(layout, OpenLayout)
-        return layout
 
     def record(self, layers: list[OpenLayerStep]) -> None:
         """Give the rows' recorders their figures of a step that is done, and of which the host knows the length."""
